@@ -1,0 +1,69 @@
+# make run | test | lint | types | bench    (make alone lists the targets)
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+VENV_BENCH ?= .venv-bench
+# The program that `make bench` runs, and its flags.
+BENCH ?= benchmarks.throughput
+BENCH_FLAGS ?=
+PYTEST_FLAGS ?=
+
+# The first of these that is Python 3.11 or later and can make a venv; set PYTHON to choose another.
+PYTHONS := python3.11 python3.12 python3.13 python3 python
+PYTHON ?= $(shell for p in $(PYTHONS); do \
+	"$$p" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
+
+# $(call make_venv,where)
+make_venv = test -x $(1)/bin/python || { test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 1; }; $(PYTHON) -m venv $(1); }
+NO_PYTHON = fdjax needs Python 3.11 or later with venv (Debian: apt install python3-venv); to name one: make PYTHON=...
+
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help venv run test lint types format bench-venv bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## make or update .venv with the pinned packages
+
+run: $(VENV)/.installed ## federated distillation on the embedded MNIST sample: a table in minutes
+	@$(VENV)/bin/python -m benchmarks.feddistill_table1 --preset=quick --out=runs/table1_quick
+
+test: $(VENV)/.installed ## all tests, two at a time
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed ## ruff: rules and format
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed ## let ruff fix what it can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+types: $(VENV)/.installed ## pyright on the library
+	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python fdjax
+
+bench-venv: $(VENV_BENCH)/.installed ## make .venv-bench: PyTorch, to time the same work in
+
+bench: $(VENV)/.installed $(VENV_BENCH)/.installed ## speed, side by side with PyTorch
+	@$(VENV)/bin/python -m $(BENCH) --torch_python=$(VENV_BENCH)/bin/python $(BENCH_FLAGS)
+
+clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
+	@rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	@$(call make_venv,$(VENV))
+	@echo "installing the pinned packages into $(VENV): about a minute, 1.2 GB" >&2
+	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[test,dev]'
+	@touch $@
+
+$(VENV_BENCH)/.installed: constraints.txt
+	@$(call make_venv,$(VENV_BENCH))
+	@echo "installing PyTorch into $(VENV_BENCH)" >&2
+	@$(VENV_BENCH)/bin/python $(PIP_INSTALL) torch numpy
+	@touch $@

@@ -1,0 +1,72 @@
+"""What the tables share: cases run over seeds, mean and std, the files that they write."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from fdjax import report
+from fdjax.runner import Result, run
+from fdjax.settings import Settings
+
+
+def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Result]]:
+    """Run every case for each of its settings, one per seed, each with checkpoints under `out`/runs.
+
+    With --resume, finished runs are read back and interrupted ones go on.
+    """
+    results: dict[str, list[Result]] = {}
+    for name, seeds in cases.items():
+        for settings in seeds:
+            print(f"{name}, seed {settings.seed}: {settings.rounds} rounds", flush=True)
+            folder = out / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{settings.seed}"
+            result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
+            results.setdefault(name, []).append(result)
+    return results
+
+
+def at_round(results: Sequence[Result], metric: str, round: int) -> tuple[float, float | None]:
+    """Mean and (of two seeds or more) sample std of a metric after `round` rounds."""
+    values = [r.evaluations[metric][r.evaluations["round"].index(round)] for r in results]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def cell(results: Sequence[Result], metric: str, round: int) -> str:
+    """The same, as a percentage."""
+    return report.percent(*at_round(results, metric, round))
+
+
+def mean_curve(results: Sequence[Result], metric: str) -> tuple[list[float], list[float]]:
+    """Rounds, and the mean over seeds of a metric in percent."""
+    rounds = results[0].evaluations["round"]
+    return rounds, (100 * np.mean([r.evaluations[metric] for r in results], axis=0)).tolist()
+
+
+def write(
+    out: Path, title: str, text: str, results: dict[str, list[Result]], more: dict[str, Any] | None = None
+) -> None:
+    """Print the text and write table.md and results.json; both say command, versions, device, seeds and time."""
+    environment = report.environment()
+    command = f"python -m {title} " + " ".join(_given_flags())
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    seconds = sum(r.seconds for runs in results.values() for r in runs)
+    compiling = sum(r.compile_seconds for runs in results.values() for r in runs)
+    footer = (
+        f"`{command.strip()}`\n\n{environment['device']}; {environment['machine']}; {versions}; revision "
+        f"{environment['revision']}; {seconds:.0f} s of runs, {compiling:.0f} s of it compilation."
+    )
+    print(f"\n{text}\n")
+    (out / "table.md").write_text(f"# {title}\n\n{text}\n\n{footer}\n")
+    runs = {name: [report.result_dict(r) for r in runs] for name, runs in results.items()}
+    report.write_json(out / "results.json", environment | {"command": command, "runs": runs} | (more or {}))
+    print(f"written: {out}/table.md, results.json, curves.png")
+
+
+def _given_flags() -> list[str]:
+    """The flags of the command line without folders, which mean nothing elsewhere."""
+    ours = flags.FLAGS.get_key_flags_for_module(__import__("sys").argv[0])
+    folders = ("out", "data_dir", "cache_dir", "writers", "resume", "overwrite")
+    return [f.serialize() for f in ours if f.present and f.name not in folders]

@@ -1,0 +1,85 @@
+"""One simulation of any registered algorithm.
+
+    python -m fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
+
+Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out. Every
+setting is a flag below; --flagfile reads them from a file.
+"""
+
+import time
+from pathlib import Path
+
+from absl import flags
+
+from fdjax import program, report, settings
+from fdjax.runner import Result, run
+
+
+def main() -> None:
+    given = flags.FLAGS
+    chosen = settings.from_flags()
+    out = report.prepare(given.out or _fresh(chosen), overwrite=given.overwrite)
+    result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
+    text = summary(result)
+    print(text)
+    (out / "table.md").write_text(text + "\n")
+    report.write_json(out / "results.json", report.environment() | {"result": report.result_dict(result)})
+    draw(out / "curves.png", result)
+    print(f"\nwritten: {out}/table.md, results.json, curves.png")
+
+
+def _fresh(chosen: settings.Settings) -> Path:
+    dataset = chosen.dataset.replace("/", "-")
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{chosen.algorithm}-{dataset}-{chosen.partition_name}"
+
+
+def summary(result: Result) -> str:
+    """The last evaluation, bytes and seconds as a table."""
+    final = result.final
+    names = {
+        "central_accuracy": "central accuracy, %",
+        "local_accuracy": "mean local accuracy, full test set, %",
+        "own_accuracy": "mean local accuracy, own label distribution, %",
+        "own_accuracy_weighted": "the same, weighted by n_k, %",
+        "worst_client": "worst client, own label distribution, %",
+        "quantile_10": "10 % quantile of clients, %",
+        "client_std": "std across clients, %",
+    }
+    rows = [(text, report.percent(final[name])) for name, text in names.items() if name in final]
+    rows += [
+        ("central loss", f"{final['central_loss']:.4f}"),
+        ("bytes up, of one client a round", ", ".join(map(report.byte_size, result.traffic.up))),
+        ("bytes down, to one client a round", ", ".join(map(report.byte_size, result.traffic.down))),
+        ("bytes of the whole run", report.byte_size(result.rounds["bytes_up"][-1] + result.rounds["bytes_down"][-1])),
+        ("seconds, of which compilation", f"{result.seconds:.1f}, {result.compile_seconds:.1f}"),
+    ]
+    chosen = result.settings
+    return report.table(
+        rows, (f"{chosen.algorithm}, {chosen.dataset}, {chosen.partition_name}", f"round {chosen.rounds}")
+    )
+
+
+def draw(path: Path, result: Result) -> None:
+    """Accuracy over rounds and over bytes."""
+    evaluations = result.evaluations
+    names = [n for n in ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client") if n in evaluations]
+    traffic = result.traffic.round_up + result.traffic.round_down
+    curves = [(n.replace("_", " "), evaluations["round"], [100 * v for v in evaluations[n]]) for n in names]
+    over_bytes = [("central accuracy", [r * traffic / 1e6 for r in evaluations["round"]], curves[0][2])]
+    panels: list[report.Panel] = [
+        ("accuracy", "round", "%", curves),
+        ("communication", "MB up and down", "%", over_bytes),
+    ]
+    losses = [
+        (n.replace("_", " "), list(range(1, len(v) + 1)), v) for n, v in result.rounds.items() if n.endswith("loss")
+    ]
+    panels.append(("training loss", "round", "", losses))
+    report.draw_curves(
+        path, panels, f"{result.settings.algorithm}, {result.settings.dataset}, {result.settings.partition_name}"
+    )
+
+
+if __name__ == "__main__":
+    settings.define_flags()
+    program.define_output_flags(None)
+    program.start(main)

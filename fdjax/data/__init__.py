@@ -1,0 +1,9 @@
+"""Data sets on the host and how clients share them; nothing here touches a device."""
+
+from fdjax.data.holdings import count_labels
+from fdjax.data.own_test import own_test_part
+from fdjax.data.partitions import PARTITIONS, partition
+from fdjax.data.picture import draw_partition
+from fdjax.data.sources import SOURCES, load
+
+__all__ = ["PARTITIONS", "SOURCES", "count_labels", "draw_partition", "load", "own_test_part", "partition"]

@@ -1,0 +1,109 @@
+"""Partitions a data set, tells the clients' sizes and labels, and draws them.
+
+python -m fdjax.data --dataset=mnist_sample --partition=dirichlet_a --alpha=0.3 --num_clients=10 --out=partition.png
+"""
+
+import sys
+
+import numpy as np
+from absl import app, flags
+
+from fdjax.data import PARTITIONS, SOURCES, count_labels, draw_partition, load, own_test_part, partition
+from fdjax.errors import InputError
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "".join(f"\n  {name}: {text}" for name, text in rows.items())
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("dataset", "mnist_sample", f"data set, one of{_table(SOURCES)}")
+    flags.DEFINE_string("data_dir", None, "folder of the data set's files")
+    flags.DEFINE_string("cache_dir", None, "folder for decoded tfds sets; by default $FDJAX_CACHE or ~/.cache/fdjax")
+    flags.DEFINE_string("writers", None, "npz with the writers of mnist's images")
+    flags.DEFINE_string("partition", "iid", f"partition, one of{_table(PARTITIONS)}")
+    flags.DEFINE_integer("num_clients", None, "number of clients, by default 10 or as many as owners", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "seed of the partition", lower_bound=0)
+    flags.DEFINE_string("out", None, "picture to write, such as partition.png")
+    flags.DEFINE_float("alpha", None, "of the Dirichlet partitions")
+    flags.DEFINE_float("beta", None, "of quantity")
+    flags.DEFINE_float("sampling_ratio", None, "of dirichlet_e")
+    flags.DEFINE_integer("min_size", None, "least examples of a client: dirichlet_a, _e, _f, quantity")
+    flags.DEFINE_integer("group", None, "clients per group: dirichlet_b")
+    flags.DEFINE_boolean("recut", None, "of dirichlet_b: equal parts, as the released code")
+    flags.DEFINE_integer("shards_per_client", None, "of shards and shards_fedntd")
+    flags.DEFINE_integer("labels_per_client", None, "of labels and jiang")
+    flags.DEFINE_boolean("merge", None, "of writer: put several writers into one client")
+
+
+_OPTIONS = (
+    "alpha",
+    "beta",
+    "sampling_ratio",
+    "min_size",
+    "group",
+    "recut",
+    "shards_per_client",
+    "labels_per_client",
+    "merge",
+)
+_MOST_LINES = 20
+
+
+def main(argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise InputError(f"unexpected argument {argv[1]!r}; options look like --partition=iid")
+        _run(flags.FLAGS)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(given: flags.FlagValues) -> None:
+    writers = {"writers": given.writers} if given.writers else {}
+    source = load(given.dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **writers)
+    options = {name: given[name].value for name in _OPTIONS if given[name].value is not None}
+    num_clients = given.num_clients
+    if num_clients is None and given.partition not in ("writer", "natural"):
+        num_clients = 10
+    holdings = partition(
+        given.partition,
+        source.train_y,
+        num_clients,
+        given.seed,
+        owner=source.train_owner,
+        num_classes=source.num_classes,
+        **options,
+    )
+    own = own_test_part(
+        source.train_y,
+        holdings,
+        source.test_y,
+        source.num_classes,
+        given.seed,
+        train_owner=source.train_owner,
+        test_owner=source.test_owner,
+    )
+    table = count_labels(holdings, source.train_y, source.num_classes)
+    size, kinds = holdings.count, (table > 0).sum(axis=1)
+    title = " ".join([source.name, given.partition, *(f"{k}={v}" for k, v in options.items()), f"seed={given.seed}"])
+    lines = [
+        title,
+        f"clients: {len(size):,}; examples held: {size.sum():,} of {len(source.train_y):,}",
+        f"examples per client: min {size.min():,}, median {np.median(size):,.0f}, max {size.max():,}",
+        f"labels per client: min {kinds.min()}, median {np.median(kinds):.0f}, max {kinds.max()}",
+        f"own test parts: {own.count.sum():,} rows of {len(source.test_y):,} test examples, min {own.count.min():,}",
+    ]
+    rows = zip(size[:_MOST_LINES], table, strict=False)
+    lines += [f"client {k}: {n:,} examples; by label: {' '.join(map(str, row))}" for k, (n, row) in enumerate(rows)]
+    if len(size) > _MOST_LINES:
+        lines.append(f"and {len(size) - _MOST_LINES:,} more clients")
+    if given.out:
+        draw_partition(holdings, source.train_y, source.num_classes, given.out, title)
+        lines.append(f"wrote {given.out}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()  # here, so that two programs can be imported side by side
+    app.run(main)

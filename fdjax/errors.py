@@ -1,0 +1,16 @@
+"""The one exception that means "what you gave cannot work, and here is what to do"."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: what was given, what was expected, what to do."""
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
+    """An `InputError` for a name outside `known`: it lists them, the nearest first if one is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return InputError(f"unknown {kind} {given!r}{hint}; known: {', '.join(known)}")

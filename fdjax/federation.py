@@ -1,0 +1,53 @@
+"""From a source and its holdings to the federation on the device."""
+
+import itertools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fdjax.errors import InputError
+from fdjax.types import Examples, Federation, Holdings, Source
+
+
+def examples(x: np.ndarray, y: np.ndarray, source: Source) -> Examples:
+    """Examples that a model sees as (x / 255 - mean) / std for images, (x - mean) / std for anything else."""
+    mean, std = np.asarray(source.mean, np.float32), np.asarray(source.std, np.float32)
+    unit = 255 if x.dtype == np.uint8 else 1
+    return Examples(x, y.astype(np.int32), np.float32(1) / (unit * std), -mean / std)
+
+
+def federate(source: Source, train: Holdings, test: Holdings, cohort_sizes: tuple[int, ...], mesh: Mesh) -> Federation:
+    """Put a partitioned source on every device of `mesh`, with the rows of each cohort in order of work.
+
+    Clients are dealt to cohorts in order of their ids: the first `cohort_sizes[0]` to the first, and so on.
+    """
+    clients = len(train.count)
+    if sum(cohort_sizes) != clients:
+        raise InputError(f"cohorts of {cohort_sizes} clients, but the partition has {clients}; make the sizes add up")
+    ids = np.arange(clients, dtype=np.int32)
+    bounds = np.cumsum((0, *cohort_sizes))
+    count = np.asarray(train.count)
+    client = np.concatenate(
+        [ids[low:high][np.argsort(-count[low:high], kind="stable")] for low, high in itertools.pairwise(bounds)]
+    )
+
+    def rows(holdings: Holdings, size: int) -> Holdings:
+        order, start, count = (np.asarray(leaf, np.int32) for leaf in holdings)
+        # The same length for every partition of a data set, so that none of them compiles anything anew.
+        order = np.pad(order, (0, max(0, size - len(order))))
+        return Holdings(order, start[client], count[client])
+
+    federation = Federation(
+        train=examples(source.train_x, source.train_y, source),
+        test=examples(source.test_x, source.test_y, source),
+        client=client,
+        train_holdings=rows(train, len(source.train_y)),
+        test_holdings=rows(test, len(source.test_y) + clients),
+    )
+    return jax.device_put(federation, replicated(mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device of `mesh`."""
+    return NamedSharding(mesh, PartitionSpec())

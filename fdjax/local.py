@@ -1,0 +1,116 @@
+"""One client's training and testing, on its own examples."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fdjax import keys, losses
+from fdjax.types import Array, Examples, HParams, PyTree
+
+Loss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]  # (params, x [B, ...], y [B]) -> losses [B]
+
+
+class ClientData(NamedTuple):
+    """One client's view of the shared examples."""
+
+    examples: Examples
+    order: Array  # [L] int32
+    start: Array  # [] int32
+    count: Array  # [] int32
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The client's examples at `position` [B] (0 <= position < count): x [B, ...] float32 and y [B] int32."""
+        index = self.order[self.start + position]
+        x = self.examples.x[index].astype(jnp.float32)
+        channels = (1,) * (x.ndim - 1) + (-1,)
+        return x * self.examples.scale.reshape(channels) + self.examples.shift.reshape(channels), self.examples.y[index]
+
+
+class Training(NamedTuple):
+    """How a client trains: what is static about it; learning rate, epochs and the like are hparams."""
+
+    batch_size: int
+    optimizer: Callable[[HParams], optax.GradientTransformation]  # sees the hparams and hparams["round"]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None  # (key, x [B, ...]) -> x
+
+
+def batches(count: Array, size: int) -> jax.Array:
+    """ceil(count / size): the steps of one epoch; the last batch may be short and is weighted by what it holds."""
+    return (jnp.asarray(count) + size - 1) // size
+
+
+def fit(
+    training: Training,
+    loss: Loss,
+    params: PyTree,
+    data: ClientData,
+    hparams: HParams,
+    key: jax.Array,
+    *,
+    epochs: Array,
+) -> tuple[PyTree, jax.Array]:
+    """Minimise the mean of `loss` over `data` for `epochs` epochs, reshuffled each; the optimiser starts fresh.
+
+    Returns the params and the mean loss over the last epoch's batches (0 for a client without examples, which trains
+    nothing). Steps are counted at run time: a client pays for its own examples, and a new `epochs` compiles nothing.
+    The key is consumed.
+    """
+    optimizer = training.optimizer(hparams)
+    steps = batches(data.count, training.batch_size)
+
+    def epoch(number, carry):
+        epoch_key = jax.random.fold_in(key, number)
+        shuffle = keys.shuffle(keys.stream(epoch_key, "shuffle"), data.count)
+
+        def step(index, carry):
+            params, optimizer_state, total = carry
+            position = index * training.batch_size + jnp.arange(training.batch_size)
+            weight = (position < data.count).astype(jnp.float32)
+            x, y = data.take(shuffle(jnp.minimum(position, data.count - 1)))
+            if training.augment is not None:
+                x = training.augment(keys.stream(epoch_key, "augment", index), x)
+            value, gradient = jax.value_and_grad(lambda p: losses.weighted_mean(loss(p, x, y), weight))(params)
+            update, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+            return optax.apply_updates(params, update), optimizer_state, total + value
+
+        params, optimizer_state, _ = carry
+        return lax.fori_loop(0, steps, step, (params, optimizer_state, jnp.float32(0)))
+
+    carry = params, optimizer.init(params), jnp.float32(0)
+    params, _, total = lax.fori_loop(0, epochs, epoch, carry)
+    return params, total / jnp.maximum(steps, 1)
+
+
+class Score(NamedTuple):
+    """Sums over examples, which add; `count` may be 0."""
+
+    correct: jax.Array
+    loss: jax.Array
+    count: jax.Array
+
+    def mean(self) -> tuple[jax.Array, jax.Array]:
+        """Accuracy in [0, 1] and mean cross-entropy, 0 where there was nothing to test."""
+        count = jnp.maximum(self.count, 1)
+        return self.correct / count, self.loss / count
+
+
+def test(apply: Callable[[Any, jax.Array], jax.Array], params: PyTree, data: ClientData, batch_size: int) -> Score:
+    """Number of correct predictions and summed cross-entropy of a model over all of `data`, in batches."""
+
+    def step(index, score):
+        position = index * batch_size + jnp.arange(batch_size)
+        weight = (position < data.count).astype(jnp.float32)
+        x, y = data.take(jnp.minimum(position, data.count - 1))
+        logits = apply(params, x)
+        return Score(
+            score.correct + jnp.sum(weight * losses.correct(logits, y)),
+            score.loss + jnp.sum(weight * losses.cross_entropy(logits, y)),
+            score.count + jnp.sum(weight),
+        )
+
+    zero = jnp.float32(0)
+    return lax.fori_loop(0, batches(data.count, batch_size), step, Score(zero, zero, zero))

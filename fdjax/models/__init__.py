@@ -1,0 +1,111 @@
+"""The model zoo: `build` a network by name, or wrap any linen module of your own with `from_linen`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fdjax.errors import InputError, unknown
+from fdjax.models import nets
+from fdjax.types import Model
+
+__all__ = ["MODELS", "ModelEntry", "build", "from_linen"]
+
+
+class ModelEntry(NamedTuple):
+    """One row of the zoo: `make(num_classes, **options)` gives the linen module."""
+
+    make: Callable[..., nn.Module]
+    help: str
+
+
+MODELS: dict[str, ModelEntry] = {
+    "mclr": ModelEntry(nets.MCLR, "multinomial logistic regression"),
+    "2nn": ModelEntry(nets.TwoNN, "two hidden layers of 200 units; option width"),
+    "mcmahan_cnn": ModelEntry(nets.McMahanCNN, "McMahan 2017: 5x5 conv 32-64 SAME, 512 units"),
+    "niid_cnn": ModelEntry(nets.NIIDCNN, "NIID-Bench simple-cnn: 5x5 conv 6-16, 120-84 units"),
+    "fedgen_cnn": ModelEntry(nets.FedGenCNN, "FedGen: 3x3 stride-2 conv 6-16 with GroupNorm, 32 units"),
+    "fd_cnn": ModelEntry(nets.FDCNN, "Jeong 2018 FD: 3x3 conv 32-64 VALID, one pooling, 128 units"),
+    "cnn1": ModelEntry(nets.CNN1, "Jiang 2020 CNN1: 3x3 conv 32-64-64, 1024-64 units; option padding"),
+    "cnn2": ModelEntry(nets.CNN2, "Jiang 2020 CNN2: 3x3 conv 128-128-128, 2048 units; option padding"),
+}
+
+
+def build(name: str, input_shape: Sequence[int], num_classes: int, **options: Any) -> Model:
+    """Build a model of the zoo.
+
+    Args:
+      name: a key of `MODELS`.
+      input_shape: one example's shape, `(H, W, c)` or `(F,)`.
+      num_classes: K.
+      **options: fields of the module, such as padding='SAME' of cnn1.
+
+    Returns:
+      A `Model` whose apply takes float32 x `[B, *input_shape]` and returns logits `[B, K]`.
+
+    Raises:
+      InputError: no such model or option, fewer than two classes, or an input that the net cannot take.
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    if num_classes < 2:
+        raise InputError(f"model {name!r} needs num_classes >= 2; got {num_classes}")
+    make = MODELS[name].make
+    allowed = {field.name for field in dataclasses.fields(make)} - {"num_classes", "parent", "name"}  # pyright: ignore
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of model {name!r}", option, allowed)
+    return from_linen(make(num_classes=num_classes, **options), input_shape, name)
+
+
+def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None = None) -> Model:
+    """Wrap a linen module as a `Model`.
+
+    Args:
+      module: called as module(x) on x `[B, *input_shape]`, with parameters as its only variables.
+      input_shape: one example's shape.
+      name: how tables call it; the module's class if absent.
+
+    Returns:
+      A `Model`; its parameters are the module's "params" collection.
+
+    Raises:
+      InputError: the module cannot take such inputs, keeps state besides its parameters (BatchNorm's statistics), draws
+        random numbers when applied (dropout), or does not return logits `[B, K]`.
+    """
+    label, shape = name or type(module).__name__, tuple(input_shape)
+    if not shape or min(shape) < 1:
+        raise InputError(f"model {label!r}: input_shape must have at least one axis, none of them empty; got {shape}")
+
+    def init(key: jax.Array) -> Any:
+        return module.init(key, jnp.zeros((1, *shape), jnp.float32))["params"]
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        if x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(f"model {label!r} takes floats [B, {', '.join(map(str, shape))}]; got {x.dtype} {x.shape}")
+        out = module.apply({"params": params}, x)
+        return out  # pyright: ignore[reportReturnType]
+
+    _check(module, shape, label)
+    return Model(label, init, apply)
+
+
+def _check(module: nn.Module, shape: tuple[int, ...], label: str) -> None:
+    x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    try:
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        extra = sorted(set(variables) - {"params"})
+        if extra:
+            raise InputError(f"model {label!r} keeps {', '.join(extra)} besides its parameters; use GroupNorm, say")
+        out = jax.eval_shape(module.apply, variables, x)
+    except InputError as error:
+        raise InputError(f"model {label!r} on inputs {shape}: {error}") from None
+    except (flax.errors.FlaxError, TypeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"model {label!r} cannot take inputs {shape}: {first}") from error
+    if getattr(out, "ndim", None) != 2 or out.shape[0] != 2:
+        raise InputError(f"model {label!r} must return logits [B, K]; for x {x.shape} it returned {out}")

@@ -1,0 +1,99 @@
+"""Layers of the model zoo: a convolution that stays fast inside loops and under vmap, and 2x2 pooling."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fdjax.errors import InputError
+from fdjax.models.convolution import Padding, conv2d
+
+__all__ = ["Conv", "avg_pool", "conv2d", "max_pool"]
+
+
+class Conv(nn.Module):
+    """`conv2d` with a bias: kernel `[h, w, c, features]` (lecun normal), bias `[features]` (zeros)."""
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = "VALID"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return _add_bias(conv2d(x, kernel, self.strides, self.padding), bias)
+
+
+@jax.custom_vjp
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + bias.reshape(1, 1, 1, -1)
+
+
+def _add_bias_bwd(_, g):
+    # A product with ones, because XLA:CPU sums over leading axes on one thread and element by element.
+    rows = g.reshape(-1, g.shape[-1])
+    return g, (jnp.ones((1, rows.shape[0]), g.dtype) @ rows)[0]
+
+
+_add_bias.defvjp(lambda y, bias: (_add_bias(y, bias), None), _add_bias_bwd)
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """Largest of 2x2 windows, stride 2: `[B, H, W, c]` -> `[B, H // 2, W // 2, c]`, dropping an odd last row or column.
+
+    Equal maxima of a window share its gradient equally, as they do in `jnp.max`.
+
+    Raises:
+      InputError: the image is smaller than the window.
+    """
+    return functools.reduce(jnp.maximum, _corners(x))
+
+
+def _max_pool_bwd(saved, g):
+    x, top = saved
+    # Counted corner by corner, because XLA:CPU is slow at reductions over an axis of two.
+    ties = sum((corner == top).astype(g.dtype) for corner in _corners(x))
+    share = g / ties
+    windows = _windows(x)
+    # A product and not a select: a window of NaN has no maximum, and must not pass for one without gradient.
+    dx = (windows == top[:, :, None, :, None]).astype(g.dtype) * share[:, :, None, :, None]
+    batch, rows, _, columns, _, channels = windows.shape
+    dx = dx.reshape(batch, 2 * rows, 2 * columns, channels)
+    odd = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
+    return (jnp.pad(dx, odd),)
+
+
+def _max_pool_fwd(x):
+    top = max_pool(x)
+    return top, (x, top)
+
+
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def avg_pool(x: jax.Array) -> jax.Array:
+    """Mean over 2x2 windows, stride 2: `[B, H, W, c]` -> `[B, H // 2, W // 2, c]`, dropping an odd last row or column.
+
+    Raises:
+      InputError: the image is smaller than the window.
+    """
+    return functools.reduce(jnp.add, _corners(x)) / 4
+
+
+def _corners(x: jax.Array) -> list[jax.Array]:
+    windows = _windows(x)
+    return [windows[:, :, i, :, j] for i in range(2) for j in range(2)]
+
+
+def _windows(x: jax.Array) -> jax.Array:
+    """`[B, H, W, c]` -> `[B, H // 2, 2, W // 2, 2, c]`."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    if not rows or not columns:
+        raise InputError(f"an image of {height}x{width} is smaller than the 2x2 pooling window; use larger images")
+    return jnp.reshape(x[:, : 2 * rows, : 2 * columns], (batch, rows, 2, columns, 2, channels))

@@ -1,0 +1,208 @@
+"""Runs a simulation superstep by superstep: evaluates, records, draws progress, keeps checkpoints, can be stopped."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from fdjax.checkpoint import Checkpoints
+from fdjax.communication import Traffic
+from fdjax.errors import InputError
+from fdjax.experiment import Experiment, build
+from fdjax.settings import Settings
+
+_SAVE_SECONDS = 30
+_FREE_TO_CHANGE = ("rounds", "data_dir", "cache_dir", "devices")  # between a checkpoint and its resumption
+
+
+class Result(NamedTuple):
+    """What a run gives: histories by name, the last value of every client, bytes and seconds."""
+
+    settings: Settings
+    rounds: dict[str, list[float]]  # of every round: metrics of training, cumulative bytes_up and bytes_down
+    evaluations: dict[str, list[float]]  # of every evaluation; "round" says after how many rounds
+    clients: dict[str, list[float]]  # of every client in order of ids, at the last evaluation
+    traffic: Traffic
+    seconds: float  # wall, all parts of a resumed run together
+    compile_seconds: float  # of which compilation
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last evaluation (not the best one)."""
+        return {name: values[-1] for name, values in self.evaluations.items()}
+
+
+class InterruptedRun(Exception):  # noqa: N818
+    """A run was asked to stop and did, after `round` rounds, with a checkpoint in `out` (None: nothing was kept)."""
+
+    def __init__(self, round: int, out: Path | None):
+        super().__init__(round, out)
+        self.round, self.out = round, out
+
+
+def run(
+    settings: Settings,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Simulate `settings.rounds` rounds; with `out`, keep checkpoints there; with `resume`, go on from the latest.
+
+    `checkpoint_every` is in rounds; 0 saves about every 30 seconds. The last round is always saved.
+
+    Raises InputError for settings that cannot work or that differ from the checkpoint's, before anything compiles, and
+    InterruptedRun after the first SIGINT or SIGTERM.
+    """
+    with contextlib.ExitStack() as stack:
+        clock = stack.enter_context(_clock())
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints"))) if out else None
+        done = _rounds_done(checkpoints, settings, resume) if checkpoints else 0
+        experiment = build(settings)
+        simulation, federation = experiment.simulation, experiment.federation
+        traffic = simulation.traffic(federation)
+        state = simulation.init(settings.seed, federation)
+        record: dict[str, Any] = {
+            "rounds": {},
+            "evaluations": {},
+            "clients": {},
+            "seconds": 0.0,
+            "compile_seconds": 0.0,
+        }
+        if checkpoints and done:
+            state, record = checkpoints.restore(state), checkpoints.record()
+        clock.start(record)
+        saved_at, saved_round = time.perf_counter(), done
+        bar = stack.enter_context(
+            tqdm(total=settings.rounds, initial=done, desc=settings.algorithm, unit="round", disable=not progress)
+        )
+        stop = stack.enter_context(_stop_signals())
+        while done < settings.rounds:
+            length = min(settings.eval_every, settings.rounds - done)
+            state, metrics = simulation.run(state, federation, experiment.hparams, length)
+            done += length
+            _extend(record, done, experiment, metrics, *simulation.evaluate(state, federation))
+            bar.set_postfix_str(f"central {100 * record['evaluations']['central_accuracy'][-1]:.2f} %")
+            bar.update(length)
+            due = (
+                done - saved_round >= checkpoint_every
+                if checkpoint_every
+                else time.perf_counter() - saved_at > _SAVE_SECONDS
+            )
+            if checkpoints and (due or stop or done == settings.rounds):
+                checkpoints.save(state, clock.stamp(record) | {"settings": settings.public()})
+                saved_at, saved_round = time.perf_counter(), done
+            if stop and done < settings.rounds:
+                raise InterruptedRun(done, out)
+        record = clock.stamp(record)
+    passed = np.arange(1, settings.rounds + 1)
+    record["rounds"] |= {
+        "bytes_up": (passed * traffic.round_up).tolist(),
+        "bytes_down": (passed * traffic.round_down).tolist(),
+    }
+    return Result(
+        settings,
+        record["rounds"],
+        record["evaluations"],
+        record["clients"],
+        traffic,
+        record["seconds"],
+        record["compile_seconds"],
+    )
+
+
+def _rounds_done(checkpoints: Checkpoints, settings: Settings, resume: bool) -> int:
+    latest, folder = checkpoints.latest(), checkpoints.folder.parent
+    if latest is None:
+        return 0
+    if not resume:
+        raise InputError(
+            f"{folder} holds {latest} rounds already; use --resume to go on, --overwrite to begin anew or another --out"
+        )
+    then, now = checkpoints.record()["settings"], settings.public()
+    free = set(_FREE_TO_CHANGE) - ({"rounds"} if settings.schedule == "cosine" else set())
+    other = sorted(name for name in {*then, *now} - free if then.get(name) != now.get(name))
+    if other:
+        name, more = other[0], f" ({len(other) - 1} more differ)" if len(other) > 1 else ""
+        raise InputError(
+            f"{folder} was run with {name}={then.get(name)}, not {now.get(name)}{more}; "
+            "use the settings of the run that you resume, or another --out"
+        )
+    if latest > settings.rounds:
+        raise InputError(f"{folder} is at round {latest} already; give --rounds={latest} or more")
+    return latest
+
+
+def _extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, scalars, clients) -> None:
+    """Append one superstep, fetched from the device, to the record."""
+    metrics, scalars, clients = jax.device_get((metrics, scalars, clients))
+    for name, values in metrics.items():
+        record["rounds"].setdefault(name, []).extend(values.astype(float).tolist())
+    evaluations = record["evaluations"]
+    evaluations.setdefault("round", []).append(done)
+    for name, value in scalars.items():
+        evaluations.setdefault(name, []).append(float(value))
+    losses = evaluations["central_loss"]
+    if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
+        tqdm.write(
+            f"warning: the central loss is {losses[-1]} at round {done}: the run diverged; lower --learning_rate"
+        )
+    in_order_of_ids = np.argsort(np.asarray(experiment.federation.client))
+    record["clients"] = {name: values[in_order_of_ids].astype(float).tolist() for name, values in clients.items()}
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM fills; the second one ends the process at once."""
+    received: list[int] = []
+
+    def stop(number, frame):
+        received.append(number)
+        tqdm.write("stopping after this superstep; once more stops at once")
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # signals are the main thread's alone
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Clock:
+    """Wall and compilation seconds, added to those of a resumed record."""
+
+    def __init__(self):
+        self.began, self.compiling = time.perf_counter(), 0.0
+        self.before, self.compiling_before = 0.0, 0.0
+
+    def listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
+            self.compiling += duration_secs
+
+    def start(self, record: dict[str, Any]) -> None:
+        self.before, self.compiling_before = record["seconds"], record["compile_seconds"]
+
+    def stamp(self, record: dict[str, Any]) -> dict[str, Any]:
+        seconds = self.before + time.perf_counter() - self.began
+        return record | {"seconds": seconds, "compile_seconds": self.compiling_before + self.compiling}
+
+
+@contextlib.contextmanager
+def _clock() -> Iterator[_Clock]:
+    clock = _Clock()
+    jax.monitoring.register_event_duration_secs_listener(clock.listen)
+    try:
+        yield clock
+    finally:
+        jax.monitoring.unregister_event_duration_listener(clock.listen)

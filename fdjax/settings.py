@@ -1,0 +1,174 @@
+"""Everything that defines one run, with its flags: the fields of `Settings` are the flags of every program."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from fdjax import data
+from fdjax.algorithms import ALGORITHMS
+from fdjax.augment import AUGMENTATIONS
+from fdjax.errors import InputError, unknown
+from fdjax.models import MODELS
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "exponential", "cosine")
+LOCAL_EVALS = ("full", "own")
+
+
+def _table(rows) -> str:
+    return "; ".join(f"{name}: {getattr(row, 'summary', getattr(row, 'help', row))}" for name, row in rows.items())
+
+
+def _field(default, help: str, kind: type | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "kind": kind or type(default)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run: what a researcher would write in the caption of a table."""
+
+    algorithm: str = _field("fedavg", _table(ALGORITHMS))
+    dataset: str = _field("mnist_sample", _table(data.SOURCES))
+    data_dir: str | None = _field(None, "folder of the data set's files", str)
+    cache_dir: str | None = _field(None, "folder for decoded tfds sets; default $FDJAX_CACHE or ~/.cache/fdjax", str)
+    writers: str | None = _field(None, "npz with the writers of mnist's images (train_writer, test_writer)", str)
+
+    partition: str | None = _field(
+        None, f"who holds what; default natural for synthetic, else iid. {_table(data.PARTITIONS)}", str
+    )
+    num_clients: int | None = _field(None, "clients; default 30 for synthetic, all for writer, else 10", int)
+    alpha: float | None = _field(None, "concentration of a Dirichlet partition, or alpha of synthetic", float)
+    beta: float | None = _field(None, "concentration of the quantity partition, or beta of synthetic", float)
+    iid: bool | None = _field(None, "synthetic: the IID variant", bool)
+    samples_per_client: int | None = _field(None, "synthetic: examples of every client, not lognormal", int)
+    shards_per_client: int | None = _field(None, "partitions shards and shards_fedntd", int)
+    labels_per_client: int | None = _field(None, "partitions labels and jiang", int)
+    min_size: int | None = _field(None, "least examples of a client: dirichlet_a, _e, _f, quantity", int)
+    merge: bool | None = _field(None, "partition writer: several writers to a client", bool)
+    train_fraction: float = _field(1.0, "fraction of the training examples that is used, drawn by partition_seed")
+
+    model: str = _field("2nn", f"the central (student) model. {_table(MODELS)}")
+    models: str | None = _field(
+        None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,cnn2:2; default: model for all", str
+    )
+    padding: str | None = _field(None, "SAME or VALID, for the models that have the option", str)
+
+    rounds: int = _field(10, "communication rounds")
+    participation: float = _field(
+        1.0, "fraction of the clients (of each cohort) that takes part in a round; at least 1 client"
+    )
+    batch_size: int = _field(32, "examples of a step; 0: all of a client's")
+    optimizer: str = _field("sgd", f"the clients' optimiser: {', '.join(OPTIMIZERS)}; starts fresh every round")
+    momentum: float = _field(0.0, "of sgd")
+    weight_decay: float = _field(0.0, "added to the gradient (sgd, adam) or decoupled (adamw)")
+    schedule: str = _field("constant", f"learning rate over rounds: {', '.join(SCHEDULES)} (to 0 at the last round)")
+    decay: float = _field(0.99, "factor a round of the exponential schedule")
+    augment: str = _field("none", f"of training batches: {', '.join(AUGMENTATIONS)}")
+
+    seed: int = _field(0, "of initialisation, sampling and shuffling")
+    partition_seed: int | None = _field(None, "of the partition and of synthetic data; default: seed", int)
+    eval_every: int = _field(1, "rounds between evaluations, compiled as one call")
+    eval_batch: int = _field(500, "examples of an evaluation step")
+    local_eval: str = _field(
+        "full", "personal models are tested on the full test set too (full) or on their own part alone (own)"
+    )
+    chunk: int = _field(0, "clients trained at once on a device; 0: by the size of the model")
+    devices: int = _field(0, "devices that share the clients; 0: all")
+
+    hparams: tuple[tuple[str, float], ...] = dataclasses.field(default=(), metadata={})
+
+    @property
+    def partition_name(self) -> str:
+        """The partition that `partition` names or defaults to."""
+        return self.partition or ("natural" if self.dataset == "synthetic" else "iid")
+
+    def check(self) -> "Settings":
+        """Self. Raises InputError for what can be seen to be wrong before any data are loaded."""
+        for kind, given, known in (
+            ("algorithm", self.algorithm, ALGORITHMS),
+            ("data set", self.dataset, data.SOURCES),
+            ("partition", self.partition_name, data.PARTITIONS),
+            ("model", self.model, MODELS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("augment", self.augment, AUGMENTATIONS),
+            ("local_eval", self.local_eval, LOCAL_EVALS),
+            *((f"hparam of {self.algorithm}", name, known_hparams(self.algorithm)) for name, _ in self.hparams),
+        ):
+            if given not in known:
+                raise unknown(kind, given, known)
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"--{name}={getattr(self, name)}: expected at least {least}")
+        for name in ("participation", "train_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"--{name}={getattr(self, name)}: expected a fraction above 0 and at most 1")
+        for name, value in self.hparams:
+            _check_hparam(name, value)
+        return self
+
+    def public(self) -> dict[str, Any]:
+        """As a flat dict for results and checkpoints: hparams beside the other flags, defaults included."""
+        fields = dataclasses.asdict(self)
+        return fields | dict(fields.pop("hparams"))
+
+
+_LEAST = {"rounds": 1, "num_clients": 1, "batch_size": 0, "eval_every": 1, "eval_batch": 1, "chunk": 0, "devices": 0,
+          "seed": 0, "partition_seed": 0, "momentum": 0, "weight_decay": 0, "decay": 0}  # fmt: skip
+
+
+def known_hparams(algorithm: str) -> dict[str, float | str]:
+    """The traced hyperparameters of a registered algorithm and their defaults."""
+    return ALGORITHMS[algorithm].hparams
+
+
+def _check_hparam(name: str, value: float) -> None:
+    if name.endswith("epochs") and (value < 1 or value != int(value)):
+        raise InputError(f"--{name}={value}: expected a whole number of at least 1")
+    if name == "temperature" and not 0 < value < float("inf"):
+        raise InputError(f"--{name}={value}: expected a finite number above 0")
+    if name == "weight" and not 0 <= value <= 1:
+        raise InputError(f"--{name}={value}: expected a number in [0, 1]")
+    if name.endswith("learning_rate") and not 0 <= value < float("inf"):
+        raise InputError(f"--{name}={value}: expected a finite number of at least 0")
+
+
+def define_flags(skip: tuple[str, ...] = (), **defaults: Any) -> None:
+    """Define a flag for each field of `Settings` not in `skip`, and for each hparam of any registered algorithm."""
+    define = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_boolean,
+    }
+    for field in dataclasses.fields(Settings):
+        if field.name not in skip and field.metadata:
+            define[field.metadata["kind"]](field.name, defaults.get(field.name, field.default), field.metadata["help"])
+    users: dict[str, list[str]] = {}
+    for algorithm in ALGORITHMS:
+        for name, default in known_hparams(algorithm).items():
+            users.setdefault(name, []).append(f"{algorithm} (default {default})")
+    for name, algorithms in users.items():
+        if name not in skip:
+            flags.DEFINE_float(name, defaults.get(name), f"traced hyperparameter of {', '.join(algorithms)}")
+
+
+def from_flags(**overrides: Any) -> Settings:
+    """The `Settings` that the parsed flags and `overrides` (fields or hparams, which win) describe, checked.
+
+    Raises InputError for an hparam that the algorithm does not have.
+    """
+    given = {
+        f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Settings) if f.name in flags.FLAGS and f.metadata
+    }
+    names = sorted({name for algorithm in ALGORITHMS for name in known_hparams(algorithm)})
+    hparams = {name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
+    for name, value in overrides.items():
+        (hparams if name in names else given)[name] = value
+    return make(hparams={name: value for name, value in hparams.items() if value is not None}, **given)
+
+
+def make(hparams: dict[str, float] | None = None, **fields: Any) -> Settings:
+    """`Settings` from keywords, checked."""
+    return Settings(hparams=tuple(sorted((hparams or {}).items())), **fields).check()

@@ -1,0 +1,26 @@
+"""Settings that must be in place before JAX starts, and what every test may ask for."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+import fdjax  # noqa: F401  sets XLA flags, which count only before JAX starts
+
+jax.config.update("jax_num_cpu_devices", 4)  # so that every lifting meets more than one device
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes any first example slow; the same examples every time keep a failure reproducible.
+hypothesis.settings.register_profile("fdjax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("fdjax")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A NumPy generator, the same for every test."""
+    return np.random.default_rng(0)

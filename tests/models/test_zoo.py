@@ -1,0 +1,145 @@
+"""Every model of the zoo: its parameters, one training step, and what it refuses."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdjax.errors import InputError
+from fdjax.losses import cross_entropy
+from fdjax.models import MODELS, build, from_linen
+
+MNIST, CIFAR = (28, 28, 1), (32, 32, 3)
+
+# name, input, classes, options, parameters: the papers' own numbers where they give them
+COUNTS = [
+    ("mclr", (60,), 10, {}, 610),
+    ("2nn", MNIST, 10, {}, 199_210),
+    ("mcmahan_cnn", MNIST, 10, {}, 1_663_370),
+    ("niid_cnn", MNIST, 10, {}, 44_426),
+    ("fedgen_cnn", MNIST, 10, {}, 26_390 + 44),  # 44: scale and bias of the normalisations of 6 and 16 channels
+    ("fd_cnn", MNIST, 10, {}, 1_199_882),
+    ("cnn1", MNIST, 10, {}, 712_842),
+    ("cnn1", MNIST, 10, {"padding": "SAME"}, 3_334_282),
+    ("cnn2", CIFAR, 10, {}, 4_515_594),
+    ("cnn2", CIFAR, 10, {"padding": "SAME"}, 17_098_506),
+]
+
+
+def count(params):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def draw(rng, model, clients=()):
+    """Random parameters, without compiling an init."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=(*clients, *leaf.shape)), jnp.float32), shapes)
+
+
+@pytest.mark.parametrize(("name", "shape", "classes", "options", "expected"), COUNTS)
+def test_parameter_count(name, shape, classes, options, expected):
+    assert count(jax.eval_shape(build(name, shape, classes, **options).init, jax.random.key(0))) == expected
+
+
+def test_fd_cnn_without_biases_is_the_papers_count():
+    params = jax.eval_shape(build("fd_cnn", MNIST, 10).init, jax.random.key(0))
+    biases = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "bias" in str(path[-1])]
+    assert count(params) - count(biases) == 1_199_648
+
+
+def test_every_model_has_a_count():
+    assert {row[0] for row in COUNTS} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_one_step(rng, name):
+    shape = (60,) if name == "mclr" else MNIST
+    model = build(name, shape, 4)
+    params = jax.jit(model.init)(jax.random.key(0))
+    x = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
+    y = jnp.arange(3)
+
+    def loss(params):
+        logits = model.apply(params, x)
+        assert logits.shape == (3, 4)
+        return cross_entropy(logits, y).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    before, gradient = step(params)
+    assert all(jnp.isfinite(leaf).all() and jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    after, _ = step(jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient))
+    assert jnp.isfinite(before)
+    assert after < before
+
+
+@pytest.mark.parametrize("name", ["cnn1", "fedgen_cnn"])
+def test_vmapped_clients_equal_one_by_one(rng, name):
+    model = build(name, MNIST, 3)
+    params = draw(rng, model, (2,))
+    x = jnp.asarray(rng.normal(size=(2, 2, *MNIST)), jnp.float32)
+
+    def gradient(params, x):
+        return jax.grad(lambda p: cross_entropy(model.apply(p, x), jnp.arange(2)).mean())(params)
+
+    many = jax.jit(jax.vmap(gradient))(params, x)
+    gradient = jax.jit(gradient)
+    for i in range(2):
+        one = gradient(jax.tree.map(lambda leaf, i=i: leaf[i], params), x[i])
+        for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one)):
+            np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+def test_any_linen_module(rng):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(2, (3, 3))(x))
+            return nn.Dense(5)(x.mean((1, 2)))
+
+    model = from_linen(Net(), MNIST)
+    assert model.name == "Net"
+    assert model.apply(model.init(jax.random.key(0)), jnp.zeros((2, *MNIST))).shape == (2, 5)
+
+
+class _BatchNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5)(nn.BatchNorm(use_running_average=True)(x))
+
+
+class _Dropout(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build("cnn3", MNIST, 10), "did you mean 'cnn"),
+        (lambda: build("cnn1", MNIST, 10, pad="SAME"), "did you mean 'padding'"),
+        (lambda: build("cnn1", MNIST, 10, padding="FULL"), "'SAME', 'VALID'"),
+        (lambda: build("cnn1", MNIST, 1), "num_classes >= 2"),
+        (lambda: build("cnn1", (8, 8, 1), 10), "smaller than"),
+        (lambda: build("fd_cnn", (4, 4, 1), 10), "smaller than"),
+        (lambda: build("cnn1", (60,), 10), "conv2d takes"),
+        (lambda: build("mclr", (), 10), "at least one"),
+        (lambda: from_linen(_BatchNorm(), (3,)), "batch_stats"),
+        (lambda: from_linen(_Dropout(), (3,)), "dropout"),
+        (lambda: from_linen(nn.Conv(2, (3, 3)), MNIST), "must return logits"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(InputError, match=message) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+def test_apply_refuses_raw_bytes_and_other_shapes(rng):
+    model = build("2nn", MNIST, 10)
+    params = draw(rng, model)
+    with pytest.raises(InputError, match="uint8"):
+        model.apply(params, jnp.zeros((2, *MNIST), jnp.uint8))
+    with pytest.raises(InputError, match="takes floats"):
+        model.apply(params, jnp.zeros((2, *CIFAR)))
