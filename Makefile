@@ -7,9 +7,7 @@ MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
 VENV_BENCH ?= .venv-bench
-# The program that `make bench` runs, and its flags.
-BENCH ?= benchmarks.throughput
-BENCH_FLAGS ?=
+BENCH_FLAGS ?= --suite=cnn1 --peers=torch
 PYTEST_FLAGS ?=
 
 # The first of these that is Python 3.11 or later and can make a venv; set PYTHON to choose another.
@@ -31,7 +29,7 @@ help: ## list the targets
 venv: $(VENV)/.installed ## make or update .venv with the pinned packages
 
 run: $(VENV)/.installed ## federated distillation on the embedded MNIST sample: a table in minutes
-	@$(VENV)/bin/python -m benchmarks.feddistill_table1 --preset=quick --out=runs/table1_quick
+	@$(VENV)/bin/python -m benchmarks.feddistill_table1 --preset=quick --out=runs/table1_quick --overwrite
 
 test: $(VENV)/.installed ## all tests, two at a time
 	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
@@ -50,7 +48,7 @@ types: $(VENV)/.installed ## pyright on the library
 bench-venv: $(VENV_BENCH)/.installed ## make .venv-bench: PyTorch, to time the same work in
 
 bench: $(VENV)/.installed $(VENV_BENCH)/.installed ## speed, side by side with PyTorch
-	@$(VENV)/bin/python -m $(BENCH) --torch_python=$(VENV_BENCH)/bin/python $(BENCH_FLAGS)
+	@$(VENV)/bin/python -m benchmarks.speed --peer_python=$(VENV_BENCH)/bin/python $(BENCH_FLAGS)
 
 clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
 	@rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

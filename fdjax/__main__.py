@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from fdjax import program, report, settings
+from fdjax import data, experiment, program, report, settings
 from fdjax.runner import Result, run
 
 
@@ -19,6 +19,9 @@ def main() -> None:
     given = flags.FLAGS
     chosen = settings.from_flags()
     out = report.prepare(given.out or _fresh(chosen), overwrite=given.overwrite)
+    if given.draw_partition:
+        source, holdings = experiment.load(chosen)
+        data.draw_partition(holdings, source.train_y, source.num_classes, out / "partition.png", chosen.partition_name)
     result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
     text = summary(result)
     print(text)
@@ -80,6 +83,7 @@ def draw(path: Path, result: Result) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_boolean("draw_partition", False, "also draw who holds which labels, as partition.png")
     settings.define_flags()
     program.define_output_flags(None)
     program.start(main)

@@ -20,7 +20,11 @@ class Checkpoints:
         self._ocp = ocp
         self.folder = Path(folder).absolute()
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+            # Named here, or a process that only reads could not see the dtypes of what another one saved.
+            handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2), item_handlers=handlers
+            )
         except OSError as error:
             raise InputError(f"cannot write checkpoints to {folder}: {error.strerror}; choose another --out") from None
 

@@ -23,6 +23,15 @@ _CACHE_BYTES = 1 << 21  # of parameters that a chunk may keep hot on a CPU core
 _WIDEST = 256
 
 
+# What a compiled round does not depend on: runs that differ only here share their compilations.
+_NOT_COMPILED = (
+    "seed", "partition_seed", "hparams", "eval_every", "dataset", "data_dir", "cache_dir", "writers", "train_fraction",
+    "partition", "alpha", "beta", "iid", "samples_per_client", "shards_per_client", "labels_per_client", "min_size",
+    "merge",
+)  # fmt: skip
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Settings) if f.name in _NOT_COMPILED}
+
+
 class Experiment(NamedTuple):
     """Settings made real."""
 
@@ -37,7 +46,7 @@ class Experiment(NamedTuple):
 
 def load(settings: Settings) -> tuple[Source, Holdings]:
     """The data set and who holds what of it."""
-    seed = settings.seed if settings.partition_seed is None else settings.partition_seed
+    seed = settings.data_seed
     options = {
         name: getattr(settings, name)
         for name in ("alpha", "beta", "shards_per_client", "labels_per_client", "min_size", "merge")
@@ -94,7 +103,7 @@ def optimizer_of(settings: Settings) -> Callable[[HParams], optax.GradientTransf
 
     def scale(round):
         if settings.schedule == "exponential":
-            return settings.decay**round
+            return optax.exponential_decay(1.0, 1, settings.decay)(round)
         if settings.schedule == "cosine":
             return optax.cosine_decay_schedule(1.0, settings.rounds)(round)
         return 1.0
@@ -121,17 +130,18 @@ def build(settings: Settings) -> Experiment:
         raise InputError(f"--devices={settings.devices}, but there are {len(available)}; give at most as many")
     mesh = lift.make_mesh(available[: settings.devices or None])
     input_shape = source.train_x.shape[1:]
-    batch_size = settings.batch_size or int(holdings.count.max())
-    static = dataclasses.replace(
-        settings, batch_size=batch_size, seed=0, partition_seed=0, hparams=(), eval_every=1,
-        rounds=settings.rounds if settings.schedule == "cosine" else 1, alpha=None, beta=None, partition=None,
-        data_dir=None, cache_dir=None, writers=None, train_fraction=1.0,
-    )  # fmt: skip
-    algorithm, simulation, layout = _simulation(static, cohorts, input_shape, source.num_classes, mesh)
+    largest = int(holdings.count.max())
+    batch_size = min(settings.batch_size or largest, largest)
+    rounds = settings.rounds if settings.schedule == "cosine" else 1
+    static = dataclasses.replace(settings, **_DEFAULTS | {"batch_size": batch_size, "rounds": rounds})
     test = data.own_test_part(
-        source.train_y, holdings, source.test_y, source.num_classes, settings.partition_seed or settings.seed,
+        source.train_y, holdings, source.test_y, source.num_classes, settings.data_seed,
         train_owner=source.train_owner, test_owner=source.test_owner,
     )  # fmt: skip
+    own_batch = 1 << int(test.count.max() - 1).bit_length()  # rounded up, so that like partitions share compilations
+    algorithm, simulation, layout = _simulation(
+        static, cohorts, input_shape, source.num_classes, min(own_batch, settings.eval_batch), mesh
+    )
     federation = federate(source, holdings, test, tuple(size for _, size in cohorts), mesh)
     hparams = simulate.resolve_hparams(algorithm, dict(settings.hparams))
     return Experiment(settings, source, holdings, federation, simulation, hparams, layout)
@@ -139,7 +149,12 @@ def build(settings: Settings) -> Experiment:
 
 @functools.lru_cache(maxsize=8)
 def _simulation(
-    settings: Settings, cohorts: tuple[tuple[str, int], ...], input_shape: tuple[int, ...], classes: int, mesh: Mesh
+    settings: Settings,
+    cohorts: tuple[tuple[str, int], ...],
+    input_shape: tuple[int, ...],
+    classes: int,
+    own_batch: int,
+    mesh: Mesh,
 ):
     def model(name):
         options = {"padding": settings.padding} if settings.padding and name in ("cnn1", "cnn2") else {}
@@ -157,6 +172,7 @@ def _simulation(
         mesh=mesh,
         chunk=settings.chunk or automatic_chunk(list(built.values()), mesh),
         eval_batch=settings.eval_batch,
+        own_batch=own_batch,
         full_eval=settings.local_eval == "full",
     )
     return algorithm, simulate.simulation(algorithm, layout), layout

@@ -133,12 +133,15 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "") -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
         for label, x, y in curves:
             axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
+        if x_label == "round":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")

@@ -83,6 +83,11 @@ class Settings:
         """The partition that `partition` names or defaults to."""
         return self.partition or ("natural" if self.dataset == "synthetic" else "iid")
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything that is drawn before training."""
+        return self.seed if self.partition_seed is None else self.partition_seed
+
     def check(self) -> "Settings":
         """Self. Raises InputError for what can be seen to be wrong before any data are loaded."""
         for kind, given, known in (
@@ -111,7 +116,8 @@ class Settings:
     def public(self) -> dict[str, Any]:
         """As a flat dict for results and checkpoints: hparams beside the other flags, defaults included."""
         fields = dataclasses.asdict(self)
-        return fields | dict(fields.pop("hparams"))
+        values = known_hparams(self.algorithm) | dict(fields.pop("hparams"))
+        return fields | {name: values[v] if isinstance(v, str) else v for name, v in values.items()}
 
 
 _LEAST = {"rounds": 1, "num_clients": 1, "batch_size": 0, "eval_every": 1, "eval_batch": 1, "chunk": 0, "devices": 0,

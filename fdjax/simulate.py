@@ -38,6 +38,7 @@ class Layout(NamedTuple):
     mesh: Mesh
     chunk: int = 1  # clients vmapped together on one device
     eval_batch: int = 500
+    own_batch: int = 500  # the same for the clients' own test parts, which may be small
     full_eval: bool = True  # test every personal model on the full test set too: C passes over it
 
 
@@ -200,7 +201,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         def one(shared, row: _Row):
             central, federation = shared
             data = local.ClientData(federation.test, federation.test_holdings.order, row.start, row.count)
-            return _test_personal(cohort, central, row.state, data), ()
+            return _test_personal(cohort, central, row.state, data, layout.own_batch), ()
 
         return over_clients(one, (central, federation), everyone)[0]
 
@@ -209,14 +210,14 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
             central, examples = shared
             size = len(examples.y)
             data = local.ClientData(examples, jnp.arange(size, dtype=jnp.int32), jnp.int32(0), jnp.int32(size))
-            return _test_personal(cohort, central, row.state, data), ()
+            return _test_personal(cohort, central, row.state, data, layout.eval_batch), ()
 
         return over_clients(one, (central, federation.test), everyone)[0]
 
-    def _test_personal(cohort, central, client_state, data):
+    def _test_personal(cohort, central, client_state, data, batch_size):
         if algorithm.personal is None:
-            return local.test(central_model.apply, central, data, layout.eval_batch)
-        return local.test(cohort.model.apply, algorithm.personal(client_state), data, layout.eval_batch)
+            return local.test(central_model.apply, central, data, batch_size)
+        return local.test(cohort.model.apply, algorithm.personal(client_state), data, batch_size)
 
     def traffic(federation):
         state = jax.eval_shape(init, 0, federation)

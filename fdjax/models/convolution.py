@@ -42,7 +42,8 @@ def conv2d(x: Array, kernel: Array, strides: tuple[int, int] = (1, 1), padding: 
       InputError: the shapes do not fit, or the input is smaller than the kernel.
     """
     pads = resolve_padding(x.shape, kernel.shape, strides, padding)
-    return _conv(jnp.asarray(x), jnp.asarray(kernel), tuple(strides), pads)
+    dtype = jnp.result_type(x, kernel)
+    return _conv(jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), tuple(strides), pads)
 
 
 def resolve_padding(
@@ -161,16 +162,9 @@ def _weight_gradient_one(x, g, strides, pads, window):
         # g first: XLA:CPU multiplies [o, n] @ [n, width] faster than its transpose.
         return lax.dot_general(g, patches, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
-    size = max(1, min(batch, PIECE_BYTES // (rows * columns * width * x.dtype.itemsize)))
-    whole = batch - batch % size
-    if whole == size:
-        total = piece(x[:whole], g[:whole])
-    else:
-        pieces = [a[:whole].reshape(-1, size, *a.shape[1:]) for a in (x, g)]
-        start = jnp.zeros((features, width), wide)
-        total = lax.scan(lambda total, a: (total + piece(*a), None), start, pieces)[0]
-    if whole < batch:
-        total += piece(x[whole:], g[whole:])
+    size = max(1, PIECE_BYTES // (rows * columns * width * x.dtype.itemsize))
+    pieces = [piece(x[i : i + size], g[i : i + size]) for i in range(0, batch, size)]
+    total = functools.reduce(jnp.add, pieces)
     return total.T.reshape(*window, -1, features).astype(x.dtype)
 
 

@@ -1,0 +1,200 @@
+"""The contract that every registered algorithm keeps: one row in ALGORITHMS enrols a method here.
+
+The federation has 7 clients of 12 to 0 examples, most of which lack some of the 4 classes, and 5 of them take part.
+"""
+
+import chex
+import engine_cases as cases
+import jax
+import numpy as np
+import pytest
+
+from fdjax.algorithms import ALGORITHMS
+from fdjax.checkpoint import Checkpoints
+from fdjax.settings import known_hparams
+
+ROUNDS = 2
+LIFTINGS = [(7, 1), (1, 2), (2, 4)]  # chunk, devices; compared with (3, 1)
+
+pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def run(name, seed=0, federation=None, **layout):
+    """(state, metrics [R], (scalars, values of clients [C])) after ROUNDS rounds, on the host."""
+    algorithm, simulation = cases.simulation(name, **layout)
+    if federation is None:
+        federation = cases.federation(devices=layout.get("devices", 1))
+    state, metrics = simulation.run(simulation.init(seed, federation), federation, cases.hparams_of(algorithm), ROUNDS)
+    return jax.device_get((state, metrics, simulation.evaluate(state, federation)))
+
+
+def changed_rows(before, after):
+    """[C] bool: whose state differs anywhere."""
+    leaves = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    changed = [(a != b).reshape(len(a), -1).any(axis=1) for a, b in leaves]
+    return np.any(changed, axis=0) if changed else None
+
+
+def test_runs(name):
+    state, metrics, (scalars, clients) = run(name)
+    assert cases.all_finite((state, metrics, scalars, clients))
+    assert state.round == ROUNDS
+    assert "train_loss" in metrics
+    assert all(values.shape == (ROUNDS,) for values in metrics.values())
+    assert all(values.shape == (7,) for values in clients.values())
+    assert {"central_accuracy", "local_accuracy", "own_accuracy", "worst_client"} <= scalars.keys()
+    assert all(0 <= value <= 1 for key, value in scalars.items() if "accuracy" in key)
+    start = cases.simulation(name)[1].init(0, cases.federation())
+    assert not np.array_equal(jax.tree.leaves(start.server)[-1], jax.tree.leaves(state.server)[-1])
+
+
+@pytest.mark.parametrize(("chunk", "devices"), LIFTINGS)
+def test_is_the_same_under_every_lifting(name, chunk, devices):
+    state, metrics, evaluation = run(name)
+    algorithm, simulation = cases.simulation(name, chunk=chunk, devices=devices)
+    federation, hparams = cases.federation(devices=devices), cases.hparams_of(algorithm)
+    if devices == 4:
+        other, other_metrics = simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS)
+        chex.assert_trees_all_close(simulation.evaluate(other, federation), evaluation, rtol=1e-5, atol=1e-5)
+    else:  # the same start, to save compiling `init` and `evaluate` again
+        start = jax.device_get(cases.simulation(name)[1].init(0, cases.federation()))
+        other, other_metrics = simulation.run(cases.replicated(start, federation), federation, hparams, ROUNDS)
+    chex.assert_trees_all_close(other, state, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-5, atol=1e-5)
+
+
+def test_is_the_same_every_time_and_another_with_another_seed(name):
+    first = run(name)
+    chex.assert_trees_all_equal(run(name), first)
+    other, *_ = run(name, seed=1)
+    assert np.abs(jax.tree.leaves(other.server)[-1] - jax.tree.leaves(first[0].server)[-1]).max() > 1e-3
+
+
+def test_new_hparams_seeds_epochs_and_partitions_compile_nothing(name):
+    run(name)
+    algorithm, simulation = cases.simulation(name)
+    defaults = cases.hparams_of(algorithm)
+    for hparam in known_hparams(name):
+        value = defaults[hparam] + 1 if hparam.endswith("epochs") else 0.75 * defaults[hparam]
+        other, federation = cases.hparams_of(algorithm, **{hparam: value}), cases.federation((3, 9, 5, 12, 1, 0, 7))
+        with jax.no_tracing():
+            state, metrics = simulation.run(simulation.init(3, federation), federation, other, ROUNDS)
+            simulation.evaluate(state, federation)
+        assert cases.all_finite((state, metrics))
+
+
+def test_every_hparam_is_used(name):
+    run(name)
+    algorithm, simulation = cases.simulation(name)
+    federation = cases.federation()
+    defaults = cases.hparams_of(algorithm)
+
+    def losses(**given):
+        hparams = defaults | {k: np.asarray(v, defaults[k].dtype) for k, v in given.items()}
+        state, _ = simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS)
+        scalars, _ = simulation.evaluate(state, federation)
+        return np.array([scalars["central_loss"], scalars["local_loss"]])
+
+    before = losses()
+    for hparam, value in defaults.items():
+        after = losses(**{hparam: value + 1 if hparam.endswith("epochs") else 0.5 * value})
+        assert np.abs(after - before).max() > 1e-6, f"{hparam} changes nothing"
+
+
+def test_stays_on_the_device(name):
+    """A superstep asks the host for nothing: every transfer is an error."""
+    run(name)
+    algorithm, simulation = cases.simulation(name)
+    federation = cases.federation()
+    hparams = jax.device_put(cases.hparams_of(algorithm))
+    state = simulation.init(0, federation)
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(Exception, match="Disallowed host-to-device"):  # the guard does guard
+            simulation.run(state, federation, jax.tree.map(np.asarray, cases.hparams_of(algorithm)), ROUNDS)
+        state, metrics = simulation.run(state, federation, hparams, ROUNDS)
+        simulation.evaluate(state, federation)
+    assert cases.all_finite(metrics)
+
+
+def test_only_participants_change(name):
+    def took_part(seed):
+        rounds = [cases.participants_of(cases.round_key(seed, r), 7, cases.PARTICIPANTS) for r in range(ROUNDS)]
+        return np.isin(np.arange(7), np.concatenate(rounds))
+
+    federation = cases.federation()
+    holds = np.asarray(federation.train_holdings.count) > 0
+    seed = next(seed for seed in range(100) if not took_part(seed)[holds].all())
+    before = jax.device_get(cases.simulation(name)[1].init(seed, federation))
+    after, *_ = run(name, seed)
+    changed = changed_rows(before.clients[0], after.clients[0])
+    if changed is None:
+        pytest.skip(f"{name} keeps nothing on its clients")
+    np.testing.assert_array_equal(changed, took_part(seed) & holds)
+
+
+@pytest.mark.parametrize(
+    "counts", [(0, 0, 12, 0, 0, 0, 0), (1,) * 7, (0, 0, 0, 1, 0, 0, 36), (6, 0, 6, 0, 6, 0, 6)], ids=str
+)
+def test_survives_sparse_federations(name, counts):
+    assert cases.all_finite(run(name, federation=cases.federation(counts)))
+
+
+def test_without_any_examples_the_server_stays(name):
+    _, simulation = cases.simulation(name)
+    nobody = cases.federation((0,) * 7)
+    before = jax.device_get(simulation.init(0, nobody))
+    after, metrics, evaluation = run(name, federation=nobody)
+    chex.assert_trees_all_equal(after.server, before.server)
+    chex.assert_trees_all_equal(after.clients, before.clients)
+    assert cases.all_finite((metrics, evaluation))
+    assert metrics["train_loss"].tolist() == [0.0] * ROUNDS
+
+
+def test_a_single_participant(name):
+    algorithm, simulation = cases.simulation(name, participants=(1,))
+    federation = cases.federation()
+    before = jax.device_get(cases.simulation(name)[1].init(0, federation))
+    start = cases.replicated(before, federation)
+    after, metrics = jax.device_get(simulation.run(start, federation, cases.hparams_of(algorithm), ROUNDS))
+    assert cases.all_finite((after, metrics))
+    chosen = [int(cases.participants_of(cases.round_key(0, r), 7, 1)[0]) for r in range(ROUNDS)]
+    changed = changed_rows(before.clients[0], after.clients[0])
+    assert changed is None or set(np.flatnonzero(changed)) <= set(chosen)
+
+
+def test_resumes_bitwise(name, tmp_path):
+    algorithm, simulation = cases.simulation(name)
+    federation, hparams = cases.federation(), cases.hparams_of(algorithm)
+
+    def two_rounds(state):
+        return simulation.run(state, federation, hparams, ROUNDS)[0]
+
+    at_once = jax.device_get(two_rounds(two_rounds(simulation.init(0, federation))))
+    halfway = two_rounds(simulation.init(0, federation))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(halfway, {"note": "half"})
+    checkpoints.close()
+    del halfway
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert (checkpoints.latest(), checkpoints.record()) == (ROUNDS, {"note": "half"})
+    restored = checkpoints.restore(simulation.init(99, federation))
+    checkpoints.close()
+    with jax.no_tracing():
+        resumed = two_rounds(restored)
+    chex.assert_trees_all_equal(jax.device_get(resumed), at_once)
+
+
+def test_counts_its_bytes(name):
+    """What is counted is what `broadcast` and `client` return, at 4 bytes a float."""
+    algorithm, simulation = cases.simulation(name)
+    traffic = simulation.traffic(cases.federation())
+    central, params_of = algorithm.central
+    server = algorithm.init_server(jax.random.key(0))
+    P = sum(leaf.size for leaf in jax.tree.leaves(central.init(jax.random.key(0))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params_of(server))) == P
+    assert traffic.down == (sum(leaf.nbytes for leaf in jax.tree.leaves(algorithm.broadcast(server))),)
+    assert traffic.participants == (cases.PARTICIPANTS,)
+    assert (traffic.round_up, traffic.round_down) == (5 * traffic.up[0], 5 * traffic.down[0])
+    if name in ("fedavg", "feddistill"):
+        assert (traffic.up, traffic.down) == ((4 * P,), (4 * P,))
+        assert P == cases.FEATURES * cases.CLASSES + cases.CLASSES
