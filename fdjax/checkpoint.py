@@ -20,6 +20,7 @@ class Checkpoints:
         self._ocp = ocp
         self.folder = Path(folder).absolute()
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             # Named here, or a process that only reads could not see the dtypes of what another one saved.
             handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(

@@ -104,8 +104,10 @@ class Settings:
             if given not in known:
                 raise unknown(kind, given, known)
         for name, least in _LEAST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:  # so that NaN is refused too
                 raise InputError(f"--{name}={getattr(self, name)}: expected at least {least}")
+        if self.seed >= 2**31:
+            raise InputError(f"--seed={self.seed}: expected less than 2147483648")
         for name in ("participation", "train_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"--{name}={getattr(self, name)}: expected a fraction above 0 and at most 1")
@@ -130,7 +132,7 @@ def known_hparams(algorithm: str) -> dict[str, float | str]:
 
 
 def _check_hparam(name: str, value: float) -> None:
-    if name.endswith("epochs") and (value < 1 or value != int(value)):
+    if name.endswith("epochs") and not (1 <= value < 2**31 and value == int(value)):
         raise InputError(f"--{name}={value}: expected a whole number of at least 1")
     if name == "temperature" and not 0 < value < float("inf"):
         raise InputError(f"--{name}={value}: expected a finite number above 0")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fdjax import experiment, keys, lift, local, losses, settings
+from fdjax.errors import InputError
 from fdjax.federation import replicated
 from fdjax.local import Training
 
@@ -88,3 +89,9 @@ def test_teachers_of_different_architectures():
     start = jax.device_put(jax.device_get(built.simulation.init(0, built.federation)), replicated(other.layout.mesh))
     other = other.simulation.run(start, other.federation, other.hparams, other.settings.rounds)
     chex.assert_trees_all_close(jax.device_get(other), jax.device_get((state, metrics)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.xfail(reason="FedAvg trains --model=2nn and says nothing of --models=mclr:5", raises=pytest.fail.Exception)
+def test_models_that_an_algorithm_does_not_use_are_refused():
+    with pytest.raises(InputError, match="mclr"):
+        experiment.build(settings.make(**MIXED | {"algorithm": "fedavg", "model": "2nn", "models": "mclr:5"}))

@@ -1,0 +1,201 @@
+"""`python -m fdjax`: bad input ends in one line before anything compiles; a run leaves what it promises."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+
+from fdjax import report, runner, settings
+from fdjax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "rounds": 2}
+
+
+@pytest.fixture
+def compiled():
+    """The names of XLA compilations since the test began."""
+    jax.random.key(0)  # a model's shapes are checked with a key, and making the first one compiles
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+BAD = [
+    ({"algorithm": "feddistil"}, {}, "unknown algorithm 'feddistil' (did you mean 'feddistill'?); known: fedavg, fed"),
+    ({"dataset": "mnits"}, {}, "unknown data set 'mnits' (did you mean 'mnist'?); known: cifar10, "),
+    ({"partition": "dirichlet_z"}, {}, "unknown partition 'dirichlet_z'"),
+    ({"model": "cnn3"}, {}, "unknown model 'cnn3'"),
+    ({"optimizer": "sgdm"}, {}, "unknown optimizer 'sgdm' (did you mean 'sgd'?); known: adam, adamw, sgd"),
+    ({"schedule": "step"}, {}, "unknown schedule 'step'"),
+    ({"augment": "flip"}, {}, "unknown augment 'flip'"),
+    ({"local_eval": "none"}, {}, "unknown local_eval 'none'"),
+    ({}, {"temperature": 2.0}, "unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs"),
+    ({}, {"learning_rate": -0.1}, "--learning_rate=-0.1: expected a finite number of at least 0"),
+    ({}, {"learning_rate": float("nan")}, "--learning_rate=nan: expected a finite number"),
+    ({}, {"local_epochs": 0.0}, "--local_epochs=0.0: expected a whole number of at least 1"),
+    ({}, {"local_epochs": 1.5}, "--local_epochs=1.5: expected a whole number"),
+    ({}, {"local_epochs": float("inf")}, "--local_epochs=inf: expected a whole number"),
+    ({}, {"local_epochs": float("nan")}, "--local_epochs=nan: expected a whole number"),
+    ({}, {"local_epochs": 1e10}, "--local_epochs=10000000000.0: expected a whole number"),
+    ({"algorithm": "feddistill"}, {"temperature": 0.0}, "--temperature=0.0: expected a finite number above 0"),
+    ({"algorithm": "feddistill"}, {"weight": 1.5}, "--weight=1.5: expected a number in [0, 1]"),
+    ({"rounds": 0}, {}, "--rounds=0: expected at least 1"),
+    ({"participation": 0.0}, {}, "--participation=0.0: expected a fraction above 0 and at most 1"),
+    ({"participation": float("nan")}, {}, "--participation=nan: expected a fraction"),
+    ({"train_fraction": 1.5}, {}, "--train_fraction=1.5: expected a fraction"),
+    ({"batch_size": -1}, {}, "--batch_size=-1: expected at least 0"),
+    ({"momentum": float("nan")}, {}, "--momentum=nan: expected at least 0"),
+    ({"seed": -1}, {}, "--seed=-1: expected at least 0"),
+    ({"seed": 2**31}, {}, "--seed=2147483648: expected less than 2147483648"),
+    ({"num_clients": 0}, {}, "--num_clients=0: expected at least 1"),
+    # What only the data can tell.
+    ({"alpha": -1.0}, {}, "alpha=-1.0: expected a finite number of at least 0"),
+    ({"dataset": "mnist_sample", "partition": "dirichlet_a", "alpha": 0.0}, {}, "alpha=0.0: expected a finite number"),
+    ({"dataset": "mnist_sample", "num_clients": 6001}, {}, "num_clients=6001 for 6000 examples"),
+    ({"dataset": "mnist_sample", "partition": "iid", "shards_per_client": 2}, {}, "partition 'iid' takes no options"),
+    ({"dataset": "mnist", "data_dir": "/no/such/folder"}, {}, "mnist: data_dir '/no/such/folder' is no folder"),
+    ({"dataset": "idx"}, {}, "idx needs data_dir: give the folder"),
+    ({"models": "mclr"}, {}, "--models=mclr: 'mclr' is not of the form name:clients"),
+    ({"models": "mclr:2,mclr:0"}, {}, "--models=mclr:2,mclr:0: 'mclr:0' is not of the form"),
+    ({"algorithm": "feddistill", "models": "mclr:2,2nn:3"}, {}, "--models=mclr:2,2nn:3 names 5 clients, but the parti"),
+    ({"algorithm": "feddistill", "models": "mclr:2,3nn:2"}, {}, "unknown model '3nn' (did you mean '2nn'?)"),
+    ({"models": "mclr:2,2nn:2"}, {}, "fedavg serves 1 architecture(s), but 2 were given"),
+    ({"model": "cnn1"}, {}, "model 'cnn1' on inputs (60,)"),
+    ({"augment": "rotate_crop"}, {}, "--augment=rotate_crop needs images"),
+    ({"devices": 99}, {}, "--devices=99, but there are 4; give at most as many"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "hparams", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_bad_input_is_one_line_before_anything_compiles(compiled, fields, hparams, message):
+    fields = FAST | fields
+    if fields["dataset"] != "synthetic":
+        del fields["samples_per_client"]
+    with pytest.raises(InputError) as error:
+        runner.run(settings.make(hparams=hparams, **fields), progress=False)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert compiled == []
+
+
+def test_the_ends_of_every_range_are_good():
+    made = settings.make({"learning_rate": 0.0, "local_epochs": 1.0}, seed=2**31 - 1, participation=1.0, momentum=0.0)
+    assert made.check() is made
+    settings.make({"weight": 0.0, "temperature": 1e-3}, algorithm="feddistill")
+    settings.make({"weight": 1.0}, algorithm="feddistill", participation=1e-9, batch_size=0)
+
+
+@pytest.mark.parametrize("inside", ["file", "file/below"])
+def test_a_file_in_the_way_of_out(tmp_path, inside):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="cannot write to --out"):
+        report.prepare(tmp_path / inside)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_file_in_the_way_of_checkpoints(tmp_path, compiled):
+    (tmp_path / "checkpoints").write_text("precious")
+    with pytest.raises(InputError, match="cannot write checkpoints to"):
+        runner.run(settings.make(**FAST), tmp_path, progress=False)
+    assert compiled == []
+
+
+def test_overwrite_removes_checkpoints_alone(tmp_path):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "results.json").write_text("{}")
+    assert report.prepare(tmp_path) == tmp_path
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+    report.prepare(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_settings_tell_every_default():
+    """What a table is made of must be readable beside it, so hparams that nobody gave are there too."""
+    public = settings.make({"learning_rate": 0.5}, algorithm="feddistill").public()
+    assert {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams"} <= public.keys()
+    expected = {"learning_rate": 0.5, "teacher_learning_rate": 0.5, "temperature": 2.0, "weight": 0.5}
+    assert {name: public[name] for name in expected} == expected
+    assert json.loads(json.dumps(public)) == public
+
+
+# The program itself.
+
+
+def run(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "fdjax", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["rounds=3"], "error: unexpected argument 'rounds=3'; settings are flags, e.g. --rounds=20 (see --help)\n"),
+        (["--temperature=2"], "error: unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs\n"),
+        (["--num_clients=6001"], "error: num_clients=6001 for 6000 examples; give at most one client per example\n"),
+    ],
+)
+def test_ends_in_one_line(tmp_path, flags, message):
+    result = run(f"--out={tmp_path}", *flags)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+
+
+def test_help_lists_the_flags():
+    result = run("--help")
+    assert "Traceback" not in result.stderr
+    names = {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams"}
+    names |= {"learning_rate", "local_epochs", "temperature", "weight", "teacher_learning_rate", "teacher_epochs"}
+    names |= {"out", "resume", "overwrite", "checkpoint_every"}
+    listed = {line.split(":")[0].strip().removeprefix("--").removeprefix("[no]") for line in result.stdout.splitlines()}
+    assert names <= listed
+    text = " ".join(result.stdout.split())
+    assert "feddistill: FedDistill (Jiang et al. 2020)" in text
+    assert "mclr: multinomial logistic regression" in text
+
+
+def test_a_run_leaves_table_results_and_curves(tmp_path):
+    flagfile, out = tmp_path / "flags", tmp_path / "deep" / "out"
+    given = FAST | {"algorithm": "feddistill", "temperature": 3, "devices": 1, "partition_seed": 7}
+    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in given.items()))
+    result = run(f"--flagfile={flagfile}", f"--out={out}", "--seed=5")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in out.iterdir()} == {"table.md", "results.json", "curves.png", "checkpoints"}
+
+    table = (out / "table.md").read_text()
+    assert table.strip() in result.stdout
+    assert "feddistill, synthetic, natural" in table
+    assert "round 2" in table
+
+    content = json.loads((out / "results.json").read_text())
+    assert content.keys() == {"versions", "device", "machine", "revision", "result"}
+    assert content["versions"]["jax"] == jax.__version__
+    found = content["result"]
+    assert found["settings"] == settings.make(
+        {"temperature": 3.0}, seed=5, **{k: v for k, v in given.items() if k != "temperature"}
+    ).public()  # fmt: skip
+    assert found["participants"] == [4]
+    assert found["bytes_per_participant"] == {"up": [4 * 610], "down": [4 * 610]}
+    assert found["rounds"]["bytes_up"] == [4 * 4 * 610, 2 * 4 * 4 * 610]
+    assert {"train_loss", "teacher_loss"} <= found["rounds"].keys()
+    assert found["evaluations"]["round"] == [1, 2]
+    expected = {"central_accuracy", "local_accuracy", "own_accuracy", "own_accuracy_weighted", "worst_client"}
+    assert expected <= found["final"].keys()
+    assert found["final"] == {name: values[-1] for name, values in found["evaluations"].items()}
+    assert {len(values) for values in found["clients"].values()} == {4}
+    assert f"{100 * found['final']['central_accuracy']:.2f}" in table
+
+    with Image.open(out / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
