@@ -9,8 +9,9 @@ import numpy as np
 from absl import flags
 
 from fdjax import report
-from fdjax.runner import Result, run
-from fdjax.settings import Settings
+from fdjax.errors import InputError
+from fdjax.runner import InterruptedRun, Result, run
+from fdjax.settings import Settings, known_hparams
 
 
 def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Result]]:
@@ -23,9 +24,25 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
         for settings in seeds:
             print(f"{name}, seed {settings.seed}: {settings.rounds} rounds", flush=True)
             folder = out / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{settings.seed}"
-            result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
+            try:
+                result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
+            except InterruptedRun as stop:
+                raise InterruptedRun(stop.round, out) from None
             results.setdefault(name, []).append(result)
     return results
+
+
+def without_distillation() -> dict[str, None]:
+    """Overrides that leave out, for FedAvg, what only FedDistill understands."""
+    return {"models": None} | {n: None for n in known_hparams("feddistill") if n not in known_hparams("fedavg")}
+
+
+def check_rounds(needed: Sequence[int]) -> None:
+    """Raises InputError if --eval_every leaves out a round whose accuracy is to be printed."""
+    every = flags.FLAGS.eval_every
+    for round in needed:
+        if round % every and round != needed[-1]:
+            raise InputError(f"--eval_every={every} leaves out round {round}, which the table shows; use a divisor")
 
 
 def at_round(results: Sequence[Result], metric: str, round: int) -> tuple[float, float | None]:

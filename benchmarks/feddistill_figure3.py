@@ -26,10 +26,17 @@ def main() -> None:
     out = report.prepare(given.out, overwrite=given.overwrite)
     named = {
         label: [
-            settings.from_flags(algorithm=name, dataset="synthetic", seed=given.seed + i) for i in range(given.seeds)
+            settings.from_flags(
+                algorithm=name,
+                dataset="synthetic",
+                seed=given.seed + i,
+                **({} if name == "feddistill" else cases.without_distillation()),
+            )
+            for i in range(given.seeds)
         ]
         for name, label in ALGORITHMS.items()
     }
+    cases.check_rounds(_shown())
     results = cases.run_seeds(named, out)
     panels: list[report.Panel] = [
         ("central model, all test data", "round", "accuracy, %", _curves(results, "central_accuracy")),
@@ -39,13 +46,17 @@ def main() -> None:
     cases.write(out, "benchmarks.feddistill_figure3", _table(results), results)
 
 
+def _shown() -> list[int]:
+    last = flags.FLAGS.rounds
+    return sorted({max(1, last // 20), max(1, last // 5), last})
+
+
 def _curves(results: dict[str, list[Result]], metric: str) -> list[report.Curve]:
     return [(label, *cases.mean_curve(runs, metric)) for label, runs in results.items()]
 
 
 def _table(results: dict[str, list[Result]]) -> str:
-    last = flags.FLAGS.rounds
-    early = sorted({max(1, last // 20), max(1, last // 5), last})
+    early = _shown()
     lines = []
     for label, runs in results.items():
         for metric, text in (
@@ -59,7 +70,7 @@ def _table(results: dict[str, list[Result]]) -> str:
             )
     headers = ("", "accuracy, %", *(f"round {r}" for r in early), "mean of last 10 evaluations")
     own = "FedAvg's own model is the central one; FedDistill's is the personal teacher."
-    return f"{report.table(lines, headers)}\n\nMean ± std of {flags.FLAGS.seeds} seeds (of data too). {own}"
+    return f"{report.table(lines, headers)}\n\n{flags.FLAGS.seeds} seed(s), mean ± std. {own}"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ def main() -> None:
     for name in given.rows:
         if name not in names:
             raise InputError(f"--rows: {name!r} is no row of Table II; its rows are {', '.join(names)}")
+        if given.total_iterations % (2 * names[name].epochs):
+            raise InputError(
+                f"--total_iterations={given.total_iterations}: row {name} needs a multiple of {2 * names[name].epochs}"
+            )
     out = report.prepare(given.out, overwrite=given.overwrite)
     rows = {f"{row.model.upper()}, E={row.epochs}": row for row in (names[name] for name in given.rows)}
     named = {
@@ -55,7 +59,7 @@ def main() -> None:
                 algorithm="feddistill",
                 model=row.model,
                 local_epochs=row.epochs,
-                rounds=max(1, given.total_iterations // (2 * row.epochs)),
+                rounds=given.total_iterations // (2 * row.epochs),
                 train_fraction=given.scale,
                 seed=given.seed + i,
             )
@@ -105,7 +109,7 @@ def _table(rows: dict[str, Row], results: dict[str, list[Result]]) -> str:
     given = flags.FLAGS
     note = (
         f"Accuracy in % on the full test set after the last round; {given.seeds} seed(s); {100 * given.scale:g} % of "
-        f"the training images; partition {named_partition()}; T = 2 R E = {given.total_iterations}."
+        f"the training images of {given.dataset}; partition {named_partition()}; T = 2 R E = {given.total_iterations}."
     )
     return f"{report.table(lines, headers)}\n\n{note}"
 
@@ -116,12 +120,14 @@ def named_partition() -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_float("scale", 1.0, "fraction of the training images; 1 needs a GPU", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float(
+        "scale", 1.0, "fraction of the training images; 1 needs a GPU", lower_bound=1e-4, upper_bound=1.0
+    )
     flags.DEFINE_integer("total_iterations", TOTAL, "T = 2 R E, which gives the rounds R of each E", lower_bound=2)
     flags.DEFINE_list("rows", ["cnn1x2", "cnn2x2", "cnn2x5", "cnn2x20"], "rows as model x epochs")
     flags.DEFINE_integer("seeds", 1, "number of seeds, from --seed on", lower_bound=1)
     settings.define_flags(
-        skip=("algorithm", "model", "rounds", "local_epochs", "train_fraction"),
+        skip=("algorithm", "model", "rounds", "local_epochs", "train_fraction", "local_eval"),
         dataset="cifar10", num_clients=4, batch_size=128, augment="rotate_crop",
     )  # fmt: skip
     program.define_output_flags("runs/feddistill_table2")

@@ -19,7 +19,8 @@ from fdjax.local import Training
 from fdjax.settings import Settings
 from fdjax.types import Cohort, Federation, Holdings, HParams, Source
 
-_CACHE_BYTES = 1 << 21  # of parameters that a chunk may keep hot on a CPU core
+_CACHE_BYTES = 1 << 21  # that a chunk may keep hot on a CPU core
+_COPIES = 4  # of each client's parameters: received, trained, gradient, update
 _WIDEST = 256
 
 
@@ -58,6 +59,11 @@ def load(settings: Settings) -> tuple[Source, Holdings]:
         if getattr(settings, name) is not None:
             source_options[name] = getattr(settings, name)
     if settings.dataset == "synthetic":
+        if settings.partition_name.startswith(("dirichlet", "quantity")):
+            raise InputError(
+                f"--partition={settings.partition_name} of synthetic: --alpha and --beta would be both the data's and "
+                "the partition's; use natural or iid"
+            )
         source_options |= {name: options.pop(name) for name in ("alpha", "beta") if name in options} | {"seed": seed}
         if clients is not None:
             source_options["num_clients"] = clients
@@ -166,6 +172,12 @@ def _simulation(
         raise InputError(f"--augment={settings.augment} needs images, but examples have shape {input_shape}")
     training = Training(settings.batch_size, optimizer_of(settings), augment)
     algorithm = ALGORITHMS[settings.algorithm].build(built[settings.model], training)
+    own = {name for name, _ in cohorts} - {settings.model}
+    if algorithm.personal is None and own:
+        raise InputError(
+            f"--models={settings.models}: clients of {settings.algorithm} have no model of their own, only "
+            f"--model={settings.model}; leave --models out"
+        )
     layout = simulate.Layout(
         cohorts=tuple(Cohort(built[name], size) for name, size in cohorts),
         participants=tuple(max(1, round(settings.participation * size)) for _, size in cohorts),
@@ -183,4 +195,4 @@ def automatic_chunk(used: list[models.Model], mesh: Mesh) -> int:
     if mesh.devices.flat[0].platform != "cpu":
         return _WIDEST
     largest = max(simulate.communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in used)
-    return max(1, min(_WIDEST, _CACHE_BYTES // (4 * largest)))
+    return max(1, min(_WIDEST, _CACHE_BYTES // (_COPIES * largest)))

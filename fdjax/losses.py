@@ -27,8 +27,9 @@ def kl_divergence(teacher: Array, student: Array, temperature: Array | float = 1
 
 
 def correct(logits: Array, labels: Array) -> jax.Array:
-    """1.0 where the largest logit is the label's, else 0.0."""
-    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    """1.0 where the largest logit is the label's, else 0.0; 0.0 where logits are not finite, as after divergence."""
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return (finite & (jnp.argmax(logits, axis=-1) == labels)).astype(jnp.float32)
 
 
 def weighted_mean(values: Array, weight: Array) -> jax.Array:

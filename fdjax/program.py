@@ -26,13 +26,18 @@ def start(main: Callable[[], None]) -> None:
             sys.exit(_complain(f"unexpected argument {argv[1]!r}; settings are flags, e.g. --rounds=20 (see --help)"))
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save at level info
+        given = flags.FLAGS
+        if given.resume and given.overwrite:
+            sys.exit(_complain("--resume and --overwrite exclude each other; give one of them"))
+        if given.resume and not given.out:
+            sys.exit(_complain("--resume needs the --out of the run that is to go on"))
         use_all_cores()
         try:
             main()
         except InputError as error:
             sys.exit(_complain(str(error)))
         except InterruptedRun as stop:
-            kept = f"; the same command with --out={stop.out} --resume goes on" if stop.out else ""
+            kept = f"; the same command with --out={stop.out} --resume (and no --overwrite) goes on" if stop.out else ""
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))
         except KeyboardInterrupt:
             sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))

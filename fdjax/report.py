@@ -32,8 +32,9 @@ def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
         probe.touch()
         probe.unlink()
         if overwrite:
-            for checkpoints in [*folder.rglob("checkpoints")]:
-                shutil.rmtree(checkpoints)
+            for checkpoints in (folder / "checkpoints", *folder.glob("runs/*/checkpoints")):
+                if checkpoints.is_dir():
+                    shutil.rmtree(checkpoints)
     except OSError as error:
         raise InputError(f"cannot write to --out={out}: {error.strerror}; choose another folder") from None
     return folder

@@ -152,7 +152,7 @@ def _extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, 
     losses = evaluations["central_loss"]
     if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
         tqdm.write(
-            f"warning: the central loss is {losses[-1]} at round {done}: the run diverged; lower --learning_rate"
+            f"warning: the central loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates"
         )
     in_order_of_ids = np.argsort(np.asarray(experiment.federation.client))
     record["clients"] = {name: values[in_order_of_ids].astype(float).tolist() for name, values in clients.items()}

@@ -5,10 +5,8 @@ import os
 import jax
 from jaxlib.version import __version__ as jaxlib_version
 
-_WORK_AROUNDS = {
-    "--xla_cpu_experimental_ynn_fusion_type": "",
-    "--xla_disable_hlo_passes": "cpu-parallel-task-assigner",
-}
+_YNN = "--xla_cpu_experimental_ynn_fusion_type="
+_PASSES, _SPLIT = "--xla_disable_hlo_passes=", "cpu-parallel-task-assigner"
 
 
 def work_around_xla_cpu() -> None:
@@ -19,12 +17,17 @@ def work_around_xla_cpu() -> None:
     CNN1's parameters are 1e-3 off after one round of 8 clients, and differ between runs; without the pass that splits
     them, runs are bitwise equal and within 1e-5 of one device. With a device a core the splitting gains nothing.
 
-    A flag that XLA_FLAGS sets already is left alone.
+    Other passes that XLA_FLAGS disables stay disabled; a choice of YNNPACK's fusions made there is left alone.
     """
-    if jaxlib_version.startswith("0.10."):
-        flags = os.environ.get("XLA_FLAGS", "")
-        ours = [f"{name}={value}" for name, value in _WORK_AROUNDS.items() if name not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *ours]).strip()
+    if not jaxlib_version.startswith("0.10."):
+        return
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not any(flag.startswith(_YNN) for flag in flags):
+        flags.append(_YNN)
+    disabled = next((flag for flag in reversed(flags) if flag.startswith(_PASSES)), _PASSES)  # the last one counts
+    if _SPLIT not in disabled:
+        flags.append(f"{disabled},{_SPLIT}" if disabled != _PASSES else _PASSES + _SPLIT)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def use_all_cores() -> None:

@@ -62,7 +62,9 @@ class Settings:
     optimizer: str = _field("sgd", f"the clients' optimiser: {', '.join(OPTIMIZERS)}; starts fresh every round")
     momentum: float = _field(0.0, "of sgd")
     weight_decay: float = _field(0.0, "added to the gradient (sgd, adam) or decoupled (adamw)")
-    schedule: str = _field("constant", f"learning rate over rounds: {', '.join(SCHEDULES)} (to 0 at the last round)")
+    schedule: str = _field(
+        "constant", f"learning rate over rounds: {', '.join(SCHEDULES)} (towards 0 after the last round)"
+    )
     decay: float = _field(0.99, "factor a round of the exponential schedule")
     augment: str = _field("none", f"of training batches: {', '.join(AUGMENTATIONS)}")
 
@@ -73,7 +75,7 @@ class Settings:
     local_eval: str = _field(
         "full", "personal models are tested on the full test set too (full) or on their own part alone (own)"
     )
-    chunk: int = _field(0, "clients trained at once on a device; 0: by the size of the model")
+    chunk: int = _field(0, "clients trained at once on a device; 0: by the size of the model on a CPU, else 256")
     devices: int = _field(0, "devices that share the clients; 0: all")
 
     hparams: tuple[tuple[str, float], ...] = dataclasses.field(default=(), metadata={})

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from fdjax import communication, keys, lift, local
+from fdjax import communication, keys, lift, local, losses
 from fdjax.errors import InputError, unknown
 from fdjax.federation import replicated
 from fdjax.types import Algorithm, Array, Cohort, Federation, Holdings, HParams, PyTree
@@ -184,7 +184,11 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         elif layout.full_eval:
             full_accuracy, full_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *full).mean()
             per_client |= {"local_accuracy": full_accuracy, "local_loss": full_loss}
-            scalars |= {"local_accuracy": jnp.mean(full_accuracy), "local_loss": jnp.mean(full_loss)}
+            trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
+            scalars |= {
+                "local_accuracy": losses.weighted_mean(full_accuracy, trained),
+                "local_loss": losses.weighted_mean(full_loss, trained),
+            }
         tested = federation.test_holdings.count > 0
         scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
         return scalars, per_client

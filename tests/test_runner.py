@@ -1,6 +1,5 @@
 """Runs that are stopped, killed and resumed; runs that must not start."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from fdjax import experiment, lift, runner, settings
 from fdjax.checkpoint import Checkpoints
@@ -94,20 +94,21 @@ def test_resuming_a_finished_run_gives_its_results(undisturbed, monkeypatch):
     assert history(run(small(), out, resume=True)) == history(result)
 
 
-def test_a_stop_leaves_a_checkpoint(undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_a_checkpoint(undisturbed, tmp_path, monkeypatch, number):
     _, result = undisturbed
-    extend, handler = runner._extend, signal.getsignal(signal.SIGINT)
+    extend, handler = runner._extend, signal.getsignal(number)
 
     def extend_and_stop(record, done, *more):
         extend(record, done, *more)
         if done == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(runner, "_extend", extend_and_stop)
     with pytest.raises(runner.InterruptedRun) as stop:
         run(small(), tmp_path)
     assert (stop.value.round, stop.value.out) == (2, tmp_path)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     monkeypatch.undo()
     assert history(run(small(), tmp_path, resume=True)) == history(result)
 
@@ -217,11 +218,12 @@ def program(tmp_path_factory):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
-    given = dataclasses.asdict(small(rounds=MANY))
-    flags = [f"--{name}={given[name]}" for name in (*SMALL, "rounds")] + ["--learning_rate=0.05"]
+    flagfile = cache / "flags"
+    given = SMALL | {"rounds": MANY, "learning_rate": 0.05}
+    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in given.items()))
 
     def start(out, *more):
-        command = [sys.executable, "-m", "fdjax", *flags, f"--out={out}", *more]
+        command = [sys.executable, "-m", "fdjax", f"--flagfile={flagfile}", f"--out={out}", *more]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -251,9 +253,43 @@ def results(out):
     return {key: value for key, value in result.items() if not key.endswith("seconds")}
 
 
-def test_killed_and_resumed_as_if_never_killed(program, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(program(whole))
+@pytest.fixture(scope="module")
+def whole(program, tmp_path_factory):
+    """The folder and the standard output of a run of the program that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "deep" / "out"
+    return out, finish(program(out))
+
+
+def test_a_run_leaves_table_results_and_curves(whole):
+    out, stdout = whole
+    assert {path.name for path in out.iterdir()} == {"table.md", "results.json", "curves.png", "checkpoints"}
+    table = (out / "table.md").read_text()
+    assert table.strip() in stdout
+    assert "feddistill, synthetic, natural" in table
+    assert f"round {MANY}" in table
+
+    content = json.loads((out / "results.json").read_text())
+    assert content.keys() == {"versions", "device", "machine", "revision", "result"}
+    assert content["versions"]["jax"] == jax.__version__
+    found = content["result"]
+    assert found["settings"] == small(rounds=MANY).public()  # the flags of the file, and every default
+    assert found["participants"] == [2]
+    assert found["bytes_per_participant"] == {"up": [4 * 610], "down": [4 * 610]}
+    assert found["rounds"]["bytes_up"][:2] == [2 * 4 * 610, 2 * 2 * 4 * 610]
+    assert {"train_loss", "teacher_loss"} <= found["rounds"].keys()
+    assert found["evaluations"]["round"] == list(range(1, MANY + 1))
+    expected = {"central_accuracy", "local_accuracy", "own_accuracy", "own_accuracy_weighted", "worst_client"}
+    assert expected <= found["final"].keys()
+    assert found["final"] == {name: values[-1] for name, values in found["evaluations"].items()}
+    assert {len(values) for values in found["clients"].values()} == {4}
+    assert f"{100 * found['final']['central_accuracy']:.2f}" in table
+    with Image.open(out / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
+
+
+def test_killed_and_resumed_as_if_never_killed(program, whole, tmp_path):
+    killed = tmp_path / "killed"
     victim = program(killed, "--checkpoint_every=1")
     when_saved(victim, killed, 3)
     victim.kill()
@@ -262,16 +298,14 @@ def test_killed_and_resumed_as_if_never_killed(program, tmp_path):
     assert not (killed / "results.json").exists()
     stdout = finish(program(killed, "--resume", "--checkpoint_every=1000"))
     assert f"round {MANY}" in stdout
-    assert results(killed) == results(whole)
-    # Through JSON a float is exact, so this is a comparison bit for bit of every round and of every client.
-    assert len(results(whole)["rounds"]["train_loss"]) == MANY
+    # Through JSON a float is exact, so this compares every round and every client bit for bit.
+    assert results(killed) == results(whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_in_one_line_and_a_checkpoint(program, tmp_path, number):
+def test_ctrl_c_ends_in_one_line_and_a_checkpoint(program, tmp_path):
     process = program(tmp_path, "--checkpoint_every=1", f"--rounds={100 * MANY}")
     when_saved(process, tmp_path, 1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr

@@ -39,19 +39,19 @@ def build(clients):
     return simulate.simulation(algorithm, layout), federation, hparams
 
 
+def compile_round(simulation, federation, hparams):
+    return simulation.run.lower(simulation.init(0, federation), federation, hparams, 1).compile()
+
+
 @pytest.fixture(scope="module")
 def hundred_thousand():
-    return build(100_000)
-
-
-def temporary_bytes(simulation, federation, hparams):
-    state = jax.eval_shape(simulation.init, 0, federation)
-    return simulation.run.lower(state, federation, hparams, 1).compile().memory_analysis().temp_size_in_bytes
+    built = build(100_000)
+    return *built, compile_round(*built)
 
 
 def test_a_round_of_100_000_clients(hundred_thousand):
-    simulation, federation, hparams = hundred_thousand
-    state, metrics = simulation.run(simulation.init(0, federation), federation, hparams, 1)
+    simulation, federation, hparams, run = hundred_thousand
+    state, metrics = run(simulation.init(0, federation), federation, hparams)
     before = simulation.init(0, federation)
     loss = {
         when: float(simulation.evaluate(s, federation)[0]["central_loss"])
@@ -72,7 +72,8 @@ def test_a_round_of_100_000_clients(hundred_thousand):
 
 def test_memory_follows_the_chunk(hundred_thousand):
     """Five times the clients may cost 24 bytes more for each, their share of index arrays: not 360, an upload each."""
-    small, large = temporary_bytes(*build(20_000)), temporary_bytes(*hundred_thousand)
+    *_, run = hundred_thousand
+    small, large = (compiled.memory_analysis().temp_size_in_bytes for compiled in (compile_round(*build(20_000)), run))
     print(
         f"temporary memory of 20,000 clients {small:,} bytes, of 100,000 {large:,}; uploads of all {100_000 * UPLOAD:,}"
     )

@@ -15,7 +15,8 @@ The paper leaves open, and we chose:
   Hinton et al. (2015), which the paper cites; weight = 0.5, T = 2. `weight` and `temperature` are traced.
 - Gamma_i starts from a random initialisation of its own and is trained by CE on the client's data for `teacher_epochs`
   epochs (E unless set) just before each distillation, with the same optimiser and batch size.
-- Line 2 sums over all K nodes; the sum here is over the round's participants, as in FedAvg.
+- Line 7 sums over all K nodes; the sum here is over the round's participants, as in FedAvg. They are
+  drawn from each cohort apart, at least one each.
 """
 
 from jax import lax

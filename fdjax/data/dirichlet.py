@@ -1,4 +1,4 @@
-"""Seven partitions that papers call "Dirichlet(alpha)". They are not equivalent: name the one you used.
+"""Partitions that papers call "Dirichlet(alpha)": seven names, six procedures (F is A). Name the one you used.
 
 Each function takes the class sizes N_c and returns the table `[C, K]` of how many examples of each class each client
 holds. A small alpha concentrates, a large one tends to IID proportions.

@@ -2,8 +2,8 @@
 
 XLA:CPU computes the gradients of a convolution slowly inside a loop, and a vmapped convolution with a kernel per
 client (a grouped convolution) slower still. So the three bilinear maps of a convolution, `conv2d`, its input gradient
-and its weight gradient, are written here in forms that stay fast on CPU, and as the native ones elsewhere. Each is the
-derivative of the other two, so reverse-mode gradients of any order work; forward mode (`jax.jvp`) does not.
+and its weight gradient, are written here in forms that stay fast on CPU. Each is the derivative of the other two, so
+reverse-mode gradients of any order work; forward mode (`jax.jvp`) does not.
 """
 
 import functools
