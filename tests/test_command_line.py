@@ -113,12 +113,17 @@ def test_a_file_in_the_way_of_checkpoints(tmp_path, compiled):
 
 
 def test_overwrite_removes_checkpoints_alone(tmp_path):
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    (tmp_path / "results.json").write_text("{}")
+    """Those of the run in the folder and of a table's runs below it, and nobody else's."""
+    own = [tmp_path / "checkpoints", tmp_path / "runs" / "fedavg-seed0" / "checkpoints"]
+    others = [tmp_path / "results.json", tmp_path / "project" / "checkpoints" / "3"]
+    for path in (*own, others[1]):
+        path.mkdir(parents=True)
+    others[0].write_text("{}")
     assert report.prepare(tmp_path) == tmp_path
-    assert (tmp_path / "checkpoints" / "3").is_dir()
+    assert all(path.exists() for path in (*own, *others))
     report.prepare(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others)
 
 
 def test_settings_tell_every_default():
@@ -144,7 +149,7 @@ def run(*flags):
     [
         (["rounds=3"], "error: unexpected argument 'rounds=3'; settings are flags, e.g. --rounds=20 (see --help)\n"),
         (["--temperature=2"], "error: unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs\n"),
-        (["--num_clients=6001"], "error: num_clients=6001 for 6000 examples; give at most one client per example\n"),
+        (["--resume", "--overwrite"], "error: --resume and --overwrite exclude each other; give one of them\n"),
     ],
 )
 def test_ends_in_one_line(tmp_path, flags, message):

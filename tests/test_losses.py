@@ -96,6 +96,13 @@ def test_correct_counts_the_first_of_equal_logits():
     np.testing.assert_array_equal(losses.correct(z, jnp.array([1, 0, 1, 2])), [1, 1, 0, 0])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_diverged_model_is_right_about_nothing(bad):
+    z = jnp.array([[bad, 0.0, 0.0], [0.0, bad, 0.0], [bad, bad, bad], [0.0, 1.0, 0.0]])
+    for label in range(3):
+        np.testing.assert_array_equal(losses.correct(z, jnp.full(4, label)), [0, 0, 0, label == 1])
+
+
 @given(
     values=hnp.arrays(np.float32, 6, elements=st.floats(-100, 100, width=32)),
     weight=hnp.arrays(np.float32, 6, elements=st.floats(0, 100, width=32)),

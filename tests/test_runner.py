@@ -201,7 +201,7 @@ def test_a_checkpoint_of_other_dtypes_is_refused(tmp_path):
 def test_a_diverging_run_says_so_and_goes_on(capsys, tmp_path):
     result = run(small(learning_rate=1e38))
     assert not np.isfinite(result.final["central_loss"])
-    assert capsys.readouterr().out.count("the run diverged; lower --learning_rate") == 1
+    assert capsys.readouterr().out.count("the run diverged; lower the learning rates") == 1
     write_json(tmp_path / "results.json", {"losses": result.evaluations["central_loss"]})
     assert json.loads((tmp_path / "results.json").read_text())["losses"][-1] is None
 
@@ -222,13 +222,22 @@ def program(tmp_path_factory):
     given = SMALL | {"rounds": MANY, "learning_rate": 0.05}
     flagfile.write_text("".join(f"--{name}={value}\n" for name, value in given.items()))
 
+    started = []
+
     def start(out, *more):
         command = [sys.executable, "-m", "fdjax", f"--flagfile={flagfile}", f"--out={out}", *more]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
         )
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:  # whatever a failed test left behind
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def finish(process):
@@ -241,8 +250,8 @@ def when_saved(process, out, rounds):
     """Waits until a checkpoint of `rounds` rounds or more is complete."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        saved = [int(path.parent.name) for path in (out / "checkpoints").glob("*/commit_success.txt")]
-        if max(saved, default=0) >= rounds:
+        folders = [path.parent.name for path in (out / "checkpoints").glob("*/commit_success.txt")]
+        if max((int(name) for name in folders if name.isdigit()), default=0) >= rounds:
             return
         time.sleep(0.005)
     pytest.fail(f"no checkpoint before the end: {process.communicate()}")
@@ -311,7 +320,7 @@ def test_ctrl_c_ends_in_one_line_and_a_checkpoint(program, tmp_path):
     assert "Traceback" not in stderr
     last = stderr.splitlines()[-1]
     assert last.startswith("stopped after round ")
-    assert last.endswith(f"; the same command with --out={tmp_path} --resume goes on")
+    assert last.endswith(f"; the same command with --out={tmp_path} --resume (and no --overwrite) goes on")
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     done = checkpoints.latest()
     assert f"stopped after round {done};" in last
