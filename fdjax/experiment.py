@@ -26,7 +26,8 @@ _WIDEST = 256
 
 # What a compiled round does not depend on: runs that differ only here share their compilations.
 _NOT_COMPILED = (
-    "seed", "partition_seed", "hparams", "eval_every", "dataset", "data_dir", "cache_dir", "writers", "train_fraction",
+    "seed", "partition_seed", "hparams", "eval_every", "dataset", "data_dir", "cache_dir", "writers", "standardize",
+    "train_fraction",
     "partition", "alpha", "beta", "iid", "samples_per_client", "shards_per_client", "labels_per_client", "min_size",
     "merge",
 )  # fmt: skip
@@ -68,6 +69,8 @@ def load(settings: Settings) -> tuple[Source, Holdings]:
         if clients is not None:
             source_options["num_clients"] = clients
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **source_options)
+    if not settings.standardize:
+        source = source._replace(mean=(0.0,), std=(1.0,))
     source = _fraction(source, settings.train_fraction, seed)
     name = settings.partition_name
     if clients is None and name not in ("writer", "natural"):

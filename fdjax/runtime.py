@@ -1,8 +1,10 @@
 """What must be said to XLA before a device is first used."""
 
 import os
+import warnings
 
 import jax
+from jax._src import xla_bridge  # no public function tells whether a backend has started
 from jaxlib.version import __version__ as jaxlib_version
 
 _YNN = "--xla_cpu_experimental_ynn_fusion_type="
@@ -25,6 +27,12 @@ def work_around_xla_cpu() -> None:
     if not any(flag.startswith(_YNN) for flag in flags):
         flags.append(_YNN)
     disabled = next((flag for flag in reversed(flags) if flag.startswith(_PASSES)), _PASSES)  # the last one counts
+    if _SPLIT not in disabled and xla_bridge.backends_are_initialized():
+        warnings.warn(
+            "JAX used a device before fdjax was imported, so known wrong numbers of jaxlib 0.10 on CPU cannot be "
+            "prevented; import fdjax first",
+            stacklevel=3,
+        )
     if _SPLIT not in disabled:
         flags.append(f"{disabled},{_SPLIT}" if disabled != _PASSES else _PASSES + _SPLIT)
     os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -46,6 +46,7 @@ class Settings:
     labels_per_client: int | None = _field(None, "partitions labels and jiang", int)
     min_size: int | None = _field(None, "least examples of a client: dirichlet_a, _e, _f, quantity", int)
     merge: bool | None = _field(None, "partition writer: several writers to a client", bool)
+    standardize: bool = _field(True, "inputs to mean 0 and std 1 per channel; else images are in [0, 1]")
     train_fraction: float = _field(1.0, "fraction of the training examples that is used, drawn by partition_seed")
 
     model: str = _field("2nn", f"the central (student) model. {_table(MODELS)}")

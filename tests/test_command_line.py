@@ -62,6 +62,7 @@ BAD = [
     # What only the data can tell.
     ({"alpha": -1.0}, {}, "alpha=-1.0: expected a finite number of at least 0"),
     ({"dataset": "mnist_sample", "partition": "dirichlet_a", "alpha": 0.0}, {}, "alpha=0.0: expected a finite number"),
+    ({"partition": "dirichlet_a"}, {}, "--partition=dirichlet_a of synthetic: --alpha and --beta would be both"),
     ({"dataset": "mnist_sample", "num_clients": 6001}, {}, "num_clients=6001 for 6000 examples"),
     ({"dataset": "mnist_sample", "partition": "iid", "shards_per_client": 2}, {}, "partition 'iid' takes no options"),
     ({"dataset": "mnist", "data_dir": "/no/such/folder"}, {}, "mnist: data_dir '/no/such/folder' is no folder"),

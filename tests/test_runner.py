@@ -68,7 +68,7 @@ def test_history(undisturbed):
 
 def test_clients_are_listed_in_order_of_their_ids(undisturbed):
     """Rows of a federation are in order of work instead."""
-    made = small(rounds=1, partition="quantity", partition_seed=3)
+    made = small(rounds=1, partition="labels", labels_per_client=3, partition_seed=3)
     built = experiment.build(made)
     ids = np.asarray(built.federation.client)
     assert ids.tolist() != [0, 1, 2, 3]
