@@ -76,9 +76,10 @@ def _revision() -> str | None:
 
 
 def result_dict(result: Result) -> dict[str, Any]:
-    """A result as plain JSON values."""
+    """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
+    folders = ("data_dir", "cache_dir", "writers")
     return {
-        "settings": result.settings.public(),
+        "settings": {name: value for name, value in result.settings.public().items() if name not in folders},
         "final": result.final,
         "rounds": result.rounds,
         "evaluations": result.evaluations,
