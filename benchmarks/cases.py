@@ -76,7 +76,7 @@ def write(
         f"{environment['revision']}; {seconds:.0f} s of runs, {compiling:.0f} s of it compilation."
     )
     print(f"\n{text}\n")
-    (out / "table.md").write_text(f"# {title}\n\n{text}\n\n{footer}\n")
+    report.write_text(out / "table.md", f"# {title}\n\n{text}\n\n{footer}\n")
     runs = {name: [report.result_dict(r) for r in runs] for name, runs in results.items()}
     report.write_json(out / "results.json", environment | {"command": command, "runs": runs} | (more or {}))
     print(f"written: {out}/table.md, results.json, curves.png")

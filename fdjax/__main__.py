@@ -9,23 +9,27 @@ setting is a flag below; --flagfile reads them from a file.
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from fdjax import data, experiment, program, report, settings
+from fdjax.errors import InputError
 from fdjax.runner import Result, run
 
 
 def main() -> None:
     given = flags.FLAGS
     chosen = settings.from_flags()
+    if given.coordinator and not given.out:
+        raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
     out = report.prepare(given.out or _fresh(chosen), overwrite=given.overwrite)
     if given.draw_partition:
-        source, holdings = experiment.load(chosen)
+        source, holdings, _ = experiment.load(chosen)
         data.draw_partition(holdings, source.train_y, source.num_classes, out / "partition.png", chosen.partition_name)
     result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
     text = summary(result)
     print(text)
-    (out / "table.md").write_text(text + "\n")
+    report.write_text(out / "table.md", text + "\n")
     report.write_json(out / "results.json", report.environment() | {"result": report.result_dict(result)})
     draw(out / "curves.png", result)
     print(f"\nwritten: {out}/table.md, results.json, curves.png")
@@ -50,7 +54,7 @@ def summary(result: Result) -> str:
     }
     rows = [(text, report.percent(final[name])) for name, text in names.items() if name in final]
     rows += [
-        ("central loss", f"{final['central_loss']:.4f}"),
+        *((f"{kind} loss", f"{final[f'{kind}_loss']:.4f}") for kind in ("central", "local") if f"{kind}_loss" in final),
         ("bytes up, of one client a round", ", ".join(map(report.byte_size, result.traffic.up))),
         ("bytes down, to one client a round", ", ".join(map(report.byte_size, result.traffic.down))),
         ("bytes of the whole run", report.byte_size(result.rounds["bytes_up"][-1] + result.rounds["bytes_down"][-1])),
@@ -66,9 +70,9 @@ def draw(path: Path, result: Result) -> None:
     """Accuracy over rounds and over bytes."""
     evaluations = result.evaluations
     names = [n for n in ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client") if n in evaluations]
-    traffic = result.traffic.round_up + result.traffic.round_down
+    sent = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
     curves = [(n.replace("_", " "), evaluations["round"], [100 * v for v in evaluations[n]]) for n in names]
-    over_bytes = [("central accuracy", [r * traffic / 1e6 for r in evaluations["round"]], curves[0][2])]
+    over_bytes = [(curves[0][0], [sent[int(r) - 1] / 1e6 for r in evaluations["round"]], curves[0][2])]
     panels: list[report.Panel] = [
         ("accuracy", "round", "%", curves),
         ("communication", "MB up and down", "%", over_bytes),
@@ -86,4 +90,5 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("draw_partition", False, "also draw who holds which labels, as partition.png")
     settings.define_flags()
     program.define_output_flags(None)
+    program.define_host_flags()
     program.start(main)

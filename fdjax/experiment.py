@@ -10,26 +10,22 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fdjax import data, lift, models, simulate
+from fdjax import data, models, plan, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.augment import AUGMENTATIONS
 from fdjax.errors import InputError
-from fdjax.federation import federate
-from fdjax.local import Training
+from fdjax.federation import federate, replicated
+from fdjax.layout import Layout
+from fdjax.local import Task, Training
 from fdjax.settings import Settings
-from fdjax.types import Cohort, Federation, Holdings, HParams, Source
-
-_CACHE_BYTES = 1 << 21  # that a chunk may keep hot on a CPU core
-_COPIES = 4  # of each client's parameters: received, trained, gradient, update
-_WIDEST = 256
-
+from fdjax.types import Cohort, Federation, Holdings, HParams, Model, Source
 
 # What a compiled round does not depend on: runs that differ only here share their compilations.
 _NOT_COMPILED = (
     "seed", "partition_seed", "hparams", "eval_every", "dataset", "data_dir", "cache_dir", "writers", "standardize",
     "train_fraction",
     "partition", "alpha", "beta", "iid", "samples_per_client", "shards_per_client", "labels_per_client", "min_size",
-    "merge",
+    "merge", "lifting", "chunk", "devices", "memory_limit", "proxy", "proxy_size",
 )  # fmt: skip
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Settings) if f.name in _NOT_COMPILED}
 
@@ -43,11 +39,13 @@ class Experiment(NamedTuple):
     federation: Federation
     simulation: simulate.Simulation
     hparams: HParams
-    layout: simulate.Layout
+    layout: Layout
+    plan: plan.Plan
+    rechunked: Callable[[int], "Experiment"]  # the same, lifted in other chunks
 
 
-def load(settings: Settings) -> tuple[Source, Holdings]:
-    """The data set and who holds what of it."""
+def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
+    """The data set, who holds what of it, and the proxy data."""
     seed = settings.data_seed
     options = {
         name: getattr(settings, name)
@@ -72,14 +70,23 @@ def load(settings: Settings) -> tuple[Source, Holdings]:
     if not settings.standardize:
         source = source._replace(mean=(0.0,), std=(1.0,))
     source = _fraction(source, settings.train_fraction, seed)
+    proxy = None
+    if settings.proxy is not None:
+        folders = {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
+        source, proxy = data.take_proxy(source, settings.proxy, settings.proxy_size, seed, **folders)
+        if ALGORITHMS[settings.algorithm].proxy == "labelled" and not proxy.labelled:
+            raise InputError(
+                f"{settings.algorithm} needs labelled proxy data, but --proxy={settings.proxy} has no labels"
+            )
     name = settings.partition_name
     if clients is None and name not in ("writer", "natural"):
         clients = 30 if settings.dataset == "synthetic" else 10
     if settings.dataset == "synthetic" and name == "natural":
         clients = None
-    return source, data.partition(
+    holdings = data.partition(
         name, source.train_y, clients, seed, owner=source.train_owner, num_classes=source.num_classes, **options
     )
+    return source, holdings, proxy
 
 
 def _fraction(source: Source, fraction: float, seed: int) -> Source:
@@ -131,71 +138,111 @@ def optimizer_of(settings: Settings) -> Callable[[HParams], optax.GradientTransf
 
 def build(settings: Settings) -> Experiment:
     """Everything a run needs. Runs of one architecture and shapes share one simulation, and so its compilations."""
-    source, holdings = load(settings)
-    clients = len(holdings.count)
-    cohorts = cohort_sizes(settings, clients)
-    available = jax.devices()
-    if settings.devices > len(available):
-        raise InputError(f"--devices={settings.devices}, but there are {len(available)}; give at most as many")
-    mesh = lift.make_mesh(available[: settings.devices or None])
-    input_shape = source.train_x.shape[1:]
+    source, holdings, proxy = load(settings)
+    cohorts = cohort_sizes(settings, len(holdings.count))
     largest = int(holdings.count.max())
     batch_size = min(settings.batch_size or largest, largest)
+    if largest == 0:
+        raise InputError("no client holds a single training example; use another partition or more data")
     rounds = settings.rounds if settings.schedule == "cosine" else 1
     static = dataclasses.replace(settings, **_DEFAULTS | {"batch_size": batch_size, "rounds": rounds})
     test = data.own_test_part(
         source.train_y, holdings, source.test_y, source.num_classes, settings.data_seed,
         train_owner=source.train_owner, test_owner=source.test_owner,
     )  # fmt: skip
-    own_batch = 1 << int(test.count.max() - 1).bit_length()  # rounded up, so that like partitions share compilations
-    algorithm, simulation, layout = _simulation(
-        static, cohorts, input_shape, source.num_classes, min(own_batch, settings.eval_batch), mesh
+    shapes = _Shapes(
+        cohorts=cohorts,
+        inputs=source.train_x.shape[1:],
+        classes=source.num_classes,
+        own_batch=min(_power_of_two(int(test.count.max())), settings.eval_batch),
+        largest=_power_of_two(largest),
+        proxy=0 if proxy is None else len(proxy.y),
     )
-    federation = federate(source, holdings, test, tuple(size for _, size in cohorts), mesh)
+    used = _models(static, shapes)
+    chosen = plan.choose(
+        settings.lifting, settings.chunk, settings.devices, [*used.values()], _participants(settings, cohorts)
+    )
+    algorithm, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chosen.chunk)
+    sizes = tuple(size for _, size in cohorts)
+    federation = federate(source, holdings, test, sizes, chosen.mesh, None if proxy is None else (proxy.x, proxy.y))
     hparams = simulate.resolve_hparams(algorithm, dict(settings.hparams))
-    return Experiment(settings, source, holdings, federation, simulation, hparams, layout)
+    hparams = jax.device_put(hparams, replicated(chosen.mesh))
+
+    def rechunked(chunk: int) -> Experiment:
+        _, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chunk)
+        return Experiment(settings, source, holdings, federation, simulation, hparams, layout, chosen, rechunked)
+
+    return Experiment(settings, source, holdings, federation, simulation, hparams, layout, chosen, rechunked)
+
+
+class _Shapes(NamedTuple):
+    """What of the data a compiled round depends on."""
+
+    cohorts: tuple[tuple[str, int], ...]
+    inputs: tuple[int, ...]
+    classes: int
+    own_batch: int
+    largest: int
+    proxy: int
+
+
+def _power_of_two(size: int) -> int:
+    """Rounded up, so that like partitions share compilations."""
+    return 1 << int(size - 1).bit_length()
+
+
+def _participants(settings: Settings, cohorts: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    return tuple(max(1, round(settings.participation * size)) for _, size in cohorts)
 
 
 @functools.lru_cache(maxsize=8)
-def _simulation(
-    settings: Settings,
-    cohorts: tuple[tuple[str, int], ...],
-    input_shape: tuple[int, ...],
-    classes: int,
-    own_batch: int,
-    mesh: Mesh,
-):
+def _models(settings: Settings, shapes: _Shapes) -> dict[str, Model]:
     def model(name):
         options = {"padding": settings.padding} if settings.padding and name in ("cnn1", "cnn2") else {}
-        return models.build(name, input_shape, classes, **options)
+        return models.build(name, shapes.inputs, shapes.classes, **options)
 
-    built = {name: model(name) for name in {settings.model, *(name for name, _ in cohorts)}}
+    return {name: model(name) for name in (settings.model, *(name for name, _ in shapes.cohorts))}
+
+
+@functools.lru_cache(maxsize=8)
+def _simulation(settings: Settings, shapes: _Shapes, kind: str, mesh: Mesh, chunk: int):
+    built = _models(settings, shapes)
     augment = AUGMENTATIONS[settings.augment]
-    if augment is not None and len(input_shape) != 3:
-        raise InputError(f"--augment={settings.augment} needs images, but examples have shape {input_shape}")
+    if augment is not None and len(shapes.inputs) != 3:
+        raise InputError(f"--augment={settings.augment} needs images, but examples have shape {shapes.inputs}")
     training = Training(settings.batch_size, optimizer_of(settings), augment)
-    algorithm = ALGORITHMS[settings.algorithm].build(built[settings.model], training)
-    own = {name for name, _ in cohorts} - {settings.model}
-    if algorithm.personal is None and own:
+    cohorts = tuple(Cohort(built[name], size) for name, size in shapes.cohorts)
+    entry = ALGORITHMS[settings.algorithm]
+    algorithm = entry.build(
+        Task(
+            model=built[settings.model],
+            models=tuple(cohort.model for cohort in cohorts),
+            training=training,
+            distilling=training._replace(batch_size=settings.distill_batch_size or settings.batch_size, augment=None),
+            clients=sum(cohort.size for cohort in cohorts),
+            classes=shapes.classes,
+            largest=shapes.largest,
+            proxy_size=shapes.proxy,
+            proxy_per_round=min(settings.proxy_per_round or shapes.proxy, shapes.proxy),
+            options={name: allowed[0] for name, allowed in entry.options.items()} | dict(settings.options),
+        )
+    )
+    own = {name for name, _ in shapes.cohorts} - {settings.model}
+    if algorithm.personal is None and algorithm.cohorts == 1 and own:
         raise InputError(
             f"--models={settings.models}: clients of {settings.algorithm} have no model of their own, only "
             f"--model={settings.model}; leave --models out"
         )
-    layout = simulate.Layout(
-        cohorts=tuple(Cohort(built[name], size) for name, size in cohorts),
-        participants=tuple(max(1, round(settings.participation * size)) for _, size in cohorts),
+    layout = Layout(
+        cohorts=cohorts,
+        participants=_participants(settings, shapes.cohorts),
         mesh=mesh,
-        chunk=settings.chunk or automatic_chunk(list(built.values()), mesh),
+        chunk=chunk,
         eval_batch=settings.eval_batch,
-        own_batch=own_batch,
+        own_batch=shapes.own_batch,
         full_eval=settings.local_eval == "full",
+        kind=kind,
+        ordered_sums=settings.ordered_sums,
+        drop_nonfinite=settings.drop_nonfinite,
     )
     return algorithm, simulate.simulation(algorithm, layout), layout
-
-
-def automatic_chunk(used: list[models.Model], mesh: Mesh) -> int:
-    """Clients to vmap together: on a CPU as many as keep their parameters in cache, elsewhere many."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return _WIDEST
-    largest = max(simulate.communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in used)
-    return max(1, min(_WIDEST, _CACHE_BYTES // (_COPIES * largest)))

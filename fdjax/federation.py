@@ -17,8 +17,17 @@ def examples(x: np.ndarray, y: np.ndarray, source: Source) -> Examples:
     return Examples(x, y.astype(np.int32), np.float32(1) / (unit * std), -mean / std)
 
 
-def federate(source: Source, train: Holdings, test: Holdings, cohort_sizes: tuple[int, ...], mesh: Mesh) -> Federation:
+def federate(
+    source: Source,
+    train: Holdings,
+    test: Holdings,
+    cohort_sizes: tuple[int, ...],
+    mesh: Mesh,
+    proxy: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Federation:
     """Put a partitioned source on every device of `mesh`, with the rows of each cohort in order of work.
+
+    `proxy` is (x, y) on the host, in the source's form; a model sees it as it sees the source's examples.
 
     Clients are dealt to cohorts in order of their ids: the first `cohort_sizes[0]` to the first, and so on.
     """
@@ -44,6 +53,7 @@ def federate(source: Source, train: Holdings, test: Holdings, cohort_sizes: tupl
         client=client,
         train_holdings=rows(train, len(source.train_y)),
         test_holdings=rows(test, len(source.test_y) + clients),
+        proxy=None if proxy is None else examples(*proxy, source),
     )
     return jax.device_put(federation, replicated(mesh))
 

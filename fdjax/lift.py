@@ -5,49 +5,59 @@ step and weighs nothing, so rows are padded with zeros to fill the last chunk.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from fdjax.types import PyTree
+from fdjax.types import Array, PyTree
 
 AXIS = "clients"
 
+One = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # (shared, row) -> (kept, partial)
+
+KINDS = {
+    "vmap": "all clients at once on one device",
+    "chunk": "chunks of clients one after another on one device",
+    "shard_map": "chunks on every device of the mesh, of one host or of several",
+    "pmap": "the same under pmap",
+    "loop": "a Python loop, uncompiled around the client, that names the client, round and stage of a failure",
+}
+
+
+class Lifting(NamedTuple):
+    """How one client becomes many. All kinds give the same numbers, to the rounding of a sum's order."""
+
+    kind: str
+    mesh: Mesh
+    chunk: int  # clients vmapped together on one device; of no meaning to vmap and loop
+    ordered: bool = False  # sum partials chunk by chunk whoever computed them: bitwise equal on 1, 2, 4 devices
+
 
 def make_mesh(devices: list[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (all of this host's, if not given) whose one axis is the clients'."""
+    """A mesh over `devices` (all of every host's, if not given) whose one axis is the clients'."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def over_clients(
-    one: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
-    shared: PyTree,
-    rows: PyTree,
-    *,
-    chunk: int,
-    mesh: Mesh,
+    one: One, shared: PyTree, rows: PyTree, lifting: Lifting, *, stage: str = "", names: Array | None = None
 ) -> tuple[PyTree, PyTree]:
     """Run `one(shared, row) -> (kept, partial)` for every row: kept stacked `[S, ...]`, and the sum of partials.
 
-    Each device takes every `devices`-th chunk of `chunk` neighbouring rows, vmaps within a chunk and runs its chunks
-    one after another, so memory follows the chunk, and clients wait only for others of like work. A chunk of one is
-    not vmapped at all, which keeps native convolutions native.
+    Memory follows the chunk, and a client waits only for others of like work. A chunk of one is not vmapped at all,
+    which keeps native convolutions native. `stage` and `names` [S] (client ids) are what a failure under `loop` says.
     """
     (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
-    chunk = min(chunk, -(-size // mesh.size))
-    chunks = -(-size // (chunk * mesh.size))
-    padding = chunks * mesh.size * chunk - size
-
-    def deal(x):  # [S, ...] -> [devices, chunks, chunk, ...]
-        x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)]) if padding else x
-        return jnp.swapaxes(x.reshape(chunks, mesh.size, chunk, *x.shape[1:]), 0, 1)
-
-    def collect(x):  # and back
-        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])[:size]
+    if lifting.kind == "loop":
+        return _loop(one, shared, rows, size, stage, names)
+    devices = lifting.mesh.size
+    chunk = size if lifting.kind == "vmap" else min(lifting.chunk, -(-size // devices))
+    turns = -(-size // (chunk * devices))  # chunks that each device runs
+    deal, collect = _dealing(devices, turns)
 
     @jax.jit  # traced once, for its shapes and for its use
     def one_chunk(shared, rows):
@@ -57,25 +67,96 @@ def over_clients(
         kept, partial = jax.vmap(one, in_axes=(None, 0))(shared, rows)
         return kept, jax.tree.map(lambda x: jnp.sum(x, axis=0), partial)
 
-    def on_device(shared, rows):
-        rows = jax.tree.map(lambda x: x[0], rows)
+    def on_device(shared, rows):  # rows [turns, chunk, ...] -> kept, and the sum, or with `ordered` all [turns, ...]
+        if lifting.ordered:
+            return lax.map(lambda rows: one_chunk(shared, rows), rows)
         _, partial = jax.eval_shape(one_chunk, shared, jax.tree.map(lambda x: x[0], rows))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), partial)
 
-        def step(total, rows):
+        def turn(total, rows):
             kept, partial = one_chunk(shared, rows)
             return jax.tree.map(jnp.add, total, partial), kept
 
-        total, kept = lax.scan(step, zero, rows)
-        return jax.tree.map(lambda x: x[None], kept), lax.psum(total, AXIS)
+        total, kept = lax.scan(turn, _zeros(partial), rows)
+        return kept, total if devices == 1 else lax.psum(total, AXIS)
 
+    def into_chunks(x):
+        padding = turns * devices * chunk - size
+        x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)]) if padding else x
+        return deal(x.reshape(turns * devices, chunk, *x.shape[1:]))
+
+    kept, total = _spread(on_device, lifting)(shared, jax.tree.map(into_chunks, rows))
+    kept = jax.tree.map(lambda x: collect(x).reshape(-1, *x.shape[3:])[:size], kept)
+    return kept, _sum_in_order(jax.tree.map(collect, total)) if lifting.ordered else total
+
+
+def _spread(on_device, lifting: Lifting):
+    """`on_device` for rows [devices, ...] of every device: kept [devices, ...], sums as they are (ordered: as kept)."""
+    if lifting.kind == "pmap":
+        out = (0, 0 if lifting.ordered else None)
+        return jax.pmap(on_device, AXIS, in_axes=(None, 0), out_axes=out, devices=list(lifting.mesh.devices.flat))
+
+    def rank_reduced(shared, rows):
+        kept, total = on_device(shared, jax.tree.map(lambda x: x[0], rows))
+        return jax.tree.map(lambda x: x[None], kept), jax.tree.map(
+            lambda x: x[None], total
+        ) if lifting.ordered else total
+
+    if lifting.kind != "shard_map":
+        return rank_reduced
+    ours = PartitionSpec(AXIS)
     # check_vma would psum the gradient of replicated parameters over devices: clients training on each other's data.
-    sharded = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-        out_specs=(PartitionSpec(AXIS), PartitionSpec()),
+    return jax.shard_map(
+        rank_reduced,
+        mesh=lifting.mesh,
+        in_specs=(PartitionSpec(), ours),
+        out_specs=(ours, ours if lifting.ordered else PartitionSpec()),
         check_vma=False,
     )
-    kept, total = sharded(shared, jax.tree.map(deal, rows))
-    return jax.tree.map(collect, kept), total
+
+
+def _dealing(devices: int, turns: int):
+    """Chunks of falling work to devices and back: there and back again like the turns of a plough, so work is even."""
+    order = np.arange(turns * devices).reshape(turns, devices)
+    order[1::2] = order[1::2, ::-1]
+    there = order.T.ravel()
+    back = np.argsort(there)
+
+    def deal(x):  # [turns * devices, ...] -> [devices, turns, ...]
+        return (x if devices == 1 else x[there]).reshape(devices, turns, *x.shape[1:])
+
+    def collect(x):
+        x = x.reshape(turns * devices, *x.shape[2:])
+        return x if devices == 1 else x[back]
+
+    return deal, collect
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _sum_in_order(partials: PyTree) -> PyTree:
+    """[chunks, ...] summed from the first to the last, so that chunks of padding at the end change no bit."""
+    first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), partials)
+    return lax.scan(lambda total, partial: (jax.tree.map(jnp.add, total, partial), ()), first, partials)[0]
+
+
+def _loop(one: One, shared: PyTree, rows: PyTree, size: int, stage: str, names: Array | None):
+    kept, total = [], None
+    compiled = jax.jit(one)
+    for i in range(size):
+        row = jax.tree.map(lambda x, i=i: x[i], rows)
+        try:
+            mine, partial = jax.block_until_ready(compiled(shared, row))
+        except Exception as error:
+            who = f"row {i}" if names is None else f"client {int(names[i])}"
+            error.add_note(f"{who}, {stage or 'unnamed stage'}\n  row: {_shapes(row)}\n  shared: {_shapes(shared)}")
+            raise
+        kept.append(mine)
+        total = partial if total is None else jax.tree.map(jnp.add, total, partial)
+    return jax.tree.map(lambda *x: jnp.stack(x), *kept), total
+
+
+def _shapes(tree: PyTree) -> str:
+    leaves = jax.tree.leaves_with_path(tree)
+    return ", ".join(f"{jax.tree_util.keystr(p, simple=True, separator='/')} {jax.typeof(x)}" for p, x in leaves)

@@ -1,7 +1,8 @@
 """One client's training and testing, on its own examples."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,24 @@ import optax
 from jax import lax
 
 from fdjax import keys, losses
-from fdjax.types import Array, Examples, HParams, PyTree
+from fdjax.types import Array, Examples, HParams, Model, PyTree
 
-Loss = Callable[[PyTree, jax.Array, jax.Array], jax.Array]  # (params, x [B, ...], y [B]) -> losses [B]
+Loss = Callable[[PyTree, jax.Array, PyTree], jax.Array]  # (params, x [B, ...], targets [B, ...]) -> losses [B]
+
+
+class Data(Protocol):
+    """What `fit` trains on: `count` examples, taken by position."""
+
+    @property
+    def count(self) -> Array: ...  # [] int32
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets [B, ...] at `position` [B]."""
+        ...
 
 
 class ClientData(NamedTuple):
-    """One client's view of the shared examples."""
+    """One client's view of the shared examples; of proxy data, `order` being the ids in use."""
 
     examples: Examples
     order: Array  # [L] int32
@@ -30,12 +42,51 @@ class ClientData(NamedTuple):
         return x * self.examples.scale.reshape(channels) + self.examples.shift.reshape(channels), self.examples.y[index]
 
 
+class Targets(NamedTuple):
+    """Proxy examples `ids` with a target each, such as a consensus, in place of labels."""
+
+    examples: Examples
+    ids: Array  # [n] int32
+    targets: PyTree  # [n, ...]
+
+    @property
+    def count(self) -> Array:
+        """n."""
+        return jnp.int32(len(self.ids))
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets [B, ...] at `position` [B]."""
+        data = ClientData(self.examples, self.ids, jnp.int32(0), self.count)
+        return data.take(position)[0], jax.tree.map(lambda t: t[position], self.targets)
+
+
+def everything(examples: Examples) -> ClientData:
+    """All of `examples` as one client's data."""
+    size = len(examples.y)
+    return ClientData(examples, jnp.arange(size, dtype=jnp.int32), jnp.int32(0), jnp.int32(size))
+
+
 class Training(NamedTuple):
     """How a client trains: what is static about it; learning rate, epochs and the like are hparams."""
 
     batch_size: int
     optimizer: Callable[[HParams], optax.GradientTransformation]  # sees the hparams and hparams["round"]
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None  # (key, x [B, ...]) -> x
+
+
+class Task(NamedTuple):
+    """What a method is built for: everything static that it may want to know."""
+
+    model: Model  # the central one
+    models: tuple[Model, ...]  # the clients', cohort by cohort
+    training: Training  # on a client's own examples
+    distilling: Training  # on proxy data
+    clients: int
+    classes: int
+    largest: int = 0  # examples of the largest client
+    proxy_size: int = 0  # M, 0 without proxy data
+    proxy_per_round: int = 0  # of them used in one round
+    options: Mapping[str, str] = MappingProxyType({})  # the method's choices by name, see its OPTIONS
 
 
 def batches(count: Array, size: int) -> jax.Array:
@@ -47,7 +98,7 @@ def fit(
     training: Training,
     loss: Loss,
     params: PyTree,
-    data: ClientData,
+    data: Data,
     hparams: HParams,
     key: jax.Array,
     *,
@@ -114,3 +165,17 @@ def test(apply: Callable[[Any, jax.Array], jax.Array], params: PyTree, data: Cli
 
     zero = jnp.float32(0)
     return lax.fori_loop(0, batches(data.count, batch_size), step, Score(zero, zero, zero))
+
+
+def predict(
+    apply: Callable[[Any, jax.Array], jax.Array], params: PyTree, examples: Examples, batch_size: int
+) -> jax.Array:
+    """Logits [M, K] of a model on all of `examples` [M, ...], in batches."""
+    size = len(examples.y)
+    batch_size = min(batch_size, size)
+    positions = jnp.arange(-(-size // batch_size) * batch_size).reshape(-1, batch_size)
+    data = everything(examples)
+    _, logits = lax.scan(
+        lambda _, position: ((), apply(params, data.take(jnp.minimum(position, size - 1))[0])), (), positions
+    )
+    return logits.reshape(-1, logits.shape[-1])[:size]

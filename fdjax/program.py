@@ -1,10 +1,13 @@
 """The frame of every program: flags, one-line errors, Ctrl-C."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from fdjax import hosts
 from fdjax.errors import InputError
 from fdjax.runner import InterruptedRun
 from fdjax.runtime import use_all_cores
@@ -16,6 +19,22 @@ def define_output_flags(out: str | None) -> None:
     flags.DEFINE_boolean("resume", False, "go on from the checkpoints in --out")
     flags.DEFINE_boolean("overwrite", False, "begin again although --out holds a run")
     flags.DEFINE_integer("checkpoint_every", 0, "rounds between checkpoints; 0: about every 30 seconds", lower_bound=0)
+
+
+def define_host_flags() -> None:
+    """--coordinator, --num_processes, --process_id."""
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, when several hosts share a run; auto: ask the cluster"
+    )
+    flags.DEFINE_integer("num_processes", None, "hosts that share the run")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
+
+@contextlib.contextmanager
+def _silent():
+    """Only the first host prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def start(main: Callable[[], None]) -> None:
@@ -33,7 +52,10 @@ def start(main: Callable[[], None]) -> None:
             sys.exit(_complain("--resume needs the --out of the run that is to go on"))
         use_all_cores()
         try:
-            main()
+            if "coordinator" in given:
+                hosts.join(given.coordinator, given.num_processes, given.process_id)
+            with contextlib.nullcontext() if hosts.is_first() else _silent():
+                main()
         except InputError as error:
             sys.exit(_complain(str(error)))
         except InterruptedRun as stop:

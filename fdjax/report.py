@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from tabulate import tabulate
 
+from fdjax import hosts
 from fdjax.errors import InputError
 from fdjax.runner import Result
 
@@ -31,12 +32,13 @@ def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
-        if overwrite:
+        if overwrite and hosts.is_first():
             for checkpoints in (folder / "checkpoints", *folder.glob("runs/*/checkpoints")):
                 if checkpoints.is_dir():
                     shutil.rmtree(checkpoints)
     except OSError as error:
         raise InputError(f"cannot write to --out={out}: {error.strerror}; choose another folder") from None
+    hosts.wait()
     return folder
 
 
@@ -92,7 +94,7 @@ def result_dict(result: Result) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON by way of a temporary file; a number that is not finite becomes null."""
+    """Write JSON; a number that is not finite becomes null."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -101,9 +103,15 @@ def write_json(path: Path, content: Any) -> None:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plain(content), indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(plain(content), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file by way of a temporary one; of several hosts, the first does."""
+    if hosts.is_first():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
@@ -147,5 +155,6 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "") -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=120)
+    if hosts.is_first():
+        figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fdjax import hosts, plan
 from fdjax.checkpoint import Checkpoints
 from fdjax.communication import Traffic
 from fdjax.errors import InputError
 from fdjax.experiment import Experiment, build
 from fdjax.settings import Settings
+from fdjax.simulate import BAD_CLIENT, BAD_CLIENTS, BAD_LEAF, State
 
 _SAVE_SECONDS = 30
-_FREE_TO_CHANGE = ("rounds", "data_dir", "cache_dir", "devices")  # between a checkpoint and its resumption
+_FREE_TO_CHANGE = ("rounds", "data_dir", "cache_dir", "devices", "lifting", "memory_limit")  # before a resumption
+_FOLDERS = ("data_dir", "cache_dir", "writers")  # which may differ between hosts
 
 
 class Result(NamedTuple):
@@ -65,10 +69,17 @@ def run(
         clock = stack.enter_context(_clock())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints"))) if out else None
         done = _rounds_done(checkpoints, settings, resume) if checkpoints else 0
+        hosts.check_agreement(settings.public(), _FOLDERS)
         experiment = build(settings)
-        simulation, federation = experiment.simulation, experiment.federation
-        traffic = simulation.traffic(federation)
-        state = simulation.init(settings.seed, federation)
+        federation = experiment.federation
+        traffic = experiment.simulation.traffic(federation)
+        state = experiment.simulation.init(settings.seed, federation)
+        length = min(settings.eval_every, settings.rounds)
+        experiment, needed = _fitted(experiment, state, length)
+        simulation = experiment.simulation
+        progress = progress and hosts.is_first()
+        if progress:
+            tqdm.write(f"lifting: {experiment.plan.why}{needed}", file=sys.stderr)
         record: dict[str, Any] = {
             "rounds": {},
             "evaluations": {},
@@ -78,6 +89,8 @@ def run(
         }
         if checkpoints and done:
             state, record = checkpoints.restore(state), checkpoints.record()
+        elif simulation.setup is not None:
+            state = simulation.setup(state, federation, experiment.hparams)
         clock.start(record)
         saved_at, saved_round = time.perf_counter(), done
         bar = stack.enter_context(
@@ -89,7 +102,8 @@ def run(
             state, metrics = simulation.run(state, federation, experiment.hparams, length)
             done += length
             _extend(record, done, experiment, metrics, *simulation.evaluate(state, federation))
-            bar.set_postfix_str(f"central {100 * record['evaluations']['central_accuracy'][-1]:.2f} %")
+            kind = "central" if "central_accuracy" in record["evaluations"] else "local"
+            bar.set_postfix_str(f"{kind} {100 * record['evaluations'][f'{kind}_accuracy'][-1]:.2f} %")
             bar.update(length)
             due = (
                 done - saved_round >= checkpoint_every
@@ -102,11 +116,9 @@ def run(
             if stop and done < settings.rounds:
                 raise InterruptedRun(done, out)
         record = clock.stamp(record)
-    passed = np.arange(1, settings.rounds + 1)
-    record["rounds"] |= {
-        "bytes_up": (passed * traffic.round_up).tolist(),
-        "bytes_down": (passed * traffic.round_down).tolist(),
-    }
+    for way, fixed in (("bytes_up", traffic.round_up), ("bytes_down", traffic.round_down)):
+        sent = record["rounds"].get(way, [fixed] * settings.rounds)  # coded bytes, if the method counts them
+        record["rounds"][way] = np.cumsum(sent).tolist()
     return Result(
         settings,
         record["rounds"],
@@ -143,19 +155,59 @@ def _rounds_done(checkpoints: Checkpoints, settings: Settings, resume: bool) -> 
 def _extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, scalars, clients) -> None:
     """Append one superstep, fetched from the device, to the record."""
     metrics, scalars, clients = jax.device_get((metrics, scalars, clients))
+    bad, leaf = metrics.pop(BAD_CLIENT), metrics.pop(BAD_LEAF)
+    before = sum(record["rounds"].get(BAD_CLIENTS, []))
+    if metrics[BAD_CLIENTS].any() and not before:
+        _name_the_bad(experiment, done - len(bad), metrics[BAD_CLIENTS], bad, leaf)
     for name, values in metrics.items():
         record["rounds"].setdefault(name, []).extend(values.astype(float).tolist())
     evaluations = record["evaluations"]
     evaluations.setdefault("round", []).append(done)
     for name, value in scalars.items():
         evaluations.setdefault(name, []).append(float(value))
-    losses = evaluations["central_loss"]
-    if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
-        tqdm.write(
-            f"warning: the central loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates"
-        )
     in_order_of_ids = np.argsort(np.asarray(experiment.federation.client))
     record["clients"] = {name: values[in_order_of_ids].astype(float).tolist() for name, values in clients.items()}
+
+
+def _name_the_bad(experiment: Experiment, before: int, counts, clients, leaves) -> None:
+    """Say whose numbers stopped being finite first, and in what."""
+    first = int(np.argmax(counts > 0))
+    client = int(clients[first])
+    row = int(np.flatnonzero(np.asarray(experiment.federation.client) == client)[0])
+    cohort = next(j for j, part in enumerate(experiment.layout.slices) if part.start <= row < part.stop)
+    name = experiment.simulation.leaf(experiment.federation, cohort, int(leaves[first]))
+    more = f" ({int(counts[first]) - 1} more in that round)" if counts[first] > 1 else ""
+    what = (
+        "left out of the rounds in which it happens"
+        if experiment.settings.drop_nonfinite
+        else "nor is what is made of it then; lower the learning rates, or leave such clients out by --drop_nonfinite"
+    )
+    tqdm.write(
+        f"warning: client {client}: {name} is not finite in round {before + first + 1}{more}; {what}", file=sys.stderr
+    )
+
+
+def _fitted(experiment: Experiment, state: State, length: int) -> tuple[Experiment, str]:
+    """The experiment in chunks that fit in memory, compiled, and what it needs of what is free, in words.
+
+    Raises InputError if it does not fit and --chunk was given, or if nothing fits.
+    """
+    settings, chosen = experiment.settings, experiment.plan
+    free = int(settings.memory_limit * 1e9) or plan.free_bytes(chosen.mesh)
+    if chosen.kind == "loop" or free is None:
+        return experiment, ""
+    tried: dict[int, Experiment] = {}
+
+    def needed_by(chunk: int) -> int:
+        one = tried[chunk] = experiment if chunk == chosen.chunk else experiment.rechunked(chunk)
+        run: Any = one.simulation.run  # both are jitted, and keep what is compiled here for their first call
+        evaluate: Any = one.simulation.evaluate
+        calls = run.lower(state, one.federation, one.hparams, length), evaluate.lower(state, one.federation)
+        return max(plan.needed_bytes(call.compile()) for call in calls)
+
+    chunk, needed = plan.fit_chunk(chosen.chunk, free, needed_by, may_change=chosen.automatic_chunk)
+    changed = f"; chunk {chunk}, because {chosen.chunk} does not fit" if chunk != chosen.chunk else ""
+    return tried[chunk], f"{changed}; {needed / 1e9:.2g} of {free / 1e9:.3g} GB free"
 
 
 @contextlib.contextmanager

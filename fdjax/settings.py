@@ -9,6 +9,7 @@ from fdjax import data
 from fdjax.algorithms import ALGORITHMS
 from fdjax.augment import AUGMENTATIONS
 from fdjax.errors import InputError, unknown
+from fdjax.lift import KINDS
 from fdjax.models import MODELS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -76,10 +77,21 @@ class Settings:
     local_eval: str = _field(
         "full", "personal models are tested on the full test set too (full) or on their own part alone (own)"
     )
+    proxy: str | None = _field(
+        None, f"proxy data: the name of a data set, or one of {_table(data.PROXIES)}; default: none", str
+    )
+    proxy_size: int = _field(1000, "proxy examples")
+    proxy_per_round: int = _field(0, "of them used in a round, a fresh subset each; 0: all")
+    distill_batch_size: int = _field(0, "examples of a step on proxy data; 0: batch_size")
+    lifting: str = _field("auto", f"how clients run side by side: auto; {_table(KINDS)}")
     chunk: int = _field(0, "clients trained at once on a device; 0: by the size of the model on a CPU, else 256")
-    devices: int = _field(0, "devices that share the clients; 0: all")
+    devices: int = _field(0, "devices that share the clients, of all hosts together; 0: all")
+    ordered_sums: bool = _field(False, "add uploads in an order that does not depend on the devices; costs memory")
+    drop_nonfinite: bool = _field(False, "leave a client out of a round in which its numbers are not finite")
+    memory_limit: float = _field(0.0, "GB that a device may use; 0: what is free")
 
     hparams: tuple[tuple[str, float], ...] = dataclasses.field(default=(), metadata={})
+    options: tuple[tuple[str, str], ...] = dataclasses.field(default=(), metadata={})
 
     @property
     def partition_name(self) -> str:
@@ -102,6 +114,9 @@ class Settings:
             ("schedule", self.schedule, SCHEDULES),
             ("augment", self.augment, AUGMENTATIONS),
             ("local_eval", self.local_eval, LOCAL_EVALS),
+            ("lifting", self.lifting, ("auto", *KINDS)),
+            *((f"option of {self.algorithm}", name, ALGORITHMS[self.algorithm].options) for name, _ in self.options),
+            *((name, value, ALGORITHMS[self.algorithm].options.get(name, ())) for name, value in self.options),
             *((f"hparam of {self.algorithm}", name, known_hparams(self.algorithm)) for name, _ in self.hparams),
         ):
             if given not in known:
@@ -116,17 +131,27 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: expected a fraction above 0 and at most 1")
         for name, value in self.hparams:
             _check_hparam(name, value)
+        needed = ALGORITHMS[self.algorithm].proxy
+        if needed and self.proxy is None:
+            raise InputError(f"{self.algorithm} needs {needed} proxy data; give --proxy=held_out, or another (--help)")
+        if self.proxy is not None and self.proxy_per_round > self.proxy_size:
+            raise InputError(
+                f"--proxy_per_round={self.proxy_per_round}, but --proxy_size={self.proxy_size}; give at most as many"
+            )
         return self
 
     def public(self) -> dict[str, Any]:
         """As a flat dict for results and checkpoints: hparams beside the other flags, defaults included."""
         fields = dataclasses.asdict(self)
         values = known_hparams(self.algorithm) | dict(fields.pop("hparams"))
+        fields |= {name: allowed[0] for name, allowed in ALGORITHMS[self.algorithm].options.items()}
+        fields |= dict(fields.pop("options"))
         return fields | {name: values[v] if isinstance(v, str) else v for name, v in values.items()}
 
 
 _LEAST = {"rounds": 1, "num_clients": 1, "batch_size": 0, "eval_every": 1, "eval_batch": 1, "chunk": 0, "devices": 0,
-          "seed": 0, "partition_seed": 0, "momentum": 0, "weight_decay": 0, "decay": 0}  # fmt: skip
+          "seed": 0, "partition_seed": 0, "momentum": 0, "weight_decay": 0, "decay": 0,
+          "proxy_size": 1, "proxy_per_round": 0, "distill_batch_size": 0, "memory_limit": 0}  # fmt: skip
 
 
 def known_hparams(algorithm: str) -> dict[str, float | str]:
@@ -156,6 +181,15 @@ def define_flags(skip: tuple[str, ...] = (), **defaults: Any) -> None:
     for field in dataclasses.fields(Settings):
         if field.name not in skip and field.metadata:
             define[field.metadata["kind"]](field.name, defaults.get(field.name, field.default), field.metadata["help"])
+    choices: dict[str, list[str]] = {}
+    for algorithm, entry in ALGORITHMS.items():
+        for name, allowed in entry.options.items():
+            choices.setdefault(name, []).append(f"{algorithm} ({', '.join(allowed)})")
+    for name, algorithms in choices.items():
+        if name not in skip:
+            flags.DEFINE_string(
+                name, defaults.get(name), f"choice of {'; '.join(algorithms)}; the first is the default"
+            )
     users: dict[str, list[str]] = {}
     for algorithm in ALGORITHMS:
         for name, default in known_hparams(algorithm).items():
@@ -173,13 +207,20 @@ def from_flags(**overrides: Any) -> Settings:
     given = {
         f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Settings) if f.name in flags.FLAGS and f.metadata
     }
-    names = sorted({name for algorithm in ALGORITHMS for name in known_hparams(algorithm)})
-    hparams = {name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
+    hparam_names = sorted({name for algorithm in ALGORITHMS for name in known_hparams(algorithm)})
+    option_names = sorted({name for entry in ALGORITHMS.values() for name in entry.options})
+    hparams = {name: flags.FLAGS[name].value for name in hparam_names if name in flags.FLAGS}
+    options = {name: flags.FLAGS[name].value for name in option_names if name in flags.FLAGS}
     for name, value in overrides.items():
-        (hparams if name in names else given)[name] = value
-    return make(hparams={name: value for name, value in hparams.items() if value is not None}, **given)
+        (hparams if name in hparam_names else options if name in option_names else given)[name] = value
+    return make(_given(hparams), _given(options), **given)
 
 
-def make(hparams: dict[str, float] | None = None, **fields: Any) -> Settings:
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def make(hparams: dict[str, float] | None = None, options: dict[str, str] | None = None, **fields: Any) -> Settings:
     """`Settings` from keywords, checked."""
-    return Settings(hparams=tuple(sorted((hparams or {}).items())), **fields).check()
+    chosen = {"hparams": tuple(sorted((hparams or {}).items())), "options": tuple(sorted((options or {}).items()))}
+    return Settings(**chosen, **fields).check()

@@ -1,11 +1,11 @@
-"""A federation's rounds and their evaluation, each one compiled call.
+"""A federation's rounds, compiled.
 
+setup (once): lift(client's setup)
 round: sample participants -> broadcast -> lift(client) -> reduce -> server
 superstep: a scan of rounds; then the host may evaluate, draw progress, checkpoint
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,51 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
-from fdjax import communication, keys, lift, local, losses
+from fdjax import communication, keys, lift, local
 from fdjax.errors import InputError, unknown
-from fdjax.federation import replicated
-from fdjax.types import Algorithm, Array, Cohort, Federation, Holdings, HParams, PyTree
+from fdjax.evaluate import Evaluate, evaluation
+from fdjax.layout import Layout, Row, State, compiler, rows_of
+from fdjax.types import Algorithm, Cohort, Federation, HParams, PyTree, Reduction
 
-
-class State(NamedTuple):
-    """Everything that changes between rounds."""
-
-    server: PyTree
-    clients: tuple[PyTree, ...]  # one stacked pytree [C_j, ...] a cohort, rows as in the federation
-    round: jax.Array  # [] int32: rounds done
-    root: jax.Array  # [2] uint32: the root key's data; a typed key on several devices would miss jit's fast path
-
-
-class Layout(NamedTuple):
-    """What is static about a simulation besides its algorithm."""
-
-    cohorts: tuple[Cohort, ...]
-    participants: tuple[int, ...]  # per round, of each cohort
-    mesh: Mesh
-    chunk: int = 1  # clients vmapped together on one device
-    eval_batch: int = 500
-    own_batch: int = 500  # the same for the clients' own test parts, which may be small
-    full_eval: bool = True  # test every personal model on the full test set too: C passes over it
+# Metrics of a round that say which client's numbers were not finite first; the runner turns them into a sentence.
+BAD_CLIENTS, BAD_CLIENT, BAD_LEAF = "nonfinite_clients", "_bad_client", "_bad_leaf"
 
 
 class Simulation(NamedTuple):
     """The compiled functions of one (algorithm, layout); new hparams, seeds and epochs compile nothing."""
 
     init: Callable[[int, Federation], State]  # (seed, federation)
-    run: Callable[
-        [State, Federation, HParams, int], tuple[State, dict[str, jax.Array]]
-    ]  # rounds: static; state donated
-    evaluate: Callable[[State, Federation], tuple[dict[str, jax.Array], dict[str, jax.Array]]]  # scalars, [C] each
+    setup: Callable[[State, Federation, HParams], State] | None  # before the first round; state donated
+    run: Callable[[State, Federation, HParams, int], tuple[State, dict[str, jax.Array]]]
+    # rounds: static; state donated
+    evaluate: Evaluate  # scalars, and values of each client [C]
     traffic: Callable[[Federation], communication.Traffic]
-
-
-class _Row(NamedTuple):
-    client: Array
-    start: Array
-    count: Array
-    state: PyTree
+    leaf: Callable[[Federation, int, int], str]  # (federation, cohort, BAD_LEAF) -> its name
 
 
 def resolve_hparams(algorithm: Algorithm, given: dict[str, Any]) -> HParams:
@@ -80,190 +56,213 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
             f"{algorithm.name} serves {algorithm.cohorts} architecture(s), but {len(layout.cohorts)} were given; "
             "use one model for all clients or another algorithm"
         )
-    bounds = np.cumsum((0, *(cohort.size for cohort in layout.cohorts)))
-    slices = [slice(int(low), int(high)) for low, high in itertools.pairwise(bounds)]
-    central_model, central_params = algorithm.central
+    slices, lifting, compiled = layout.slices, layout.lifting, compiler(layout)
+    reductions = (algorithm.reduction, *([algorithm.within] if algorithm.within else []))
 
-    def over_clients(one, shared, rows):
-        return lift.over_clients(one, shared, rows, chunk=layout.chunk, mesh=layout.mesh)
+    def init_of(cohort: Cohort):
+        return lambda key, client: (algorithm.init_client(cohort.model, keys.stream(key, "client", client)), ())
 
-    def rows(federation: Federation, holdings: Holdings, part: slice, state: PyTree) -> _Row:
-        return _Row(federation.client[part], holdings.start[part], holdings.count[part], state)
+    inits = [init_of(cohort) for cohort in layout.cohorts]
 
-    # State keeps one placement, or the second superstep would be compiled anew.
-    placed = functools.partial(jax.jit, out_shardings=replicated(layout.mesh))
-
-    @placed
+    @compiled
     def init(seed, federation):
         key = jax.random.key(seed)
-        clients = []
-        for cohort, part in zip(layout.cohorts, slices, strict=True):
-
-            def one(key, row, model=cohort.model):
-                return algorithm.init_client(model, keys.stream(key, "client", row)), ()
-
-            clients.append(over_clients(one, key, federation.client[part])[0])
+        clients = tuple(
+            lift.over_clients(one, key, federation.client[part], lifting, stage="init", names=federation.client[part])[
+                0
+            ]
+            for one, part in zip(inits, slices, strict=True)
+        )
         server = algorithm.init_server(keys.stream(key, "server"))
-        return State(server, tuple(clients), jnp.int32(0), jax.random.key_data(key))
+        return State(server, clients, jnp.int32(0), jax.random.key_data(key))
 
-    def client_of(cohort: Cohort):
-        """One client's turn: (shared, row) -> ((state, metrics, weight), partial of the reduction)."""
-
-        def one(shared, row: _Row):
-            broadcast, federation, hparams, key = shared
-            data = local.ClientData(federation.train, federation.train_holdings.order, row.start, row.count)
-            state, upload, metrics = algorithm.client(
-                cohort.model,
-                broadcast,
-                row.state,
-                data,
-                federation.proxy,
-                hparams,
-                keys.stream(key, "client", row.client),
-            )
-            weight = jnp.asarray(row.count, jnp.float32)
-            return (state, metrics, weight), algorithm.reduction.partial(upload, weight)
+    def setup_of(cohort: Cohort):
+        def one(shared, row: Row):
+            federation, hparams, key = shared
+            assert algorithm.setup is not None
+            key = keys.stream(key, "client", row.client)
+            return algorithm.setup(cohort.model, row.state, _data(federation, row), federation.proxy, hparams, key), ()
 
         return one
 
-    def shared_of(state: State, federation: Federation, hparams: HParams):
+    setups = [setup_of(cohort) for cohort in layout.cohorts]
+
+    @functools.partial(compiled, donate_argnums=0)
+    def setup(state, federation, hparams):
+        key = keys.stream(jax.random.wrap_key_data(state.root), "setup")
+        clients = []
+        for j, (one, part) in enumerate(zip(setups, slices, strict=True)):
+            rows = rows_of(federation, federation.train_holdings, part, state.clients[j])
+            shared = federation, hparams | {"round": jnp.int32(0)}, key
+            clients.append(lift.over_clients(one, shared, rows, lifting, stage="setup", names=rows.client)[0])
+        return state._replace(clients=tuple(clients))
+
+    def client_of(cohort: Cohort):
+        """One client's turn: (shared, row) -> ((state, metrics, weight, bad leaf, gathered), partials)."""
+
+        def one(shared, row_and_address: tuple[Row, PyTree]):
+            (row, addressed), (broadcast, federation, hparams, key) = row_and_address, shared
+            received = (broadcast, addressed) if algorithm.address else broadcast
+            key = keys.stream(key, "client", row.client)
+            results = algorithm.client(
+                cohort.model, received, row.state, _data(federation, row), federation.proxy, hparams, key
+            )
+            weight, bad = jnp.asarray(row.count, jnp.float32), _bad_leaf(results)
+            state, upload, metrics = results
+            if layout.drop_nonfinite:
+                fine = bad < 0
+                weight = jnp.where(fine, weight, 0)
+                state = _where(fine, state, row.state)
+                upload, metrics = _where(fine, upload, None), _where(fine, metrics, None)
+            if algorithm.examine:
+                upload = algorithm.examine(cohort.model, upload, federation.proxy, hparams)
+            partials = tuple(() if r.gather else r.partial(upload, weight) for r in reductions)
+            gathered = tuple(r.partial(upload, weight) if r.gather else () for r in reductions)
+            return (state, metrics, weight, bad, gathered), partials
+
+        return one
+
+    turns = [client_of(cohort) for cohort in layout.cohorts]
+
+    def shared_of(state: State, federation: Federation, hparams: HParams, j: int):
         key = keys.stream(jax.random.wrap_key_data(state.root), "round", state.round)
-        return algorithm.broadcast(state.server), federation, hparams | {"round": state.round}, key
+        return algorithm.broadcast(state.server, j), federation, hparams | {"round": state.round}, key
 
-    @jax.jit  # so that supersteps of other lengths use the same trace
+    def everyone_of(state: State, federation: Federation, j: int):
+        addressed = algorithm.address(state.server) if algorithm.address else ()
+        rows = rows_of(federation, federation.train_holdings, slices[j], state.clients[j])
+        return rows, jax.tree.map(lambda x: x[slices[j]], addressed)
+
     def round_(state: State, federation: Federation, hparams: HParams) -> tuple[State, dict[str, jax.Array]]:
-        shared = shared_of(state, federation, hparams)
-        _, _, hparams, key = shared
-        clients, partials, metrics, weights = [], [], [], []
-        for j, (cohort, part, size) in enumerate(zip(layout.cohorts, slices, layout.participants, strict=True)):
-            everyone = rows(federation, federation.train_holdings, part, state.clients[j])
+        stage = f"round {int(state.round) + 1}" if layout.kind == "loop" else ""
+        clients, partials, gathered, metrics, weights, bads, ids = [], [], [], [], [], [], []
+        for j, (cohort, size) in enumerate(zip(layout.cohorts, layout.participants, strict=True)):
+            shared = shared_of(state, federation, hparams, j)
+            everyone = everyone_of(state, federation, j)
+            rows, chosen = everyone, None
             if size < cohort.size:
-                chosen = jax.random.choice(keys.stream(key, "participants", j), cohort.size, (size,), replace=False)
+                chosen = jax.random.choice(
+                    keys.stream(shared[3], "participants", j), cohort.size, (size,), replace=False
+                )
                 chosen = jnp.sort(chosen)  # keeps the order of work
-                chosen_rows = jax.tree.map(lambda x, chosen=chosen: x[chosen], everyone)
-            else:
-                chosen, chosen_rows = None, everyone
-            (kept, metric, weight), partial = over_clients(client_of(cohort), shared, chosen_rows)
+                rows = jax.tree.map(lambda x, chosen=chosen: x[chosen], everyone)
+            (kept, metric, weight, bad, mine), partial = lift.over_clients(
+                turns[j], shared, rows, lifting, stage=stage, names=rows[0].client
+            )
             if chosen is not None:
-                kept = jax.tree.map(lambda x, new, chosen=chosen: x.at[chosen].set(new), everyone.state, kept)
-            clients.append(kept)
-            partials.append(partial)
-            metrics.append(metric)
-            weights.append(weight)
-        weight = jnp.concatenate(weights)
+                kept = jax.tree.map(lambda x, new, chosen=chosen: x.at[chosen].set(new), everyone[0].state, kept)
+                mine = jax.tree.map(lambda x, c=chosen, n=cohort.size: _scatter(x, c, n), (mine, weight))
+            else:
+                mine = mine, weight
+            for held, value in (
+                (clients, kept), (partials, partial), (gathered, mine), (metrics, metric), (weights, weight),
+                (bads, bad), (ids, rows[0].client),
+            ):  # fmt: skip
+                held.append(value)
+        summary = _summary(algorithm, partials, gathered)
+        weight, bad, client = (jnp.concatenate(x) for x in (weights, bads, ids))
         total = jnp.sum(weight)
-        metrics = jax.tree.map(lambda *x: jnp.vdot(jnp.concatenate(x), weight) / jnp.maximum(total, 1), *metrics)
-        summary = algorithm.reduction.finish(jax.tree.map(lambda *x: sum(x[1:], x[0]), *partials))
+        metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *metrics)
+        metrics = {
+            name: jnp.sum(x) if name.startswith("bytes_") else jnp.vdot(x, weight) / jnp.maximum(total, 1)
+            for name, x in metrics.items()
+        }
+        key = keys.stream(shared_of(state, federation, hparams, 0)[3], "server")
         server, server_metrics = algorithm.server(
-            state.server, summary, federation.proxy, hparams, keys.stream(key, "server")
+            state.server, summary, federation.proxy, hparams | {"round": state.round}, key
         )
-        server = jax.tree.map(lambda new, old: jnp.where(total > 0, new, old), server, state.server)
-        return State(server, tuple(clients), state.round + 1, state.root), metrics | server_metrics
+        server = _where(total > 0, server, state.server)
+        first = jnp.argmax(bad >= 0)
+        everyone_receives = sum(layout.participants)
+        server_metrics = {n: x * everyone_receives if n.startswith("bytes_") else x for n, x in server_metrics.items()}
+        metrics |= server_metrics | {
+            BAD_CLIENTS: jnp.sum(bad >= 0),
+            BAD_CLIENT: jnp.where(bad[first] >= 0, client[first], -1),
+            BAD_LEAF: bad[first],
+        }
+        return State(server, tuple(clients), state.round + 1, state.root), metrics
 
-    @functools.partial(placed, static_argnums=3, donate_argnums=0)
+    def loop(state, federation, hparams, rounds):
+        history = []
+        for _ in range(rounds):
+            state, metrics = round_(state, federation, hparams)
+            history.append(metrics)
+        return state, jax.tree.map(lambda *x: jnp.stack(x), *history)
+
+    one_round = jax.jit(round_)  # so that supersteps of other lengths use the same trace
+
+    @functools.partial(compiled, static_argnums=3, donate_argnums=0)
     def run(state, federation, hparams, rounds):
-        return lax.scan(lambda state, _: round_(state, federation, hparams), state, length=rounds)
+        return lax.scan(lambda state, _: one_round(state, federation, hparams), state, length=rounds)
 
-    @jax.jit
-    def evaluate(state, federation):
-        central = central_params(state.server)
-        scalars = {}
-        pieces = _split(len(federation.test.y), layout.mesh.size)
-        score = _central_score(central_model, central, federation, pieces)
-        scalars["central_accuracy"], scalars["central_loss"] = score.mean()
-        own, full = [], []
-        for j, (cohort, part) in enumerate(zip(layout.cohorts, slices, strict=True)):
-            everyone = rows(federation, federation.test_holdings, part, state.clients[j])
-            own.append(_own_score(cohort, central, federation, everyone))
-            if algorithm.personal is not None and layout.full_eval:
-                full.append(_full_score(cohort, central, federation, everyone))
-        own_accuracy, own_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *own).mean()
-        per_client = {"own_accuracy": own_accuracy, "own_loss": own_loss}
-        if algorithm.personal is None:
-            scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
-        elif layout.full_eval:
-            full_accuracy, full_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *full).mean()
-            per_client |= {"local_accuracy": full_accuracy, "local_loss": full_loss}
-            trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
-            scalars |= {
-                "local_accuracy": losses.weighted_mean(full_accuracy, trained),
-                "local_loss": losses.weighted_mean(full_loss, trained),
-            }
-        tested = federation.test_holdings.count > 0
-        scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
-        return scalars, per_client
+    def shapes(federation: Federation, j: int):
+        """What a client of cohort j returns, and what it receives, as shapes."""
 
-    def _central_score(model, params, federation, pieces):
-        def one(shared, row):
-            params, examples = shared
-            everything = jnp.arange(len(examples.y), dtype=jnp.int32)
-            return (), local.test(model.apply, params, local.ClientData(examples, everything, *row), layout.eval_batch)
+        def turn(state, federation):
+            broadcast, _, hparams, key = shared_of(state, federation, resolve_hparams(algorithm, {}), j)
+            row, addressed = jax.tree.map(lambda x: x[0], everyone_of(state, federation, j))
+            received = (broadcast, addressed) if algorithm.address else broadcast
+            model, data = layout.cohorts[j].model, _data(federation, row)
+            return algorithm.client(model, received, row.state, data, federation.proxy, hparams, key), received
 
-        return lift.over_clients(one, (params, federation.test), pieces, chunk=1, mesh=layout.mesh)[1]
+        return jax.eval_shape(turn, jax.eval_shape(init, 0, federation), federation)
 
-    def _own_score(cohort, central, federation, everyone):
-        def one(shared, row: _Row):
-            central, federation = shared
-            data = local.ClientData(federation.test, federation.test_holdings.order, row.start, row.count)
-            return _test_personal(cohort, central, row.state, data, layout.own_batch), ()
-
-        return over_clients(one, (central, federation), everyone)[0]
-
-    def _full_score(cohort, central, federation, everyone):
-        def one(shared, row: _Row):
-            central, examples = shared
-            size = len(examples.y)
-            data = local.ClientData(examples, jnp.arange(size, dtype=jnp.int32), jnp.int32(0), jnp.int32(size))
-            return _test_personal(cohort, central, row.state, data, layout.eval_batch), ()
-
-        return over_clients(one, (central, federation.test), everyone)[0]
-
-    def _test_personal(cohort, central, client_state, data, batch_size):
-        if algorithm.personal is None:
-            return local.test(central_model.apply, central, data, batch_size)
-        return local.test(cohort.model.apply, algorithm.personal(client_state), data, batch_size)
-
-    def traffic(federation):
-        state = jax.eval_shape(init, 0, federation)
-        hparams = resolve_hparams(algorithm, {})
-
-        def sent(state, federation, j, cohort):
-            shared = shared_of(state, federation, hparams)
-            row = rows(federation, federation.train_holdings, slices[j], state.clients[j])
-            data = local.ClientData(federation.train, federation.train_holdings.order, row.start[0], row.count[0])
-            mine = jax.tree.map(lambda x: x[0], row.state)
-            broadcast, _, traced, key = shared
-            _, upload, _ = algorithm.client(cohort.model, broadcast, mine, data, federation.proxy, traced, key)
-            return upload, broadcast
-
+    def traffic(federation: Federation) -> communication.Traffic:
         sizes = []
-        for j, cohort in enumerate(layout.cohorts):
-            upload, broadcast = jax.eval_shape(lambda s, f, j=j, c=cohort: sent(s, f, j, c), state, federation)
-            sizes.append((communication.size(upload), communication.size(broadcast)))
+        for j in range(len(layout.cohorts)):
+            (_, upload, _), received = shapes(federation, j)
+            sizes.append((communication.size(upload), communication.size(received)))
         up, down = zip(*sizes, strict=True)
         return communication.Traffic(up, down, layout.participants)
 
-    return Simulation(init, run, evaluate, traffic)
+    def leaf(federation: Federation, j: int, number: int) -> str:
+        state, upload, metrics = shapes(federation, j)[0]
+        named = {"metrics": metrics, "upload": upload, "state": state}
+        path, _ = jax.tree.leaves_with_path(named)[number]
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    return Simulation(init, setup if algorithm.setup else None, run, evaluation(algorithm, layout), traffic, leaf)
 
 
-def _split(size: int, pieces: int) -> tuple[jax.Array, jax.Array]:
-    """Start and count of `pieces` nearly equal parts of `[0, size)`."""
-    bounds = np.linspace(0, size, pieces + 1).astype(np.int32)
-    return jnp.asarray(bounds[:-1]), jnp.asarray(np.diff(bounds))
+def _data(federation: Federation, row: Row) -> local.ClientData:
+    return local.ClientData(federation.train, federation.train_holdings.order, row.start, row.count)
 
 
-def _across_clients(accuracy, loss, tested, examples) -> dict[str, jax.Array]:
-    """Statistics over the clients that have a test part: mean, n_k-weighted mean, worst, 10 % quantile, std."""
-    count = jnp.maximum(jnp.sum(tested), 1)
-    mean = jnp.sum(jnp.where(tested, accuracy, 0)) / count
-    weight = jnp.where(tested, examples, 0).astype(jnp.float32)
-    masked = jnp.where(tested, accuracy, jnp.nan)
-    any_tested = jnp.any(tested)
-    return {
-        "own_accuracy": mean,
-        "own_accuracy_weighted": jnp.vdot(accuracy, weight) / jnp.maximum(jnp.sum(weight), 1),
-        "own_loss": jnp.sum(jnp.where(tested, loss, 0)) / count,
-        "worst_client": jnp.where(any_tested, jnp.nanmin(masked), 0),
-        "quantile_10": jnp.where(any_tested, jnp.nanquantile(masked, 0.1), 0),
-        "client_std": jnp.sqrt(jnp.sum(jnp.where(tested, (accuracy - mean) ** 2, 0)) / count),
-    }
+def _summary(algorithm: Algorithm, partials: list[PyTree], gathered: list[PyTree]) -> PyTree:
+    """The reduction over all cohorts and, if the algorithm asks for it, another one within each."""
+
+    def finish(reduction: Reduction, number: int, cohorts: list[int]):
+        if reduction.gather:
+            uploads = [gathered[j][0][number] for j in cohorts]
+            weights = jnp.concatenate([gathered[j][1] for j in cohorts])
+            return reduction.finish(jax.tree.map(lambda *x: jnp.concatenate(x), *uploads), weights)
+        return reduction.finish(jax.tree.map(lambda *x: sum(x[1:], x[0]), *(partials[j][number] for j in cohorts)))
+
+    everyone = list(range(len(partials)))
+    summary = finish(algorithm.reduction, 0, everyone)
+    if algorithm.within is None:
+        return summary
+    return summary, tuple(finish(algorithm.within, 1, [j]) for j in everyone)
+
+
+def _scatter(x: jax.Array, chosen: jax.Array, size: int) -> jax.Array:
+    return jnp.zeros((size, *x.shape[1:]), x.dtype).at[chosen].set(x)
+
+
+def _where(condition: jax.Array, yes: PyTree, no: PyTree | None) -> PyTree:
+    """Leaf by leaf; None means zeros."""
+    if no is None:
+        return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), yes)
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), yes, no)
+
+
+def _bad_leaf(results: tuple[PyTree, PyTree, dict[str, jax.Array]]) -> jax.Array:
+    """Number of the first leaf that is not finite in {metrics, state, upload}, or -1."""
+    state, upload, metrics = results
+    leaves = jax.tree.leaves({"metrics": metrics, "upload": upload, "state": state})
+    finite = [
+        jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool(True)
+        for x in map(jnp.asarray, leaves)
+    ]
+    bad = ~jnp.stack(finite)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)

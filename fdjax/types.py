@@ -79,31 +79,45 @@ class Cohort(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What becomes of the uploads: `finish(sum over clients of partial(upload, weight))` is the summary."""
+    """What becomes of the uploads: `finish(sum over clients of partial(upload, weight))` is the summary.
+
+    With `gather` the summary is `finish(uploads [C, ...], weights [C])` instead: every client's upload, and a weight of
+    0 for who took no part. That costs memory for all of them.
+    """
 
     partial: Callable[[PyTree, jax.Array], PyTree]  # one client's upload and its weight [] -> partial
-    finish: Callable[[PyTree], PyTree]  # sum of partials -> summary
+    finish: Callable[..., PyTree]  # sum of partials -> summary
+    gather: bool = False
 
 
 class Algorithm(NamedTuple):
     """A federated method as pure functions of ONE client and of the server.
 
     `hparams` names the traced hyperparameters and their defaults; a string defaults to another hparam's value.
-    What `broadcast` returns and what `client` returns as upload is what crosses the network, and is counted.
+    What `broadcast` and `address` return, and what `client` returns as upload, is what crosses the network, and is
+    counted. Metrics named `bytes_up` (client) and `bytes_down` (server: of the next broadcast to one client) count
+    instead of the arrays' sizes, for what is sent in coded form; both are summed over participants.
     """
 
     name: str
     hparams: dict[str, float | str]
     init_server: Callable[[jax.Array], PyTree]  # key -> server state
     init_client: Callable[[Model, jax.Array], PyTree]  # (cohort's model, key) -> what one client keeps between rounds
-    broadcast: Callable[[PyTree], PyTree]  # server state -> what every participant receives
+    broadcast: Callable[[PyTree, int], PyTree]  # (server state, number of the cohort) -> what each participant receives
     client: Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
-    # (model, broadcast, client state, ClientData, proxy, hparams, key) -> (client state, upload, metrics)
+    # (model, received, client state, data, proxy, hparams, key) -> (client state, upload, metrics)
     reduction: Reduction
     server: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
     # (server state, summary, proxy, hparams, key) -> (server state, metrics)
-    central: tuple[Model, Callable[[PyTree], PyTree]]  # the central model and its params in the server state
-    personal: Callable[[PyTree], PyTree] | None = (
-        None  # params of the cohort's model in a client's state; None: central
-    )
+    central: tuple[Model, Callable[[PyTree], PyTree]] | None = None  # the central model, its params in a server state
+    personal: Callable[[PyTree], PyTree] | None = None  # params of the cohort's model in a client's state
     cohorts: int | None = None  # how many cohorts it can serve; None: any number
+    address: Callable[[PyTree], PyTree] | None = None
+    # server state -> [C, ...], of which a participant receives its own row: `received` is (broadcast, row)
+    setup: Callable[..., PyTree] | None = None
+    # (model, client state, data, proxy, hparams, key) -> client state: once, before the first round; sends nothing
+    examine: Callable[..., PyTree] | None = None
+    # (model, upload, proxy, hparams) -> what is reduced in the upload's place: work of the server, on each client
+    within: Reduction | None = None
+    # also reduced, within each cohort apart: the server's summary is then (summary, one of these for each cohort)
+    ensemble: bool = False  # evaluate the mean of the personal models' softmax outputs as the central model

@@ -15,7 +15,8 @@ from fdjax import keys, lift, models, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.data.holdings import from_counts
 from fdjax.federation import federate
-from fdjax.local import Training
+from fdjax.layout import Layout
+from fdjax.local import Task, Training
 from fdjax.types import Cohort, Source
 
 FEATURES, CLASSES, TESTS = 6, 4, 37
@@ -62,16 +63,29 @@ def training(batch_size, **options):
     return Training(batch_size, lambda hparams: optax.sgd(hparams["learning_rate"], **options))
 
 
-def simulation(name, *, chunk=3, devices=1, participants=(PARTICIPANTS,), batch_size=4, cohorts=(("mclr", 7),)):
-    """A registered algorithm, with logistic regression for a central model, and its simulation; compiled only once."""
-    return _simulation(name, chunk, devices, participants, batch_size, cohorts)
+def task(batch_size=4, cohorts=(("mclr", 7),)):
+    """What a method is built for: logistic regression for a central model."""
+    return Task(
+        model=model(),
+        models=tuple(model(kind) for kind, _ in cohorts),
+        training=training(batch_size),
+        distilling=training(batch_size),
+        clients=sum(size for _, size in cohorts),
+        classes=CLASSES,
+        largest=_LONGEST,
+    )
+
+
+def simulation(name, *, chunk=3, devices=1, participants=(PARTICIPANTS,), batch_size=4, cohorts=(("mclr", 7),), **more):
+    """A registered algorithm and its simulation, compiled only once; `more` fields of Layout."""
+    return _simulation(name, chunk, devices, participants, batch_size, cohorts, tuple(sorted(more.items())))
 
 
 @functools.cache
-def _simulation(name, chunk, devices, participants, batch_size, cohorts):
-    algorithm = ALGORITHMS[name].build(model(), training(batch_size))
+def _simulation(name, chunk, devices, participants, batch_size, cohorts, more):
+    algorithm = ALGORITHMS[name].build(task(batch_size, cohorts))
     members = tuple(Cohort(model(kind), size) for kind, size in cohorts)
-    layout = simulate.Layout(members, participants, mesh(devices), chunk=chunk, eval_batch=10)
+    layout = Layout(members, participants, mesh(devices), chunk=chunk, eval_batch=10, **dict(more))
     return algorithm, simulate.simulation(algorithm, layout)
 
 

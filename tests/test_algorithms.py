@@ -192,7 +192,7 @@ def test_counts_its_bytes(name):
     server = algorithm.init_server(jax.random.key(0))
     P = sum(leaf.size for leaf in jax.tree.leaves(central.init(jax.random.key(0))))
     assert sum(leaf.size for leaf in jax.tree.leaves(params_of(server))) == P
-    assert traffic.down == (sum(leaf.nbytes for leaf in jax.tree.leaves(algorithm.broadcast(server))),)
+    assert traffic.down == (sum(leaf.nbytes for leaf in jax.tree.leaves(algorithm.broadcast(server, 0))),)
     assert traffic.participants == (cases.PARTICIPANTS,)
     assert (traffic.round_up, traffic.round_down) == (5 * traffic.up[0], 5 * traffic.down[0])
     if name in ("fedavg", "feddistill"):

@@ -50,7 +50,8 @@ def alone():
         return local.test(model.apply, trained, everything, 500).mean()[0], ()
 
     rows = federation.client, federation.train_holdings.start, federation.train_holdings.count
-    run_all = jax.jit(lambda shared, rows: lift.over_clients(one, shared, rows, chunk=1, mesh=built.layout.mesh)[0])
+    lifting = built.layout.lifting._replace(chunk=1)
+    run_all = jax.jit(lambda shared, rows: lift.over_clients(one, shared, rows, lifting)[0])
     return np.asarray(run_all(federation, rows))
 
 

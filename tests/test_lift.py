@@ -17,8 +17,12 @@ F, K = cases.FEATURES, cases.CLASSES
 LIFTINGS = [(chunk, devices) for devices in (1, 2, 4) for chunk in (1, 2, 3, 7, 100)]
 
 
-def lifted(one, chunk, devices):
-    return jax.jit(functools.partial(lift.over_clients, one, chunk=chunk, mesh=cases.mesh(devices)))
+def lifting(kind, chunk=3, devices=1, ordered=False):
+    return lift.Lifting(kind, cases.mesh(devices), chunk, ordered)
+
+
+def lifted(one, chunk, devices, kind="shard_map", ordered=False):
+    return jax.jit(functools.partial(lift.over_clients, one, lifting=lifting(kind, chunk, devices, ordered)))
 
 
 def work(shared, row):

@@ -20,7 +20,7 @@ LAYERS = (
     ("local",),
     ("lift",),
     ("algorithms",),
-    ("simulate", "checkpoint", "communication", "settings"),
+    ("layout", "evaluate", "plan", "hosts", "simulate", "checkpoint", "communication", "settings"),
     ("experiment", "runner"),
     ("report", "program"),
     ("__init__", "__main__"),

@@ -8,7 +8,8 @@ import pytest
 from fdjax import lift, models, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.federation import federate
-from fdjax.local import Training
+from fdjax.layout import Layout
+from fdjax.local import Task, Training
 from fdjax.types import Cohort, Holdings, Source
 
 FEATURES, CLASSES, CHUNK, EACH = 8, 10, 250, 2
@@ -32,8 +33,9 @@ def build(clients):
     test = Holdings(np.zeros(1, np.int32), 0 * ids, 0 * ids)
     mesh = lift.make_mesh(jax.devices()[:1])
     model = models.build("mclr", (FEATURES,), CLASSES)
-    algorithm = ALGORITHMS["fedavg"].build(model, Training(EACH, lambda h: optax.sgd(h["learning_rate"])))
-    layout = simulate.Layout((Cohort(model, clients),), (clients,), mesh, chunk=CHUNK)
+    training = Training(EACH, lambda h: optax.sgd(h["learning_rate"]))
+    algorithm = ALGORITHMS["fedavg"].build(Task(model, (model,), training, training, clients, CLASSES))
+    layout = Layout((Cohort(model, clients),), (clients,), mesh, chunk=CHUNK)
     federation = federate(source, train, test, (clients,), mesh)
     hparams = simulate.resolve_hparams(algorithm, {"learning_rate": 1.0})
     return simulate.simulation(algorithm, layout), federation, hparams

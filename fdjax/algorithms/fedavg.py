@@ -13,13 +13,14 @@ of at least the largest client.
 """
 
 from fdjax import local, losses, reductions
-from fdjax.types import Algorithm, Model
+from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1}
 
 
-def fedavg(model: Model, training: local.Training) -> Algorithm:
-    """FedAvg of `model`; hparams: `learning_rate` (eta), `local_epochs` (E)."""
+def fedavg(task: local.Task) -> Algorithm:
+    """FedAvg of the task's model; hparams: `learning_rate` (eta), `local_epochs` (E)."""
+    model, training = task.model, task.training
 
     def loss(params, x, y):
         return losses.cross_entropy(model.apply(params, x), y)
@@ -36,7 +37,7 @@ def fedavg(model: Model, training: local.Training) -> Algorithm:
         hparams=HPARAMS,
         init_server=model.init,
         init_client=lambda model, key: (),
-        broadcast=lambda params: params,
+        broadcast=lambda params, cohort: params,
         client=client,
         reduction=reductions.weighted_mean(),
         server=server,

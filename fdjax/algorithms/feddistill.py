@@ -22,7 +22,7 @@ The paper leaves open, and we chose:
 from jax import lax
 
 from fdjax import keys, local, losses, reductions
-from fdjax.types import Algorithm, Model
+from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {
     "learning_rate": 0.01,
@@ -34,12 +34,13 @@ HPARAMS: dict[str, float | str] = {
 }
 
 
-def feddistill(student: Model, training: local.Training) -> Algorithm:
-    """FedDistill of `student`, a cohort's model being the teacher of its clients.
+def feddistill(task: local.Task) -> Algorithm:
+    """FedDistill of the task's model, the student, a cohort's model being the teacher of its clients.
 
     hparams: `learning_rate` (eta), `local_epochs` (E), `temperature` (T), `weight` (of the distillation loss, in
     [0, 1]), `teacher_learning_rate`, `teacher_epochs`.
     """
+    student, training = task.model, task.training
 
     def client(teacher, broadcast, teacher_params, data, proxy, hparams, key):
         temperature, weight = hparams["temperature"], hparams["weight"]
@@ -81,7 +82,7 @@ def feddistill(student: Model, training: local.Training) -> Algorithm:
         hparams=HPARAMS,
         init_server=student.init,
         init_client=lambda teacher, key: teacher.init(key),
-        broadcast=lambda params: params,
+        broadcast=lambda params, cohort: params,
         client=client,
         reduction=reductions.weighted_mean(),
         server=server,

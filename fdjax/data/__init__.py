@@ -4,6 +4,11 @@ from fdjax.data.holdings import count_labels
 from fdjax.data.own_test import own_test_part
 from fdjax.data.partitions import PARTITIONS, partition
 from fdjax.data.picture import draw_partition
+from fdjax.data.proxy import KINDS as PROXIES
+from fdjax.data.proxy import Proxy, take_proxy
 from fdjax.data.sources import SOURCES, load
 
-__all__ = ["PARTITIONS", "SOURCES", "count_labels", "draw_partition", "load", "own_test_part", "partition"]
+__all__ = [
+    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "count_labels", "draw_partition", "load", "own_test_part", "partition",
+    "take_proxy",
+]  # fmt: skip

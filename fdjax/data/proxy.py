@@ -1,0 +1,79 @@
+"""Proxy data: examples that server and clients share, and that no client owns."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from fdjax.data.sources import SOURCES, load
+from fdjax.errors import InputError, unknown
+from fdjax.types import Source
+
+KINDS = {
+    "held_out": "training examples taken from all clients before the partition, with labels",
+    "noise": "uniform pixels, or normal features; without labels",
+    "generated": "smooth random images, noise blurred at random scales; without labels",
+}
+_UNKNOWN = -1  # the label of an example without one
+
+
+class Proxy(NamedTuple):
+    """Proxy examples on the host, in the form of a Source's."""
+
+    x: np.ndarray
+    y: np.ndarray  # [M] int32, -1 for those without a label
+    labelled: bool
+
+
+def take_proxy(source: Source, kind: str, size: int, seed: int, **where) -> tuple[Source, Proxy]:
+    """`size` proxy examples of `kind`, one of KINDS or a data set's name, and the source without those it gave up.
+
+    Labels of another data set count only if it has as many classes. `where`: data_dir and cache_dir, for `load`.
+    Raises InputError for an unknown kind, more examples than there are, and another input shape.
+    """
+    rng = np.random.default_rng([seed, 1])
+    shape, image = source.train_x.shape[1:], source.train_x.dtype == np.uint8
+    if kind == "held_out":
+        have = len(source.train_y)
+        if not 0 < size < have:
+            raise InputError(f"--proxy_size={size}: expected 1 to {have - 1} of the {have} training examples")
+        chosen = np.sort(rng.choice(have, size, replace=False))
+        rest = np.setdiff1d(np.arange(have), chosen)
+        owner = None if source.train_owner is None else source.train_owner[rest]
+        kept = source._replace(train_x=source.train_x[rest], train_y=source.train_y[rest], train_owner=owner)
+        return kept, Proxy(source.train_x[chosen], source.train_y[chosen], True)
+    if kind in ("noise", "generated"):
+        unlabelled = np.full(size, _UNKNOWN, np.int32)
+        if not image:
+            if kind == "generated":
+                raise InputError(f"--proxy=generated makes images, but {source.name} has features {shape}; use noise")
+            mean, std = np.asarray(source.mean, np.float32), np.asarray(source.std, np.float32)
+            x = mean + std * rng.normal(size=(size, *shape)).astype(np.float32)
+            return source, Proxy(x.astype(np.float32), unlabelled, False)
+        x = rng.integers(0, 256, (size, *shape), np.uint8) if kind == "noise" else _blurred(rng, size, shape)
+        return source, Proxy(x, unlabelled, False)
+    if kind not in SOURCES:
+        raise unknown("proxy data", kind, {**KINDS, **SOURCES})
+    other = load(kind, **where)
+    if other.train_x.shape[1:] != shape or other.train_x.dtype != source.train_x.dtype:
+        raise InputError(
+            f"--proxy={kind} has inputs {other.train_x.shape[1:]}, but {source.name} has {shape}; "
+            "use proxy data of the same shape"
+        )
+    if size > len(other.train_y):
+        raise InputError(f"--proxy_size={size}, but {kind} has {len(other.train_y)} training examples; give fewer")
+    chosen = np.sort(rng.choice(len(other.train_y), size, replace=False))
+    labelled = other.num_classes == source.num_classes
+    y = other.train_y[chosen] if labelled else np.full(size, _UNKNOWN, np.int32)
+    return source, Proxy(other.train_x[chosen], y, labelled)
+
+
+def _blurred(rng: np.random.Generator, size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Noise blurred at 1 to 4 pixels, each image stretched to the full range. Our own choice of generator."""
+    images = np.empty((size, *shape), np.uint8)
+    for i in range(size):
+        scale = rng.uniform(1, 4)
+        x = ndimage.gaussian_filter(rng.normal(size=shape), (scale, scale, 0), mode="wrap")
+        low, high = x.min(), x.max()
+        images[i] = np.round(255 * (x - low) / (high - low))
+    return images

@@ -1,0 +1,133 @@
+"""Tests of the central model, of every client's own model, and of their ensemble; one compiled call."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fdjax import lift, local, losses
+from fdjax.errors import InputError
+from fdjax.layout import Layout, Row, State, compiler, rows_of
+from fdjax.types import Algorithm, Cohort, Federation
+
+Evaluate = Callable[[State, Federation], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+
+
+def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
+    """`evaluate(state, federation) -> (scalars, values of each client [C])`.
+
+    Central: the central model, or the ensemble, on the test set. Local: the mean over clients of their own model there.
+    Own: the client's model (the central one for methods without personal ones) on the client's own test part.
+    """
+    if algorithm.central is None and algorithm.personal is None:
+        raise InputError(f"{algorithm.name} names neither a central model nor personal ones: nothing can be tested")
+    if algorithm.ensemble and (algorithm.personal is None or not layout.full_eval):
+        raise InputError(f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full")
+    slices, lifting = layout.slices, layout.lifting
+    personal = algorithm.personal
+
+    def model_of(cohort: Cohort):
+        """(central params, client state) -> (apply, params) of whom a client predicts with."""
+        if (params_of := personal) is not None:
+            return lambda central, state: (cohort.model.apply, params_of(state))
+        assert algorithm.central is not None
+        apply = algorithm.central[0].apply
+        return lambda central, state: (apply, central)
+
+    def central_turn(shared, row):
+        params, examples = shared
+        assert algorithm.central is not None
+        everything = jnp.arange(len(examples.y), dtype=jnp.int32)
+        data = local.ClientData(examples, everything, *row)
+        return (), local.test(algorithm.central[0].apply, params, data, layout.eval_batch)
+
+    def own_of(cohort: Cohort):
+        model = model_of(cohort)
+
+        def one(shared, row: Row):
+            central, federation = shared
+            apply, params = model(central, row.state)
+            data = local.ClientData(federation.test, federation.test_holdings.order, row.start, row.count)
+            return local.test(apply, params, data, layout.own_batch), ()
+
+        return one
+
+    def full_of(cohort: Cohort):
+        model = model_of(cohort)
+
+        def one(shared, row):
+            central, examples = shared
+            row, trained = row
+            apply, params = model(central, row.state)
+            data = local.everything(examples)
+            vote = ()
+            if algorithm.ensemble:
+                vote = trained * jax.nn.softmax(local.predict(apply, params, examples, layout.eval_batch)), trained
+            return local.test(apply, params, data, layout.eval_batch), vote
+
+        return one
+
+    owns, fulls = ([of(cohort) for cohort in layout.cohorts] for of in (own_of, full_of))
+
+    @compiler(layout)
+    def evaluate(state, federation):
+        test, scalars, per_client = federation.test, {}, {}
+        central = ()
+        if algorithm.central is not None:
+            central = algorithm.central[1](state.server)
+            batches = _split(len(test.y), layout.eval_batch)
+            by_batch = lifting._replace(chunk=1, kind="chunk" if lifting.kind == "vmap" else lifting.kind)
+            _, score = lift.over_clients(central_turn, (central, test), batches, by_batch, stage="central evaluation")
+            scalars["central_accuracy"], scalars["central_loss"] = score.mean()
+        trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
+        own, full, votes = [], [], []
+        for j, part in enumerate(slices):
+            rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
+            names = {"stage": "evaluation", "names": rows.client}
+            own.append(lift.over_clients(owns[j], (central, federation), rows, lifting, **names)[0])
+            if personal is not None and layout.full_eval:
+                score, vote = lift.over_clients(fulls[j], (central, test), (rows, trained[part]), lifting, **names)
+                full.append(score)
+                votes.append(vote)
+        own_accuracy, own_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *own).mean()
+        per_client |= {"own_accuracy": own_accuracy, "own_loss": own_loss}
+        if personal is None:
+            scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
+        elif layout.full_eval:
+            accuracy, loss = jax.tree.map(lambda *x: jnp.concatenate(x), *full).mean()
+            per_client |= {"local_accuracy": accuracy, "local_loss": loss}
+            scalars["local_accuracy"] = losses.weighted_mean(accuracy, trained)
+            scalars["local_loss"] = losses.weighted_mean(loss, trained)
+        if algorithm.ensemble:
+            votes, count = jax.tree.map(lambda *x: sum(x[1:], x[0]), *votes)
+            logits = jnp.log(jnp.maximum(votes / jnp.maximum(count, 1), 1e-30))
+            scalars["central_accuracy"] = jnp.mean(losses.correct(logits, test.y))
+            scalars["central_loss"] = jnp.mean(losses.cross_entropy(logits, test.y))
+        tested = federation.test_holdings.count > 0
+        scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
+        return scalars, per_client
+
+    return evaluate
+
+
+def _split(size: int, batch: int) -> tuple[jax.Array, jax.Array]:
+    """Start and count of the batches of `[0, size)`."""
+    start = jnp.arange(0, size, batch, dtype=jnp.int32)
+    return start, jnp.minimum(batch, size - start)
+
+
+def _across_clients(accuracy, loss, tested, examples) -> dict[str, jax.Array]:
+    """Statistics over the clients that have a test part: mean, n_k-weighted mean, worst, 10 % quantile, std."""
+    count = jnp.maximum(jnp.sum(tested), 1)
+    mean = jnp.sum(jnp.where(tested, accuracy, 0)) / count
+    weight = jnp.where(tested, examples, 0).astype(jnp.float32)
+    masked = jnp.where(tested, accuracy, jnp.nan)
+    any_tested = jnp.any(tested)
+    return {
+        "own_accuracy": mean,
+        "own_accuracy_weighted": jnp.vdot(accuracy, weight) / jnp.maximum(jnp.sum(weight), 1),
+        "own_loss": jnp.sum(jnp.where(tested, loss, 0)) / count,
+        "worst_client": jnp.where(any_tested, jnp.nanmin(masked), 0),
+        "quantile_10": jnp.where(any_tested, jnp.nanquantile(masked, 0.1), 0),
+        "client_std": jnp.sqrt(jnp.sum(jnp.where(tested, (accuracy - mean) ** 2, 0)) / count),
+    }

@@ -1,0 +1,73 @@
+"""Several hosts as one simulation: the same program, started once on each, with jax.distributed."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fdjax.errors import InputError
+
+_SECONDS = 60  # to wait for the other hosts
+_ROOM = 1 << 15  # bytes that a host's settings may take
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the cluster at `coordinator` (host:port); without it, nothing; "auto" asks the cluster's own environment.
+
+    Call it before the first use of a device. Raises InputError for flags that do not fit together and for a cluster
+    that cannot be joined.
+    """
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise InputError("--num_processes and --process_id need --coordinator=host:port, the same on every host")
+        return
+    if coordinator == "auto":
+        given: dict[str, Any] = {}
+    else:
+        if num_processes is None or process_id is None:
+            raise InputError(f"--coordinator={coordinator} needs --num_processes and --process_id, or be auto")
+        if not 0 <= process_id < num_processes:
+            raise InputError(
+                f"--process_id={process_id}: expected 0 to {num_processes - 1} for {num_processes} processes"
+            )
+        host, colon, port = coordinator.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise InputError(f"--coordinator={coordinator}: expected host:port, e.g. 10.0.0.1:9876, or auto")
+        given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    try:
+        jax.distributed.initialize(**given, initialization_timeout=_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--coordinator={coordinator}: cannot join the other hosts: {reason}") from None
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes files for all."""
+    return jax.process_index() == 0
+
+
+def wait() -> None:
+    """Until every host is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("fdjax")
+
+
+def check_agreement(settings: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Raises InputError on every host if `settings` differ between hosts, `free` names aside."""
+    if jax.process_count() == 1:
+        return
+    mine = json.dumps({k: v for k, v in settings.items() if k not in free}, sort_keys=True).encode()
+    if len(mine) > _ROOM:
+        raise InputError(f"settings of {len(mine)} bytes cannot be compared between hosts; shorten them")
+    padded = np.frombuffer(mine.ljust(_ROOM), np.uint8)
+    everyone = [json.loads(bytes(row)) for row in np.asarray(multihost_utils.process_allgather(padded))]
+    for host, theirs in enumerate(everyone):
+        other = sorted(name for name in theirs if theirs[name] != everyone[0].get(name))
+        if other:
+            first, here = everyone[0].get(other[0]), theirs[other[0]]
+            raise InputError(
+                f"hosts disagree: --{other[0]} is {first} on process 0 and {here} on process {host}; "
+                "start the same command on every host"
+            )
