@@ -79,10 +79,14 @@ class Cohort(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What becomes of the uploads: `finish(sum over clients of partial(upload, weight))` is the summary."""
+    """What becomes of the uploads: `finish(sum over clients of partial(upload, weight))` is the summary.
+
+    With `gather` nothing is summed: the summary is `finish(partials stacked [S, ...], weights [S])`.
+    """
 
     partial: Callable[[PyTree, jax.Array], PyTree]  # one client's upload and its weight [] -> partial
-    finish: Callable[[PyTree], PyTree]  # sum of partials -> summary
+    finish: Callable[..., PyTree]  # sum of partials -> summary
+    gather: bool = False
 
 
 class Algorithm(NamedTuple):
