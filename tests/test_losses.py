@@ -54,6 +54,56 @@ def test_kl_divergence_by_hand():
     close(losses.kl_divergence(q, p, 2.0), np.log(2) + (soft * np.log(soft)).sum())
 
 
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reverse_kl_divergence(shape, temperature):
+    teacher, student = logits(shape, 1, 1), logits(shape, 1, 2)
+    q, p = cases.softmax(teacher / np.float64(temperature)), cases.softmax(student / np.float64(temperature))
+    close(losses.reverse_kl_divergence(teacher, student, temperature), (p * np.log(p / q)).sum(-1), 1 / temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_soft_cross_entropy_and_entropy(shape, scale, temperature):
+    target, student = cases.softmax(logits(shape, 1, 1)), logits(shape, scale, 2)
+    log_p = cases.log_softmax(student / np.float64(temperature))
+    cross = losses.soft_cross_entropy(np.float32(target), student, temperature)
+    close(cross, -(target * log_p).sum(-1), scale / temperature)
+    own = losses.entropy(np.float32(target))
+    close(own, -(target * np.log(target)).sum(-1))
+    divergence = losses.kl_divergence(np.float32(temperature * np.log(target)), student, temperature)
+    np.testing.assert_allclose(cross - own, divergence, rtol=1e-4, atol=1e-5 * max(scale / temperature, 1))
+
+
+def test_a_one_hot_target_is_a_label_without_entropy():
+    z = logits((3, 4), 5.0)
+    close(losses.soft_cross_entropy(np.eye(4, dtype=np.float32)[:3], z), losses.cross_entropy(z, jnp.arange(3)))
+    value, slope = jax.value_and_grad(losses.entropy)(jnp.array([0.0, 1.0, 0.0]))
+    assert value == 0
+    assert jnp.isfinite(slope).all()
+    close(losses.entropy(jnp.full(8, 1 / 8)), np.log(8))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errors_of_logits_are_means_over_classes(shape, scale):
+    teacher, student = logits(shape, scale, 1), logits(shape, scale, 2)
+    difference = teacher.astype(np.float64) - student
+    close(losses.mean_absolute_error(teacher, student), np.abs(difference).mean(-1), scale)
+    close(losses.mean_squared_error(teacher, student), (difference**2).mean(-1), scale**2)
+    pull = jax.grad(lambda z: losses.mean_absolute_error(teacher, z).sum())(jnp.asarray(student))
+    np.testing.assert_allclose(pull, -np.sign(difference) / shape[-1], rtol=1e-6)
+    pull = jax.grad(lambda z: losses.mean_squared_error(teacher, z).sum())(jnp.asarray(student))
+    np.testing.assert_allclose(pull, -2 * difference / shape[-1], rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_errors_of_logits_by_hand():
+    teacher, student = jnp.array([1.0, 2.0, -3.0, 0.0]), jnp.array([1.0, 4.0, 3.0, 0.0])
+    assert losses.mean_absolute_error(teacher, student) == 2  # (0 + 2 + 6 + 0) / 4
+    assert losses.mean_squared_error(teacher, student) == 10  # (0 + 4 + 36 + 0) / 4
+
+
 finite_logits = hnp.arrays(np.float32, (2, 5), elements=st.floats(-1e4, 1e4, width=32))
 
 
@@ -80,6 +130,13 @@ def test_gradients(z, y, temperature):
     soft = jax.grad(losses.kl_divergence, argnums=1)(teacher, jnp.asarray(student), temperature)
     q, p = (cases.softmax(x.astype(np.float64) / temperature) for x in (teacher, student))
     np.testing.assert_allclose(soft, (p - q) / temperature, atol=3e-5 / temperature)
+    # d CE(q, p) / d student is the same; d KL(p || q) / d student = p (log p/q - KL(p || q)) / T.
+    cross = jax.grad(losses.soft_cross_entropy, argnums=1)(np.float32(q), jnp.asarray(student), temperature)
+    np.testing.assert_allclose(cross, (p - q) / temperature, atol=3e-5 / temperature)
+    back = jax.grad(losses.reverse_kl_divergence, argnums=1)(teacher, jnp.asarray(student), temperature)
+    ratio = cases.log_softmax(student / np.float64(temperature)) - cases.log_softmax(teacher / np.float64(temperature))
+    expected = p * (ratio - (p * ratio).sum()) / temperature
+    np.testing.assert_allclose(back, expected, atol=2e-4 / temperature)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("types", "errors", "runtime"),
     ("models", "data", "federation", "augment"),
-    ("losses", "reductions", "keys", "privacy"),
+    ("losses", "reductions", "robust", "keys", "privacy"),
     ("local",),
     ("lift",),
     ("algorithms",),

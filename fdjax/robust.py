@@ -1,0 +1,188 @@
+"""Reductions that a few wrong uploads cannot carry away; they need every upload at once and so say `gather`.
+
+Throughout: uploads are counted alike, since a client's weight is its own word; an upload of weight 0 is not there; one
+that is not finite is as far out as can be; without any upload the summary is 0.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdjax.errors import InputError
+from fdjax.types import Array, PyTree, Reduction
+
+
+def coordinate_median() -> Reduction:
+    """The median of every coordinate over the clients; of an even number, the mean of the middle two.
+
+    Finite while fewer than half of the uploads are not. Source: Yin et al. (2018), definition 1.
+    """
+    return _gathered(
+        lambda uploads, weights: jax.tree.map(lambda x: _middle(x, _column(weights > 0, x), _half), uploads)
+    )
+
+
+def trimmed_mean(fraction: float) -> Reduction:
+    """Mean of every coordinate over the clients but for its b largest and b smallest values, b = floor(fraction S).
+
+    Source: Yin et al. (2018), definition 2. Raises `InputError` unless 0 <= fraction < 1/2.
+    """
+    _check_fraction("trimmed_mean", fraction)
+    return _gathered(
+        lambda uploads, weights: jax.tree.map(
+            lambda x: _middle(x, _column(weights > 0, x), lambda n: _share(fraction, n)), uploads
+        )
+    )
+
+
+def geometric_median(iterations: int = 32, rows: bool = False) -> Reduction:
+    """argmin_y sum_k ||x_k - y||, by `iterations` steps of Weiszfeld's algorithm from the coordinate median.
+
+        T(y) = sum_k (x_k / d_k) / sum_k (1 / d_k),  d_k = ||x_k - y||,  over the k with d_k > 0
+        y <- (1 - s) T(y) + s y,  s = min(1, m / ||sum_k (x_k - y) / d_k||),  m = number of k with d_k = 0
+
+    Source: Weiszfeld (1937); Vardi and Zhang (2000), equations 2.5 to 2.7, whose s lets y leave an upload it has met.
+    Pillutla et al. (2022), RFA, weigh by n_k and bound d_k from below instead.
+
+    Args:
+      iterations: static.
+      rows: whether each vector of the last axis (one proxy example's K outputs) has a median of its own; if not, the
+        whole upload is one vector.
+    """
+
+    def solve(parts, there):
+        weigh = there.astype(jnp.float32)
+
+        def step(_, y):
+            squared = sum(jnp.sum(jnp.square(x - at[None]), axis=-1) for x, at in zip(parts, y, strict=True))
+            apart = weigh * (squared > 0)
+            pull = apart / jnp.sqrt(jnp.where(squared > 0, squared, 1))
+            total = jnp.sum(pull, axis=0)
+            target = [_combine(pull / jnp.where(total > 0, total, 1)[None], x) for x in parts]
+            moved = [jnp.where((total > 0)[:, None], t - at, 0) for t, at in zip(target, y, strict=True)]
+            force = total * jnp.sqrt(sum(jnp.sum(jnp.square(move), axis=-1) for move in moved))
+            met = jnp.sum(weigh - apart, axis=0)
+            stay = jnp.where(force > met, met / jnp.where(force > 0, force, 1), 1)
+            return [at + (1 - stay)[:, None] * move for at, move in zip(y, moved, strict=True)]
+
+        return lax.fori_loop(0, iterations, step, [_middle(x, there[..., None], _half) for x in parts])
+
+    return _of_vectors(solve, rows)
+
+
+def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -> Reduction:
+    """The mean of what is left when the uploads that spread most along their main direction are dropped, one by one.
+
+        mu = mean of x_k;  (lambda, u) = top eigenpair of (1/S) sum_k (x_k - mu)(x_k - mu)'
+        while lambda > threshold and fewer than floor(fraction S_0) are dropped: drop argmax_k ((x_k - mu) . u)^2
+
+    u is never formed: the projections are those of the S x S Gram matrix's top eigenvector, times sqrt(S lambda).
+
+    Source: Diakonikolas et al. (2017), "Being robust (in high dimensions) can be practical", whose filter drops all
+    that exceed a tail bound for a known covariance; we drop the worst and bound their number, as the covariance of
+    clients is not known. Chang et al. (2019), Cronus, filter so.
+
+    Args:
+      fraction: of the uploads that may be dropped, static, 0 <= fraction < 1/2.
+      threshold: a variance in units of the uploads squared, below which nothing is dropped.
+      rows: as for `geometric_median`; Cronus filters the K outputs of every proxy example by themselves.
+    """
+    _check_fraction("filtered_mean", fraction)
+
+    def solve(parts, there, number):
+        # Around the median, because an outlier's square would swamp the others' in float32.
+        centers = [_middle(x, there[..., None], _half) for x in parts]
+        parts = [jnp.where(there[..., None], x - at[None], 0) for x, at in zip(parts, centers, strict=True)]
+        gram = sum(jnp.einsum("sgd,tgd->gst", x, x, precision=lax.Precision.HIGHEST) for x in parts)
+        kept = there.T & jnp.isfinite(jnp.diagonal(gram, axis1=1, axis2=2))
+        gram = jnp.where(_pairs(kept), gram, 0)
+        allowed = _share(fraction, number)
+
+        def drop(_, kept):
+            size = jnp.sum(kept, axis=1)
+            ones = kept / jnp.maximum(size, 1)[:, None]
+            row = jnp.einsum("gst,gt->gs", gram, ones, precision=lax.Precision.HIGHEST)
+            grand = jnp.sum(row * ones, axis=1)[:, None, None]
+            centered = jnp.where(_pairs(kept), gram - row[:, :, None] - row[:, None, :] + grand, 0)
+            values, vectors = jnp.linalg.eigh(centered)
+            worst = jnp.argmax(jnp.where(kept, jnp.square(vectors[..., -1]), -1), axis=1)
+            spread = values[:, -1] / jnp.maximum(size, 1) > threshold
+            wrong = (spread & (number - size < allowed))[:, None] & (jnp.arange(kept.shape[1])[None] == worst[:, None])
+            return kept & ~wrong
+
+        kept = lax.fori_loop(0, _share(fraction, gram.shape[-1]), drop, kept).T
+        share = kept / jnp.maximum(jnp.sum(kept, axis=0, keepdims=True), 1)
+        return [_combine(share, x) + at for x, at in zip(parts, centers, strict=True)]
+
+    return _of_vectors(solve, rows, count=True)
+
+
+def _gathered(finish: Callable[[PyTree, jax.Array], PyTree]) -> Reduction:
+    return Reduction(lambda upload, weight: upload, finish, gather=True)
+
+
+def _of_vectors(solve: Callable, rows: bool, count: bool = False) -> Reduction:
+    """Uploads as parts `[S, G, D]` of G vectors each: `solve(parts, who is there and finite [S, G])` -> parts `[G, D]`.
+
+    With `count` it is also told how many are there, finite or not.
+    """
+
+    def one(leaves, weights):
+        parts = [x.reshape(x.shape[0], -1, x.shape[-1] if x.ndim > 1 else 1) for x in leaves]
+        parts = parts if rows else [x.reshape(x.shape[0], 1, -1) for x in parts]
+        there = (weights > 0)[:, None]
+        for x in parts:
+            there = there & jnp.all(jnp.isfinite(x), axis=-1)
+        parts = [jnp.where(there[..., None], x, 0) for x in parts]
+        extra = (jnp.sum(weights > 0),) if count else ()
+        return [
+            y.reshape(x.shape[1:]).astype(x.dtype) for x, y in zip(leaves, solve(parts, there, *extra), strict=True)
+        ]
+
+    def finish(uploads, weights):
+        leaves, structure = jax.tree.flatten(uploads)
+        summary = [one([leaf], weights)[0] for leaf in leaves] if rows else one(leaves, weights)
+        return jax.tree.unflatten(structure, summary)
+
+    return _gathered(finish)
+
+
+def _middle(x: jax.Array, there: jax.Array, trim: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Mean over axis 0 of those `there` `[S, ...]`, but for the `trim(n)` largest and smallest of each coordinate."""
+    ordered = jnp.sort(jnp.where(there, x, jnp.nan), axis=0)  # NaN comes last
+    n = jnp.sum(there, axis=0, keepdims=True)
+    b = trim(n)
+    rank = _column(jnp.arange(x.shape[0]), x)
+    kept = (rank >= b) & (rank < n - b)
+    return jnp.sum(jnp.where(kept, ordered / jnp.maximum(n - 2 * b, 1), 0), axis=0)
+
+
+def _half(n: jax.Array) -> jax.Array:
+    """How many to trim on each side for the median."""
+    return jnp.maximum((n - 1) // 2, 0)
+
+
+def _share(fraction: float, n: Array | int) -> jax.Array:
+    """floor(fraction n), and 3 of 10 at 0.3, whatever the rounding."""
+    return jnp.floor(fraction * jnp.asarray(n, jnp.float32) + 1e-3).astype(jnp.int32)
+
+
+def _combine(coefficients: jax.Array, x: jax.Array) -> jax.Array:
+    """sum_s c[s, g] x[s, g, :]."""
+    return jnp.einsum("sg,sgd->gd", coefficients, x, precision=lax.Precision.HIGHEST)
+
+
+def _column(v: jax.Array, x: jax.Array) -> jax.Array:
+    """`[S]` -> `[S, 1, ...]` of x's rank."""
+    return v.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _pairs(kept: jax.Array) -> jax.Array:
+    return kept[:, :, None] & kept[:, None, :]
+
+
+def _check_fraction(name: str, fraction: float) -> None:
+    if not 0 <= fraction < 0.5:
+        raise InputError(f"{name} takes a fraction of the clients in [0, 0.5); got {fraction}")
