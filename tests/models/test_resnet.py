@@ -143,7 +143,8 @@ def test_both_parts_train_their_own_params(rng):
     x = jnp.asarray(rng.normal(size=(4, 8, 8, 1)), jnp.float32)
 
     def moved(loss):
-        return {name for name, leaves in jax.jit(jax.grad(loss))(params).items() if any(map(jnp.any, jax.tree.leaves(leaves)))}
+        gradient = jax.jit(jax.grad(loss))(params)
+        return {name for name, leaves in gradient.items() if any(map(jnp.any, jax.tree.leaves(leaves)))}
 
     assert moved(lambda p: jnp.sum(jnp.square(edge.features(p, x)))) == {"stem"}
     h = edge.features(params, x)

@@ -94,7 +94,6 @@ ALIKE = {"resnet20", "gkt_server", *(name for name in MODELS if name.startswith(
 TRAINED = [*(name for name in MODELS if name not in ALIKE), "fedmd_mnist_0", "fedmd_cifar_2", "fedmd_cifar_9"]
 
 
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_trains_one_step(rng, name):
     shape = (60,) if name == "mclr" else MNIST
