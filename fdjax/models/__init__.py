@@ -1,7 +1,7 @@
 """The model zoo: `build` a network by name, or wrap any linen module of your own with `from_linen`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.errors import InputError, unknown
-from fdjax.models import nets
+from fdjax.models import fedmd_zoo, nets, resnet
 from fdjax.types import Model
 
-__all__ = ["MODELS", "ModelEntry", "build", "from_linen"]
+__all__ = ["MODELS", "ModelEntry", "build", "from_linen", "make_module"]
 
 
 class ModelEntry(NamedTuple):
-    """One row of the zoo: `make(num_classes, **options)` gives the linen module."""
+    """One row of the zoo: `make(num_classes, **preset, **options)` gives the linen module; options may override."""
 
     make: Callable[..., nn.Module]
     help: str
+    preset: Mapping[str, Any] = {}
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -32,7 +33,17 @@ MODELS: dict[str, ModelEntry] = {
     "fd_cnn": ModelEntry(nets.FDCNN, "Jeong 2018 FD: 3x3 conv 32-64 VALID, one pooling, 128 units"),
     "cnn1": ModelEntry(nets.CNN1, "Jiang 2020 CNN1: 3x3 conv 32-64-64, 1024-64 units; option padding"),
     "cnn2": ModelEntry(nets.CNN2, "Jiang 2020 CNN2: 3x3 conv 128-128-128, 2048 units; option padding"),
+    "resnet8": ModelEntry(
+        resnet.ResNet, "FedDF 2020: ResNet of 8 layers, GroupNorm; options width, groups", {"depth": 8}
+    ),
+    "resnet20": ModelEntry(resnet.ResNet, "the same of 20 layers", {"depth": 20}),
+    "gkt_edge": ModelEntry(resnet.GKTEdge, "FedGKT 2020, a client's: 3x3 conv, then a residual block; can be split"),
+    "gkt_server": ModelEntry(resnet.ResNetTrunk, "FedGKT 2020, the server's, on features; options blocks, width"),
 }
+for _task, _table in (("mnist", fedmd_zoo.MNIST_FILTERS), ("cifar", fedmd_zoo.CIFAR_FILTERS)):
+    for _i, _filters in enumerate(_table):
+        _help = f"FedMD 2019, {_task}, party {_i}: conv {'-'.join(map(str, _filters))}"
+        MODELS[f"fedmd_{_task}_{_i}"] = ModelEntry(fedmd_zoo.FedMDCNN, _help, {"filters": _filters})
 
 
 def build(name: str, input_shape: Sequence[int], num_classes: int, **options: Any) -> Model:
@@ -50,16 +61,21 @@ def build(name: str, input_shape: Sequence[int], num_classes: int, **options: An
     Raises:
       InputError: no such model or option, fewer than two classes, or an input that the net cannot take.
     """
+    return from_linen(make_module(name, num_classes, **options), input_shape, name)
+
+
+def make_module(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """The linen module of `build`, which has the arguments and what is raised."""
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     if num_classes < 2:
         raise InputError(f"model {name!r} needs num_classes >= 2; got {num_classes}")
-    make = MODELS[name].make
+    make, _, preset = MODELS[name]
     allowed = {field.name for field in dataclasses.fields(make)} - {"num_classes", "parent", "name"}  # pyright: ignore
     for option in options:
         if option not in allowed:
             raise unknown(f"option of model {name!r}", option, allowed)
-    return from_linen(make(num_classes=num_classes, **options), input_shape, name)
+    return make(num_classes=num_classes, **{**preset, **options})
 
 
 def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None = None) -> Model:

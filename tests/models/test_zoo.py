@@ -24,7 +24,37 @@ COUNTS = [
     ("cnn1", MNIST, 10, {"padding": "SAME"}, 3_334_282),
     ("cnn2", CIFAR, 10, {}, 4_515_594),
     ("cnn2", CIFAR, 10, {"padding": "SAME"}, 17_098_506),
+    # The counts of BatchNorm's nets with convolutional shortcuts: scale and bias are as many.
+    ("resnet8", CIFAR, 10, {}, 78_042),
+    ("resnet20", CIFAR, 10, {}, 272_474),
+    ("gkt_edge", CIFAR, 10, {"width": 16, "stride": 1}, 464 + 2 * (9 * 16 * 16 + 32) + 170),
+    ("gkt_edge", MNIST, 10, {}, 72 + 16 + 2 * (9 * 8 * 8 + 16) + 90),
+    ("gkt_server", (32, 32, 16), 10, {}, 78_042 - 464),  # ResNet-8 without its first convolution
+    ("gkt_server", (32, 32, 16), 10, {"blocks": 3}, 272_474 - 464),
 ]
+
+# FedMD's nets of 16 outputs: the filters, written once more, and the flattened image's side by the rule of its block.
+FEDMD = {
+    "mnist": "128-256 128-384 128-512 256-256 256-512 64-128-256 64-128-192 128-192-256 128-128-128 128-128-192",
+    "cifar": "128-256 128-128-192 64-64-64 128-64-64 64-64-128 64-128-256 64-128-192 128-192-256 128-128-128 "
+    "64-64-64-64",
+}
+
+
+def fedmd_count(filters, shape):
+    side, channels = shape[0], shape[2]
+    kernels = [3] + ([3] if len(filters) == 2 else [2, 3, 3])
+    total = 0
+    for kernel, features in zip(kernels, filters):
+        total += kernel * kernel * channels * features + features + 2 * features  # bias; scale and shift of the norm
+        channels = features
+    side = (side - 3) // 2 + 1 if len(filters) == 2 else (side // 2 // 2 - 3) // 2 + 1
+    return total + side * side * channels * 16
+
+
+for task, shape in (("mnist", MNIST), ("cifar", CIFAR)):
+    for i, row in enumerate(FEDMD[task].split()):
+        COUNTS.append((f"fedmd_{task}_{i}", shape, 16, {}, fedmd_count([int(f) for f in row.split("-")], shape)))
 
 
 def count(params):
@@ -52,7 +82,19 @@ def test_every_model_has_a_count():
     assert {row[0] for row in COUNTS} == set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_fedmd_counts_by_hand():
+    # 1152 + 128 + 256, then 294,912 + 256 + 512, then 13 x 13 x 256 features to 16 logits without a bias.
+    assert fedmd_count([128, 256], MNIST) == 1_280 + 256 + 295_168 + 512 + 692_224
+    # 640 + 128; 2x2: 32,896 + 256; 3x3: 295,168 + 512; 28 -> 14 -> 7 -> 3, so 3 x 3 x 256 features.
+    assert fedmd_count([64, 128, 256], MNIST) == 640 + 128 + 32_896 + 256 + 295_168 + 512 + 36_864
+
+
+# FedMD's nets of two, three and four layers stand for its twenty, ResNet-8 for what is made of the same blocks.
+ALIKE = {"resnet20", "gkt_server", *(name for name in MODELS if name.startswith("fedmd"))}
+TRAINED = [*(name for name in MODELS if name not in ALIKE), "fedmd_mnist_0", "fedmd_cifar_2", "fedmd_cifar_9"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_trains_one_step(rng, name):
     shape = (60,) if name == "mclr" else MNIST
     model = build(name, shape, 4)
@@ -125,6 +167,9 @@ class _Dropout(nn.Module):
         (lambda: build("fd_cnn", (4, 4, 1), 10), "smaller than"),
         (lambda: build("cnn1", (60,), 10), "conv2d takes"),
         (lambda: build("mclr", (), 10), "at least one"),
+        (lambda: build("resnet8", CIFAR, 10, depth=9), "depth 8, 14, 20"),
+        (lambda: build("fedmd_mnist_0", MNIST, 10, filters=(64,)), "2, 3 or 4"),
+        (lambda: build("fedmd_mnist_5", (8, 8, 1), 10), "smaller than"),
         (lambda: from_linen(_BatchNorm(), (3,)), "batch_stats"),
         (lambda: from_linen(_Dropout(), (3,)), "dropout"),
         (lambda: from_linen(nn.Conv(2, (3, 3)), MNIST), "must return logits"),
