@@ -38,14 +38,12 @@ def choose(kind: str, chunk: int, devices: int, models: Sequence[Model], partici
     alone = kind in ("vmap", "chunk", "loop")
     mesh = lift.make_mesh(_devices(kind, 1 if alone and not devices else devices, alone))
     each = -(-most // mesh.size)
-    if chunk > each:
-        raise InputError(
-            f"--chunk={chunk}, but of {most} participants a device has at most {each}; give at most {each}, or 0"
-        )
+    if chunk > most:
+        raise InputError(f"--chunk={chunk}, but a round has {most} participants; give at most {most}, or 0")
     size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
     platform = mesh.devices.flat[0].platform
     wide = WIDEST if platform != "cpu" else max(1, min(WIDEST, CACHE_BYTES // (COPIES * size)))
-    chosen = chunk or min(each, wide)
+    chosen = min(each, chunk or wide)
     picked = kind
     if kind == "auto":
         picked = "shard_map" if mesh.size > 1 else "vmap" if chosen == most else "chunk"

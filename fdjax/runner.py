@@ -165,6 +165,11 @@ def _extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, 
     evaluations.setdefault("round", []).append(done)
     for name, value in scalars.items():
         evaluations.setdefault(name, []).append(float(value))
+    kind = "central" if "central_loss" in evaluations else "local"
+    losses = evaluations.get(f"{kind}_loss", [0.0])
+    if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
+        text = f"the {kind} loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates"
+        tqdm.write(f"warning: {text}", file=sys.stderr)
     in_order_of_ids = np.argsort(np.asarray(experiment.federation.client))
     record["clients"] = {name: values[in_order_of_ids].astype(float).tolist() for name, values in clients.items()}
 
@@ -217,7 +222,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def stop(number, frame):
         received.append(number)
-        tqdm.write("stopping after this superstep; once more stops at once")
+        tqdm.write("stopping after this superstep; once more stops at once", file=sys.stderr)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     try:

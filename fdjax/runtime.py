@@ -9,23 +9,34 @@ from jaxlib.version import __version__ as jaxlib_version
 
 _YNN = "--xla_cpu_experimental_ynn_fusion_type="
 _PASSES, _SPLIT = "--xla_disable_hlo_passes=", "cpu-parallel-task-assigner"
+# Seconds that a device waits for the others at the sum of a round.
+_PATIENCE = {
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=": 3600,
+    "--xla_cpu_collective_call_terminate_timeout_seconds=": 7 * 86400,
+    "--xla_cpu_collective_timeout_seconds=": 7 * 86400,
+}
 
 
 def work_around_xla_cpu() -> None:
-    """Keep XLA:CPU of jaxlib 0.10 from two optimisations that give wrong numbers there without a word.
+    """Keep XLA:CPU of jaxlib 0.10 from wrong numbers, and from killing a run whose clients take long.
 
-    Fusions handed to YNNPACK: the summed cross-entropy of 100 vmapped logistic models on 500 examples is 14 % off for
-    clients 65 to 99, on one device; jaxlib 0.12 is right. Kernels split over threads, while two host devices are busy:
-    CNN1's parameters are 1e-3 off after one round of 8 clients, and differ between runs; without the pass that splits
-    them, runs are bitwise equal and within 1e-5 of one device. With a device a core the splitting gains nothing.
+    Two optimisations give wrong numbers there without a word. Fusions handed to YNNPACK: the summed cross-entropy of
+    100 vmapped logistic models on 500 examples is 14 % off for clients 65 to 99, on one device; jaxlib 0.12 is right.
+    Kernels split over threads, while two host devices are busy: CNN1's parameters are 1e-3 off after one round of 8
+    clients, and differ between runs; without the pass that splits them, runs are bitwise equal and within 1e-5 of one
+    device. With a device a core the splitting gains nothing.
 
-    Other passes that XLA_FLAGS disables stay disabled; a choice of YNNPACK's fusions made there is left alone.
+    A device that waits 40 seconds for another at the sum of a round ends the process: five clients of five epochs on
+    two devices did. They wait for a week here, as one client's work may well take longer than another's.
+
+    Other passes that XLA_FLAGS disables stay disabled; a choice of YNNPACK's fusions or of a timeout is left alone.
     """
     if not jaxlib_version.startswith("0.10."):
         return
     flags = os.environ.get("XLA_FLAGS", "").split()
-    if not any(flag.startswith(_YNN) for flag in flags):
-        flags.append(_YNN)
+    for name, value in {_YNN: "", **_PATIENCE}.items():
+        if not any(flag.startswith(name) for flag in flags):
+            flags.append(f"{name}{value}")
     disabled = next((flag for flag in reversed(flags) if flag.startswith(_PASSES)), _PASSES)  # the last one counts
     if _SPLIT not in disabled and xla_bridge.backends_are_initialized():
         warnings.warn(

@@ -221,7 +221,14 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         path, _ = jax.tree.leaves_with_path(named)[number]
         return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    return Simulation(init, setup if algorithm.setup else None, run, evaluation(algorithm, layout), traffic, leaf)
+    return Simulation(
+        init=init,
+        setup=setup if algorithm.setup else None,
+        run=loop if layout.kind == "loop" else run,
+        evaluate=evaluation(algorithm, layout),
+        traffic=traffic,
+        leaf=leaf,
+    )
 
 
 def _data(federation: Federation, row: Row) -> local.ClientData:

@@ -14,7 +14,14 @@ from fdjax.checkpoint import Checkpoints
 from fdjax.settings import known_hparams
 
 ROUNDS = 2
-LIFTINGS = [(7, 1), (1, 2), (2, 4)]  # chunk, devices; compared with (3, 1)
+LIFTINGS = [
+    ("chunk", 1, 1),
+    ("shard_map", 3, 1),
+    ("shard_map", 1, 2),
+    ("shard_map", 2, 4),
+    ("pmap", 2, 2),
+    ("loop", 1, 1),
+]
 
 pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -48,10 +55,10 @@ def test_runs(name):
     assert not np.array_equal(jax.tree.leaves(start.server)[-1], jax.tree.leaves(state.server)[-1])
 
 
-@pytest.mark.parametrize(("chunk", "devices"), LIFTINGS)
-def test_is_the_same_under_every_lifting(name, chunk, devices):
-    state, metrics, evaluation = run(name)
-    algorithm, simulation = cases.simulation(name, chunk=chunk, devices=devices)
+@pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS, ids=str)
+def test_is_the_same_under_every_lifting(name, kind, chunk, devices):
+    state, metrics, evaluation = run(name, kind="vmap")
+    algorithm, simulation = cases.simulation(name, chunk=chunk, devices=devices, kind=kind)
     federation, hparams = cases.federation(devices=devices), cases.hparams_of(algorithm)
     if devices == 4:
         other, other_metrics = simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS)

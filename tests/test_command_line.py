@@ -130,7 +130,7 @@ def test_overwrite_removes_checkpoints_alone(tmp_path):
 def test_settings_tell_every_default():
     """What a table is made of must be readable beside it, so hparams that nobody gave are there too."""
     public = settings.make({"learning_rate": 0.5}, algorithm="feddistill").public()
-    assert {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams"} <= public.keys()
+    assert {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams", "options"} <= public.keys()
     expected = {"learning_rate": 0.5, "teacher_learning_rate": 0.5, "temperature": 2.0, "weight": 0.5}
     assert {name: public[name] for name in expected} == expected
     assert json.loads(json.dumps(public)) == public
@@ -161,9 +161,9 @@ def test_ends_in_one_line(tmp_path, flags, message):
 def test_help_lists_the_flags():
     result = run("--help")
     assert "Traceback" not in result.stderr
-    names = {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams"}
+    names = {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams", "options"}
     names |= {"learning_rate", "local_epochs", "temperature", "weight", "teacher_learning_rate", "teacher_epochs"}
-    names |= {"out", "resume", "overwrite", "checkpoint_every"}
+    names |= {"out", "resume", "overwrite", "checkpoint_every", "coordinator", "num_processes", "process_id"}
     listed = {line.split(":")[0].strip().removeprefix("--").removeprefix("[no]") for line in result.stdout.splitlines()}
     assert names <= listed
     text = " ".join(result.stdout.split())

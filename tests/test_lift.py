@@ -14,7 +14,9 @@ from fdjax import lift, local, losses, models
 from fdjax.types import Examples
 
 F, K = cases.FEATURES, cases.CLASSES
-LIFTINGS = [(chunk, devices) for devices in (1, 2, 4) for chunk in (1, 2, 3, 7, 100)]
+LIFTINGS = [("shard_map", chunk, devices) for devices in (1, 2, 4) for chunk in (1, 2, 3, 7, 100)]
+LIFTINGS += [("pmap", chunk, devices) for devices in (1, 2, 4) for chunk in (1, 3)]
+LIFTINGS += [("vmap", 1, 1), ("chunk", 1, 1), ("chunk", 3, 1)]
 
 
 def lifting(kind, chunk=3, devices=1, ordered=False):
@@ -55,10 +57,10 @@ def loop(size):
     return {"id": rows["id"], "state": np.stack(states)}, (total, rows["steps"].sum())
 
 
-@pytest.mark.parametrize(("chunk", "devices"), LIFTINGS)
-def test_lifting_is_a_loop(chunk, devices):
+@pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS)
+def test_lifting_is_a_loop(kind, chunk, devices):
     for size in (1, 11) if chunk in (1, 100) else (11,):
-        kept, (total, steps) = lifted(work, chunk, devices)(*problem(size))
+        kept, (total, steps) = lifted(work, chunk, devices, kind)(*problem(size))
         expected, (expected_total, expected_steps) = loop(size)
         np.testing.assert_array_equal(kept["id"], expected["id"])  # order
         np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
@@ -98,9 +100,49 @@ def test_a_chunk_of_one_is_not_vmapped():
         assert sorted(set(batched)) == expected
 
 
+def test_a_python_loop_is_a_loop():
+    kept, (total, steps) = lift.over_clients(work, *problem(11), lifting("loop"))
+    expected, (expected_total, expected_steps) = loop(11)
+    np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5, atol=1e-5)
+    assert steps == expected_steps
+
+
+def test_a_failure_in_the_loop_names_client_stage_and_shapes():
+    def one(shared, row):
+        return shared["matrix"] @ row["vector"], ()
+
+    shared, rows = {"matrix": np.eye(3, dtype=np.float32)}, {"vector": np.ones((2, 4), np.float32)}
+    with pytest.raises(TypeError) as caught:
+        lift.over_clients(one, shared, rows, lifting("loop"), stage="round 7", names=np.array([40, 41]))
+    note = caught.value.__notes__[-1]
+    assert note.splitlines() == ["client 40, round 7", "  row: vector float32[4]", "  shared: matrix float32[3,3]"]
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_ordered_sums_are_bitwise_the_same_on_any_number_of_devices(kind, chunk):
+    shared, rows = problem(11)
+    results = [jax.device_get(lifted(work, chunk, d, kind, ordered=True)(shared, rows)) for d in (1, 2, 4)]
+    for result in results[1:]:
+        chex.assert_trees_all_equal(result, results[0])
+    chex.assert_trees_all_close(results[0][1], loop(11)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+def test_devices_get_like_amounts_of_work(devices):
+    """Chunks of falling work go forth and back over the devices, so none is left with the first of each turn."""
+    deal, collect = lift._dealing(devices, 5)
+    work = np.sort(np.random.default_rng(0).lognormal(size=5 * devices))[::-1].copy()
+    dealt = deal(work)
+    np.testing.assert_array_equal(collect(dealt), work)
+    assert np.ptp(dealt.sum(axis=1)) <= work[0]
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "pmap"])
 @pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_gradients_of_shared_parameters_stay_with_their_client(chunk, devices):
+def test_gradients_of_shared_parameters_stay_with_their_client(kind, chunk, devices):
     """Under shard_map's default check_vma, grad with respect to replicated parameters is summed over devices: 36 % off
     on two, 85 % on four. Every client must get the gradient of its own examples alone."""
     rng = np.random.default_rng(0)
@@ -112,7 +154,7 @@ def test_gradients_of_shared_parameters_stay_with_their_client(chunk, devices):
         gradient = jax.grad(lambda p: losses.cross_entropy(x @ p["W"] + p["b"][None], y).mean())(params)
         return gradient, ()
 
-    gradients, _ = lifted(one, chunk, devices)(params, rows)
+    gradients, _ = lifted(one, chunk, devices, kind)(params, rows)
     for i, (x, y) in enumerate(zip(*rows, strict=True)):
         slope = (cases.softmax(x.astype(float) @ params["W"] + params["b"]) - np.eye(K)[y]) / 5
         np.testing.assert_allclose(gradients["W"][i], x.T @ slope, rtol=1e-4, atol=1e-6)

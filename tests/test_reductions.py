@@ -219,7 +219,9 @@ def test_reduction_over_devices_and_chunks(name, devices):
 
         @jax.jit
         def run(rows, chunk=chunk):
-            _, total = lift.over_clients(one, np.float32(0), rows, chunk=chunk, mesh=cases.mesh(devices))
+            _, total = lift.over_clients(
+                one, np.float32(0), rows, lift.Lifting("shard_map", cases.mesh(devices), chunk)
+            )
             return reduction.finish(total)
 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(rows), equation(*draws()))
