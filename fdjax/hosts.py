@@ -1,5 +1,6 @@
 """Several hosts as one simulation: the same program, started once on each, with jax.distributed."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -49,9 +50,27 @@ def is_first() -> bool:
 
 
 def wait() -> None:
-    """Until every host is here."""
+    """Until every host is here. Raises InputError if one does not come."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("fdjax")
+        with _others():
+            multihost_utils.sync_global_devices("fdjax")
+
+
+@contextlib.contextmanager
+def _others():
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"another host stopped or does not answer; its own message says why ({reason})") from None
+
+
+def any_of(here: bool) -> bool:
+    """Whether it is so on any host, known to all of them, so that they save and stop together."""
+    if jax.process_count() == 1:
+        return here
+    with _others():
+        return bool(np.any(multihost_utils.process_allgather(np.array([here]))))
 
 
 def check_agreement(settings: dict[str, Any], free: tuple[str, ...]) -> None:
@@ -62,7 +81,9 @@ def check_agreement(settings: dict[str, Any], free: tuple[str, ...]) -> None:
     if len(mine) > _ROOM:
         raise InputError(f"settings of {len(mine)} bytes cannot be compared between hosts; shorten them")
     padded = np.frombuffer(mine.ljust(_ROOM), np.uint8)
-    everyone = [json.loads(bytes(row)) for row in np.asarray(multihost_utils.process_allgather(padded))]
+    with _others():
+        gathered = np.asarray(multihost_utils.process_allgather(padded))
+    everyone = [json.loads(bytes(row)) for row in gathered]
     for host, theirs in enumerate(everyone):
         other = sorted(name for name in theirs if theirs[name] != everyone[0].get(name))
         if other:

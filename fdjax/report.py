@@ -29,7 +29,7 @@ def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
         if overwrite and hosts.is_first():

@@ -110,10 +110,11 @@ def run(
                 if checkpoint_every
                 else time.perf_counter() - saved_at > _SAVE_SECONDS
             )
-            if checkpoints and (due or stop or done == settings.rounds):
+            stopping = hosts.any_of(bool(stop))
+            if checkpoints and (hosts.any_of(due) or stopping or done == settings.rounds):
                 checkpoints.save(state, clock.stamp(record) | {"settings": settings.public()})
                 saved_at, saved_round = time.perf_counter(), done
-            if stop and done < settings.rounds:
+            if stopping and done < settings.rounds:
                 raise InterruptedRun(done, out)
         record = clock.stamp(record)
     for way, fixed in (("bytes_up", traffic.round_up), ("bytes_down", traffic.round_down)):
