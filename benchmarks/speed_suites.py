@@ -74,10 +74,9 @@ SUITES = {
 
 
 def smoke(suite: Suite) -> Suite:
-    """Two clients of two steps, one case: whether it runs, and not how fast."""
-    cases = [case._replace(clients=2, steps=2) for case in suite.cases[:1]]
-    if suite.flat:
-        cases = [case._replace(clients=clients, steps=2) for case, clients in zip(suite.cases, (10, 40))]
+    """One case, two clients, two steps of four: whether it runs, and not how fast."""
+    sizes = (10, 40) if suite.flat else (2,)
+    cases = [suite.cases[-1]._replace(batch=4, clients=clients, steps=2) for clients in sizes]
     return suite._replace(cases=tuple(cases))
 
 

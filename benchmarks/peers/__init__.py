@@ -1,5 +1,6 @@
 """Other simulators, each in a worker process of its own environment; this side of them imports none."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -83,10 +84,8 @@ def named(prefix: str, tree: Any) -> dict[str, np.ndarray]:
 
 def reset_peak(pid: int) -> None:
     """Begin to measure the process's peak memory anew (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_bytes(pid: int) -> int | None:

@@ -62,7 +62,9 @@ class Simulation:
         self.rounds += 1
         start = time.perf_counter()
         self.algorithm.run(
-            NNAlgorithmParams(self.rounds, evaluation_frequency=1 << 30, train_cohort_size=self.clients, val_cohort_size=0),
+            NNAlgorithmParams(
+                self.rounds, evaluation_frequency=1 << 30, train_cohort_size=self.clients, val_cohort_size=0
+            ),
             self.backend,
             self.model,
             self.training,
