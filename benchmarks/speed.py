@@ -43,7 +43,7 @@ flags.DEFINE_boolean("smoke", False, "a tiny case of each suite, one repeat: whe
 flags.DEFINE_string("out", "runs/speed", "folder; each suite writes into speed_<suite> there")
 
 LOSS_TOLERANCE = 1e-3  # relative
-WEIGHTS_TOLERANCE = 1e-2  # of the way that the round moved: float32 sums in another order
+WEIGHTS_TOLERANCE = 1e-2  # of the way that the round moved; see benchmarks/README.md for what rounding can do
 GROWTH = 0.1  # of an upload: temporary memory that one more client may cost
 
 

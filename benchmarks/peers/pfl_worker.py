@@ -56,14 +56,17 @@ class Simulation:
         self.algorithm, self.clients, self.rounds = FederatedAveraging(), clients, 0
         return {"note": f"threads: {fastest_threads(self.run)}"}
 
-    def run(self):
+    def run(self, clients=None):
         """One more iteration. pfl evaluates at iteration 0, which is in the warm-up, and then never again here."""
         set_params(self.model.pytorch_model, self.first)
         self.rounds += 1
         start = time.perf_counter()
         self.algorithm.run(
             NNAlgorithmParams(
-                self.rounds, evaluation_frequency=1 << 30, train_cohort_size=self.clients, val_cohort_size=0
+                self.rounds,
+                evaluation_frequency=1 << 30,
+                train_cohort_size=min(clients or self.clients, self.clients),
+                val_cohort_size=0,
             ),
             self.backend,
             self.model,
