@@ -50,8 +50,7 @@ def numpy_round(ours, work, distill):
     return np.mean(kernels, axis=0), np.mean(biases, axis=0), np.mean(losses)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("algorithm", ["fedavg", "feddistill"])
+@pytest.mark.parametrize(("algorithm", "shared"), [("fedavg", True), ("feddistill", False)])
 def test_a_loop_over_the_batches_ends_where_the_simulator_does(algorithm, shared):
     case = Case("mclr", batch=4, clients=5, steps=3, shape=(6,), algorithm=algorithm, shared=shared)
     work = make_work(case)

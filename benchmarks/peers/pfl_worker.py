@@ -15,7 +15,7 @@ from pfl.data.sampling import get_user_sampler
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Weighted
 from torch import nn
-from torch_worker import fastest_threads, from_torch, make_net, scaled, set_params, tensors_of, to_torch
+from torch_net import fastest_threads, from_torch, make_net, scaled, set_params, tensors_of, to_torch
 from worker import serve, under
 
 
