@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 
 VENV ?= .venv
 VENV_BENCH ?= .venv-bench
-BENCH_FLAGS ?= --suite=cnn1 --peers=torch
+BENCH_FLAGS ?= --suite=all --peers=torch,fedjax,pfl
 PYTEST_FLAGS ?=
 
 # The first of these that is Python 3.11 or later and can make a venv; set PYTHON to choose another.
@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in $(PYTHONS); do \
 make_venv = test -x $(1)/bin/python || { test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 1; }; $(PYTHON) -m venv $(1); }
 NO_PYTHON = fdjax needs Python 3.11 or later with venv (Debian: apt install python3-venv); to name one: make PYTHON=...
 
-PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --constraint
 
 .PHONY: help venv run test lint types format bench-venv bench clean
 
@@ -45,9 +45,9 @@ format: $(VENV)/.installed ## let ruff fix what it can
 types: $(VENV)/.installed ## pyright on the library
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python fdjax
 
-bench-venv: $(VENV_BENCH)/.installed ## make .venv-bench: PyTorch, to time the same work in
+bench-venv: $(VENV_BENCH)/.installed ## make .venv-bench: PyTorch, fedjax and pfl, to time the same work in
 
-bench: $(VENV)/.installed $(VENV_BENCH)/.installed ## speed, side by side with PyTorch
+bench: $(VENV)/.installed $(VENV_BENCH)/.installed ## every suite of benchmarks.speed beside PyTorch, fedjax and pfl
 	@$(VENV)/bin/python -m benchmarks.speed --peer_python=$(VENV_BENCH)/bin/python $(BENCH_FLAGS)
 
 clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
@@ -57,11 +57,11 @@ clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(call make_venv,$(VENV))
 	@echo "installing the pinned packages into $(VENV): about a minute, 1.2 GB" >&2
-	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[test,dev]'
+	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev]'
 	@touch $@
 
-$(VENV_BENCH)/.installed: constraints.txt
+$(VENV_BENCH)/.installed: constraints-bench.txt
 	@$(call make_venv,$(VENV_BENCH))
-	@echo "installing PyTorch into $(VENV_BENCH)" >&2
-	@$(VENV_BENCH)/bin/python $(PIP_INSTALL) torch numpy
+	@echo "installing PyTorch, fedjax and pfl into $(VENV_BENCH)" >&2
+	@$(VENV_BENCH)/bin/python $(PIP_INSTALL) constraints-bench.txt torch fedjax pfl
 	@touch $@

@@ -1,329 +1,309 @@
-"""How fast clients train, beside a peer that does the same work in the same minutes.
+"""How fast clients train, beside peers that do the same work in the same minutes.
 
-    python -m benchmarks.speed --suite=cnn1 --peers=torch --repeats=5
+    python -m benchmarks.speed --suite=cnn1 --peers=torch,fedjax,pfl --repeats=5
 
-Every client of a round trains by SGD from the same weights on batches of its own, and the trained weights are summed.
-fdjax runs the round as the simulator does: one compiled call of `lift.over_clients` around `local.fit`. A peer is a
-worker process that stays alive and answers with times, so that repeats interleave and a busy machine is busy for both.
-Both must end at the same losses. Ratios are of neighbouring repeats; compile time is apart.
+A round: every client trains by SGD from the same weights on batches of its own, and the trained weights are averaged.
+fdjax runs it as the simulator does, one compiled call of `simulate.simulation`. A peer is a worker process that stays
+alive and answers with times, so that repeats interleave and a busy machine is busy for all. All are given the same
+first weights and the same batches in the same order, and must end at the same weights. Ratios are peer over fdjax, of
+neighbouring repeats: above 1, fdjax is faster. Compile time and peak memory are apart.
 """
 
 import datetime
-import functools
-import itertools
+import gc
 import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from absl import app, flags
-from tabulate import tabulate
 
-from fdjax import keys, lift, local, losses, runtime
+from benchmarks import speed_suites
+from benchmarks.peers import PEERS, Peer, peak_bytes, reset_peak
+from benchmarks.speed_suites import SUITES, Case, Fdjax, Suite, make_work
+from fdjax import lift, report, runtime
+from fdjax.communication import size as byte_count
 from fdjax.errors import InputError, unknown
-from fdjax.models import build
-from fdjax.types import Examples, Model
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("suite", "cnn1", "which of SUITES to time")
-flags.DEFINE_list("peers", ["torch"], "peers to time beside fdjax; empty for none")
+flags.DEFINE_list("suite", ["cnn1"], f"what to time: all, or some of {', '.join(SUITES)}")
+flags.DEFINE_list("peers", list(PEERS), "peers to time beside fdjax; empty for none")
 flags.DEFINE_string("peer_python", ".venv-bench/bin/python", "the peers' interpreter (make bench-venv)")
 flags.DEFINE_integer("repeats", 5, "timed repeats of each, interleaved", lower_bound=1)
-flags.DEFINE_integer("clients", 8, "clients a round", lower_bound=1)
+flags.DEFINE_integer("clients", 0, "clients a round; 0 for the suite's own number", lower_bound=0)
 flags.DEFINE_integer("steps", 0, "SGD steps a client; 0 for the suite's own number", lower_bound=0)
-flags.DEFINE_list("batch", [], "batch sizes; empty for the suite's own")
-flags.DEFINE_list("padding", [], "SAME, VALID; empty for the suite's own")
+flags.DEFINE_integer("chunk", 0, "clients that fdjax vmaps together; 0 for its own choice", lower_bound=0)
 flags.DEFINE_integer("devices", 0, "host devices of fdjax; 0 for one a core", lower_bound=0)
-flags.DEFINE_string("out", "runs/speed", "folder of the JSON record")
+flags.DEFINE_boolean("smoke", False, "a tiny case of each suite, one repeat: whether it runs, not how fast")
+flags.DEFINE_string("out", "runs/speed", "folder; each suite writes into speed_<suite> there")
 
-CLASSES = 10
-LEARNING_RATE = 0.05
-LOSS_TOLERANCE = 1e-3  # relative: float32 sums in another order, over a few steps
-HERE = pathlib.Path(__file__).parent
-PEERS = {"torch": HERE / "peers" / "torch_cnn.py"}
-
-
-class Case(NamedTuple):
-    """One row: a model and a batch size, `clients` times `steps`."""
-
-    model: str
-    batch: int
-    clients: int
-    steps: int
-    options: dict[str, Any]
-    shape: tuple[int, ...] = (28, 28, 1)
-
-    def __str__(self) -> str:
-        return " ".join([self.model, *map(str, self.options.values())])
+LOSS_TOLERANCE = 1e-3  # relative
+WEIGHTS_TOLERANCE = 1e-2  # of the way that the round moved; see benchmarks/README.md for what rounding can do
+GROWTH = 0.1  # of an upload: temporary memory that one more client may cost
 
 
-class Suite(NamedTuple):
-    model: str
-    batch: tuple[int, ...]
-    steps: int
-    padding: tuple[str, ...] = ()  # of the models that have the option
+class Verdict(NamedTuple):
+    """One measured number with its spread, and the target that it should meet."""
+
+    suite: str
+    case: str
+    measure: str
+    values: list[float]
+    target: float | None = None
+    at_least: bool = True
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        median = statistics.median(self.values)
+        return median >= self.target if self.at_least else median <= self.target
+
+    def row(self) -> list[str]:
+        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g} {self.unit}"
+        met = {None: "", True: "yes", False: "no"}[self.met]
+        return [self.suite, self.case, self.measure, f"{spread(self.values)} {self.unit}", target, met]
 
 
-SUITES = {
-    "cnn1": Suite("cnn1", (32, 128), 5, ("SAME", "VALID")),
-    "cnn-small": Suite("niid_cnn", (32,), 20),
-    "mlp": Suite("2nn", (10,), 100),
-}
+def spread(values: list[float]) -> str:
+    median = f"{statistics.median(values):.3g}"
+    return f"{median} [{min(values):.3g}-{max(values):.3g}]" if len(values) > 1 else median
 
 
-def cases(suite: Suite) -> list[Case]:
-    sizes = [int(size) for size in FLAGS.batch] or suite.batch
-    paddings = suite.padding and (FLAGS.padding or suite.padding)
-    options = [{"padding": padding} for padding in paddings] or [{}]
-    steps = FLAGS.steps or suite.steps
-    return [Case(suite.model, batch, FLAGS.clients, steps, o) for o, batch in itertools.product(options, sizes)]
-
-
-class Work(NamedTuple):
-    """What both sides are given: examples of noisy class patterns, the batches of each client, the first weights."""
-
-    x: np.ndarray  # [N, H, W, c] uint8
-    y: np.ndarray  # [N] int32
-    params: Any
-    batches: np.ndarray  # [C, steps, B] int32, rows of x
-
-
-def make_work(case: Case, model: Model) -> Work:
-    rng = np.random.default_rng(0)
-    held = case.steps * case.batch
-    y = rng.integers(0, CLASSES, case.clients * held).astype(np.int32)
-    patterns = rng.integers(0, 256, (CLASSES, *case.shape))
-    x = ((patterns[y] + rng.integers(0, 256, (len(y), *case.shape))) // 2).astype(np.uint8)
-    positions = jnp.arange(held)
-    shuffled = [epoch_shuffle(client, held)(positions) + client * held for client in range(case.clients)]
-    batches = np.stack(shuffled).astype(np.int32).reshape(case.clients, case.steps, case.batch)
-    return Work(x, y, jax.jit(model.init)(jax.random.key(0)), batches)
-
-
-def epoch_shuffle(client: jax.Array | int, count: int) -> keys.Shuffle:
-    """The order in which `local.fit` goes through a client's examples, so that peers can take the same batches."""
-    return keys.shuffle(keys.stream(jax.random.fold_in(client_key(client), 0), "shuffle"), count)
-
-
-def client_key(client: jax.Array | int) -> jax.Array:
-    return keys.stream(jax.random.key(0), "client", client)
-
-
-class Fdjax:
-    """The round as the simulator runs it, compiled ahead."""
-
-    def __init__(self, case: Case, model: Model, work: Work):
-        mesh = lift.make_mesh()
-        held = case.steps * case.batch
-        training = local.Training(case.batch, lambda hparams: optax.sgd(hparams["lr"]))
-
-        def one(shared, row):
-            params, examples, order, epochs = shared
-            data = local.ClientData(examples, order, row["start"], row["count"])
-
-            def loss(params, x, y):
-                return losses.cross_entropy(model.apply(params, x), y)
-
-            key = client_key(row["client"])
-            params, mean = local.fit(training, loss, params, data, {"lr": LEARNING_RATE}, key, epochs=epochs)
-            return mean, params
-
-        client = jnp.arange(case.clients, dtype=jnp.int32)
-        rows = {"client": client, "start": client * held, "count": jnp.full_like(client, held)}
-        scale = np.full(1, 1 / 255, np.float32)
-        examples = Examples(work.x, work.y, scale, np.zeros(1, np.float32))
-        order = np.arange(len(work.y), dtype=np.int32)
-        args = (work.params, examples, order, np.int32(1)), rows
-        specs = (jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec())
-        self.args = jax.device_put(args, tuple(jax.sharding.NamedSharding(mesh, spec) for spec in specs))
-        start = time.perf_counter()
-        step = jax.jit(functools.partial(lift.over_clients, one, chunk=1, mesh=mesh))
-        self.run = step.lower(*self.args).compile()
-        self.compile_seconds = time.perf_counter() - start
-        self()
-
-    def __call__(self) -> tuple[float, np.ndarray]:
-        """Seconds of one round, and the clients' mean losses."""
-        start = time.perf_counter()
-        loss, total = jax.block_until_ready(self.run(*self.args))
-        seconds = time.perf_counter() - start
-        del total
-        return seconds, np.asarray(loss)
-
-
-class Peer:
-    """A worker process that takes one JSON request a line and answers with one."""
-
-    def __init__(self, name: str, python: str):
-        if name not in PEERS:
-            raise unknown("peer", name, PEERS)
-        if not pathlib.Path(python).exists():
-            raise InputError(f"no interpreter for peer {name!r} at {python}; run `make bench-venv`, or pass --peers=")
-        self.name = name
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([python, PEERS[name]], stdin=pipe, stdout=pipe, text=True)
-        self.version = self.ask(do="version")["version"]
-
-    def ask(self, **request) -> dict[str, Any]:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        answer = stdout.readline()
-        if not answer:
-            raise InputError(f"peer {self.name!r} died: its own message is above; `make bench-venv` may mend it")
-        return json.loads(answer)
-
-    def load(self, case: Case, work: Work) -> None:
-        leaves = {
-            jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(leaf)
-            for p, leaf in jax.tree.leaves_with_path(work.params)
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "work.npz")
-            np.savez(path, x=work.x, y=work.y, batches=work.batches, **leaves)
-            self.ask(do="load", path=path, model=case.model, lr=LEARNING_RATE, **case.options)
-
-    def __call__(self) -> tuple[float, np.ndarray]:
-        answer = self.ask(do="run")
-        return answer["seconds"], np.asarray(answer["loss"])
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def gemm_peak(size: int = 2048, repeats: int = 7) -> float:
-    """GFLOP/s of the fastest of `repeats` float32 products."""
+def gemm_gflops(repeats: int = 7) -> float:
+    """GFLOP/s of the fastest of `repeats` float32 products of square matrices."""
+    size = 256 if FLAGS.smoke else 8192 if jax.default_backend() == "gpu" else 2048
     a = jnp.ones((size, size))
     product = jax.jit(jnp.matmul).lower(a, a).compile()
-    return 2 * size**3 / min(seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(repeats)) / 1e9
-
-
-def seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def training_flops(model: Model, params: Any, case: Case) -> float:
-    """Three times the forward pass of one batch: the gradients of a product cost two more of its size."""
-    x = jax.ShapeDtypeStruct((case.batch, *case.shape), jnp.float32)
-    (cost,) = [jax.jit(model.apply).lower(params, x).cost_analysis()]
-    return 3 * float(cost["flops"])
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        taken.append(time.perf_counter() - start)
+    return 2 * size**3 / min(taken) / 1e9
 
 
 def time_case(case: Case, peers: list[Peer]) -> dict[str, Any]:
-    """Interleaved milliseconds per client step of fdjax and of each peer."""
-    model = build(case.model, case.shape, CLASSES, **case.options)
-    work = make_work(case, model)
-    ours = Fdjax(case, model, work)
+    """Interleaved milliseconds per client step of fdjax and of each peer, and what they agree on."""
+    jax.clear_caches()  # what another case compiled is not this one's memory
+    work = make_work(case)
+    ours = Fdjax(case, work, lift.make_mesh(), FLAGS.chunk)
     runners = {"fdjax": ours} | {peer.name: peer for peer in peers}
-    for peer in peers:
-        peer.load(case, work)
-        peer()
+    batches = ours.batches() if peers else None
+    notes = {
+        peer.name: peer.load(
+            work.x, work.y, batches, ours.first.server, ours.teacher,
+            lr=speed_suites.LEARNING_RATE, padding=case.padding or "VALID", device=jax.default_backend(),
+            distill=speed_suites.DISTILL if case.algorithm == "feddistill" else None,
+        )
+        for peer in peers
+    }  # fmt: skip
+    pids = {"fdjax": os.getpid()} | {peer.name: peer.process.pid for peer in peers}
+    gc.collect()
+    for pid in pids.values():
+        reset_peak(pid)
     times: dict[str, list[float]] = {name: [] for name in runners}
-    loss = {}
-    for _ in range(FLAGS.repeats):
+    for _ in range(1 if FLAGS.smoke else FLAGS.repeats):
         for name, run in runners.items():
-            taken, loss[name] = run()
-            times[name].append(1e3 * taken / (case.clients * case.steps))
-    difference = {peer.name: float(np.max(np.abs(loss[peer.name] / loss["fdjax"] - 1))) for peer in peers}
+            times[name].append(1e3 * run() / (case.clients * case.steps))
+    peaks = {name: peak_bytes(pid) for name, pid in pids.items()}
+    ended = {peer.name: peer.params(ours.after) for peer in peers}
     return {
         "case": str(case),
-        "batch": case.batch,
-        "clients": case.clients,
-        "steps": case.steps,
+        **{name: getattr(case, name) for name in ("model", "batch", "clients", "steps", "algorithm")},
+        "chunk": ours.chunk,
         "compile_s": ours.compile_seconds,
         "ms_per_step": times,
-        "gflops_per_step": training_flops(model, work.params, case) / 1e9,
-        "ratio": {peer.name: [a / b for a, b in zip(times["fdjax"], times[peer.name])] for peer in peers},
-        "loss": {name: value.tolist() for name, value in loss.items()},
-        "loss_difference": difference,
+        "times_faster": {name: [b / a for a, b in zip(times["fdjax"], times[name])] for name in ended},
+        "gflops_per_step": ours.flops() / 1e9,
+        "compiled_bytes": ours.memory,
+        "upload_bytes": byte_count(ours.after),
+        "peak_rss_bytes": peaks,
+        "train_loss": float(ours.metrics["train_loss"][0]),
+        "loss": {name: ours.loss(params) for name, params in ({"fdjax": ours.after} | ended).items()},
+        "weights_differ": {name: ours.distance(params) for name, params in ended.items()},
+        "notes": notes,
     }
 
 
-def row(result: dict[str, Any], peers: list[Peer]) -> dict[str, Any]:
-    ours = result["ms_per_step"]["fdjax"]
-    columns = {
-        "case": result["case"],
-        "batch": result["batch"],
-        "compile s": f"{result['compile_s']:.1f}",
-        "fdjax ms/step": spread(ours),
-        "GFLOP/s": f"{1e3 * result['gflops_per_step'] / statistics.median(ours):.0f}",
-    }
-    for peer in peers:
-        name = peer.name
-        columns[f"{name} ms/step"] = spread(result["ms_per_step"][name])
-        columns[f"fdjax / {name}"] = spread(result["ratio"][name])
-        columns["loss differs by"] = f"{result['loss_difference'][name]:.0e}"
-    return columns
+def disagreeing(result: dict[str, Any]) -> list[str]:
+    """The peers that did not end where fdjax did."""
+    ours = result["loss"]["fdjax"]
+    return [
+        name
+        for name, distance in result["weights_differ"].items()
+        if not (distance < WEIGHTS_TOLERANCE and abs(result["loss"][name] / ours - 1) < LOSS_TOLERANCE)
+    ]
 
 
-def machine(peers: list[Peer], peak: float) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
+def judge(name: str, suite: Suite, results: list[dict[str, Any]], peak: float) -> list[Verdict]:
+    """What a suite's results say about its targets; a ratio without a target is told too."""
+    verdicts = []
+    for result in results:
+        for peer, ratios in result["times_faster"].items():
+            measure = f"faster than {peer}"
+            verdicts.append(Verdict(name, result["case"], measure, ratios, suite.targets.get(peer)))
+        if suite.gemm:
+            share = [100e3 * result["gflops_per_step"] / ms / peak for ms in result["ms_per_step"]["fdjax"]]
+            verdicts.append(Verdict(name, result["case"], "of GEMM peak", share, 100 * suite.gemm, unit="%"))
+    if suite.flat:
+        repeats = zip(*(result["ms_per_step"]["fdjax"] for result in results))
+        sizes = f"{results[0]['clients']} to {results[-1]['clients']} clients"
+        slowest = [max(times) / min(times) for times in repeats]
+        verdicts.append(Verdict(name, sizes, "slowest / fastest client step", slowest, suite.flat, at_least=False))
+        small, large = results[-2:]
+        grown = large["compiled_bytes"]["temp"] - small["compiled_bytes"]["temp"]
+        upload = 100 * grown / (large["clients"] - small["clients"]) / small["upload_bytes"]
+        measure = "of an upload: temporary memory of one more client"
+        verdicts.append(Verdict(name, sizes, measure, [upload], 100 * GROWTH, at_least=False, unit="%"))
+    return verdicts
+
+
+def verdict_table(verdicts: list[Verdict]) -> str:
+    headers = ["suite", "case", "measure", "median [min-max]", "target", "met"]
+    return report.table([verdict.row() for verdict in verdicts], headers)
+
+
+def detail_table(results: list[dict[str, Any]], peers: tuple[str, ...]) -> str:
+    def megabytes(value):
+        return "" if value is None else f"{value / 1e6:.0f}"
+
+    def row(result):
+        ours = result["ms_per_step"]["fdjax"]
+        line = {
+            "case": result["case"],
+            "chunk": result["chunk"],
+            "compile s": f"{result['compile_s']:.1f}",
+            "fdjax ms/step": spread(ours),
+            "GFLOP/s": f"{1e3 * result['gflops_per_step'] / statistics.median(ours):.0f}",
+            "temp MB": f"{result['compiled_bytes']['temp'] / 1e6:.1f}",
+            "fdjax RSS MB": megabytes(result["peak_rss_bytes"]["fdjax"]),
+        }
+        for name in peers:
+            note = result["notes"][name]
+            line[f"{name} ms/step"] = f"{spread(result['ms_per_step'][name])}, {note}"
+            line[f"{name} RSS MB"] = megabytes(result["peak_rss_bytes"][name])
+            line[f"weights differ from {name}'s"] = f"{result['weights_differ'][name]:.0e}"
+        return line
+
+    rows = [row(result) for result in results]
+    return report.table([list(line.values()) for line in rows], list(rows[0]))
+
+
+def draw(path: pathlib.Path, verdicts: list[Verdict]) -> None:
+    """A bar for each ratio, from min to max a whisker, its target a black line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [verdict for verdict in verdicts if verdict.unit == "x"]
+    if not bars:
+        return
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.36 * len(bars)), layout="constrained")
+    for y, bar in enumerate(bars):
+        median = statistics.median(bar.values)
+        color = {None: "tab:gray", True: "tab:green", False: "tab:red"}[bar.met]
+        axis.barh(y, median, color=color, alpha=0.75)
+        axis.plot([min(bar.values), max(bar.values)], [y, y], color="black", linewidth=1)
+        if bar.target is not None:
+            axis.plot([bar.target] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2.5)
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(bars)), [f"{bar.case}: {bar.measure}" for bar in bars], fontsize="small")
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="ratio; whisker: min to max, thick line: target", title=bars[0].suite)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def footer(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in (about["versions"] | about["peers"]).items())
+    return (
+        f"`{about['command']}`\n\n{about['date']}; {about['device']}; {about['machine']}; {versions}; revision "
+        f"{about['revision']}; GEMM peak {about['gemm_gflops']:.0f} GFLOP/s; {about['seconds']:.0f} s"
+    )
+
+
+def run_suite(name: str, peers: list[Peer]) -> tuple[list[Verdict], bool]:
+    """Time a suite, print its tables, write its files: (verdicts, whether all ended at the same weights)."""
+    suite = speed_suites.smoke(SUITES[name]) if FLAGS.smoke else SUITES[name]
+    peers = [peer for peer in peers if peer.name in suite.peers]
+    start = time.perf_counter()
+    results, peaks = [], [gemm_gflops()]
+    for case in suite.cases:
+        clients = case.clients if suite.flat else FLAGS.clients or case.clients
+        results.append(time_case(case._replace(clients=clients, steps=FLAGS.steps or case.steps), peers))
+        peaks.append(gemm_gflops())
+        print(f"{name}: {results[-1]['case']}, fdjax {spread(results[-1]['ms_per_step']['fdjax'])} ms/step", flush=True)
+    about = report.environment() | {
+        "command": " ".join(["python -m benchmarks.speed", *given_flags()]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "devices": jax.device_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        **{peer.name: peer.version for peer in peers},
-        "gemm_gflops": peak,
+        "peers": {peer.name: peer.version for peer in peers},
+        "gemm_gflops": max(peaks),
+        "seconds": time.perf_counter() - start,
     }
+    verdicts = judge(name, suite, results, max(peaks))
+    details = detail_table(results, tuple(peer.name for peer in peers))
+    text = "\n\n".join(filter(None, (verdict_table(verdicts) if verdicts else "", details, footer(about))))
+    print(f"\n{text}\n", flush=True)
+    out = report.prepare(pathlib.Path(FLAGS.out) / f"speed_{name}")
+    (out / "table.md").write_text(f"# benchmarks.speed: {name}\n\n{text}\n")
+    told = [verdict._asdict() | {"met": verdict.met} for verdict in verdicts]
+    report.write_json(out / "results.json", about | {"suite": name, "verdicts": told, "results": results})
+    draw(out / "ratios.png", verdicts)
+    wrong = [(result, peer) for result in results for peer in disagreeing(result)]
+    for result, peer in wrong:
+        told = json.dumps({key: result[key] for key in ("loss", "weights_differ")})
+        print(f"{result['case']}: {peer} ended elsewhere than fdjax: {told}", file=sys.stderr)
+    return verdicts, not wrong
+
+
+def given_flags() -> list[str]:
+    """The command line without folders, which mean nothing elsewhere."""
+    return [flag for flag in sys.argv[1:] if not flag.lstrip("-").startswith(("out", "peer_python"))]
+
+
+def chosen_suites() -> list[str]:
+    for name in FLAGS.suite:
+        if name != "all" and name not in SUITES:
+            raise unknown("suite", name, [*SUITES, "all"])
+    names = list(SUITES) if "all" in FLAGS.suite else FLAGS.suite
+    backend = jax.default_backend()
+    if "gpu" in names and backend != "gpu":
+        if names == ["gpu"]:
+            raise InputError(f"suite 'gpu' needs a GPU, but JAX's backend here is {backend!r}; choose another suite")
+        print(f"gpu: skipped, JAX's backend here is {backend!r}", flush=True)
+        names = [name for name in names if name != "gpu"]
+    return names
 
 
 def measure() -> int:
-    if FLAGS.suite not in SUITES:
-        raise unknown("suite", FLAGS.suite, SUITES)
-    peers = [Peer(name, FLAGS.peer_python) for name in FLAGS.peers]
-    results = []
-    peaks = [gemm_peak()]
-    for case in cases(SUITES[FLAGS.suite]):
-        results.append(time_case(case, peers))
-        peaks.append(gemm_peak())
-        print(", ".join(f"{k} {v}" for k, v in row(results[-1], peers).items()), file=sys.stderr)
-    about = machine(peers, max(peaks))
-    print(tabulate([row(result, peers) for result in results], headers="keys", disable_numparse=True))
-    print(
-        ", ".join(
-            f"{name} {value:.0f}" if name == "gemm_gflops" else f"{name} {value}" for name, value in about.items()
-        )
-    )
-    out = pathlib.Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / f"speed_{FLAGS.suite}.json"
-    record.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-    print(f"wrote {record}")
-    for peer in peers:
-        peer.close()
-    wrong = [r for r in results for d in r["loss_difference"].values() if not d < LOSS_TOLERANCE]
-    for result in wrong:
-        print(f"losses differ: {result['case']} batch {result['batch']}: {result['loss_difference']}", file=sys.stderr)
-    return 1 if wrong else 0
+    names = chosen_suites()
+    for name in FLAGS.peers:
+        if name not in PEERS:
+            raise unknown("peer", name, PEERS)
+    used = [peer for peer in FLAGS.peers if any(peer in SUITES[name].peers for name in names)]
+    peers: list[Peer] = []
+    verdicts, agreed = [], True
+    try:
+        peers += (Peer(name, FLAGS.peer_python) for name in used)  # one by one: those begun are closed below
+        for name in names:
+            found, same = run_suite(name, peers)
+            verdicts += found
+            agreed &= same
+    finally:
+        for peer in peers:
+            peer.close()
+    if len(names) > 1:
+        print(f"{verdict_table(verdicts)}\n")
+    print(f"written: {', '.join(f'{FLAGS.out}/speed_{name}' for name in names)}: table.md, results.json, ratios.png")
+    return 0 if agreed else 1
 
 
 def main(argv: list[str]) -> int:

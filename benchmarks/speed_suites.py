@@ -1,0 +1,207 @@
+"""The suites of benchmarks.speed: what is timed, against which targets, and fdjax's side of it."""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fdjax import experiment, keys, models, simulate
+from fdjax.algorithms import ALGORITHMS
+from fdjax.federation import federate, replicated
+from fdjax.local import Training
+from fdjax.models.layers import Conv, max_pool
+from fdjax.types import Cohort, Examples, Holdings, Model, Source
+
+CLASSES = 10
+LEARNING_RATE = 0.05
+DISTILL = {"temperature": 3.0, "weight": 0.5}  # traced in fdjax
+POOL = 20_000  # examples that the clients of the scale suite share
+IMAGE = (28, 28, 1)
+EVERYONE = ("torch", "fedjax", "pfl")
+
+
+class Case(NamedTuple):
+    """One row: `clients` of `steps` batches each."""
+
+    model: str
+    batch: int
+    clients: int
+    steps: int
+    padding: str | None = None  # of the models that have the option
+    shape: tuple[int, ...] = IMAGE
+    algorithm: str = "fedavg"
+    shared: bool = False  # clients hold examples of one pool, so that data do not grow with clients
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.model, self.padding, f"B={self.batch}", f"{self.clients}x{self.steps}")))
+
+
+class Suite(NamedTuple):
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...] = EVERYONE  # who has a side of it
+    targets: dict[str, float] = {}  # noqa: RUF012  peer -> times faster than it
+    gemm: float | None = None  # share of the machine's GEMM peak
+    flat: float | None = None  # slowest over fastest client step of its cases
+
+
+SUITES = {
+    "logistic": Suite(
+        (Case("mclr", 10, 1000, 20, shape=(60,)),),
+        targets={"torch": 100, "fedjax": 20},
+    ),
+    "mlp": Suite((Case("2nn", 10, 100, 60),), targets={"torch": 5}),
+    "cnn-small": Suite((Case("small_cnn", 10, 64, 5),), targets={"fedjax": 4, "pfl": 4}),
+    "cnn1": Suite(
+        tuple(Case("cnn1", batch, 8, 5, padding) for padding in ("SAME", "VALID") for batch in (32, 128)),
+        targets={"torch": 1.2},
+        gemm=0.7,
+    ),
+    "distill": Suite(
+        tuple(Case("cnn1", 32, 8, 5, padding, algorithm="feddistill") for padding in ("SAME", "VALID")),
+        peers=("torch",),
+        targets={"torch": 1.2},
+    ),
+    "scale": Suite(
+        tuple(Case("mclr", 10, 10**n, 20, shape=(60,), shared=True) for n in (2, 3, 4, 5)), peers=(), flat=1.2
+    ),
+    "gpu": Suite((Case("cnn1", 32, 1000, 5, "VALID"),), peers=("torch",), targets={"torch": 5}, gemm=0.4),
+}
+
+
+def smoke(suite: Suite) -> Suite:
+    """One case, two clients, two steps of four: whether it runs, and not how fast."""
+    sizes = (10, 40) if suite.flat else (2,)
+    cases = [suite.cases[-1]._replace(batch=4, clients=clients, steps=2) for clients in sizes]
+    return suite._replace(cases=tuple(cases))
+
+
+class SmallCNN(nn.Module):
+    """3x3 convolutions of 8 and 16 channels, each pooled, then the logits."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for features in (8, 16):
+            x = nn.relu(max_pool(Conv(features)(x)))
+        return nn.Dense(CLASSES)(x.reshape(x.shape[0], -1))
+
+
+@functools.cache
+def make_model(name: str, shape: tuple[int, ...], padding: str | None) -> Model:
+    if name == "small_cnn":
+        return models.from_linen(SmallCNN(), shape, name)
+    return models.build(name, shape, CLASSES, **({"padding": padding} if padding else {}))
+
+
+class Work(NamedTuple):
+    """Examples of noisy class patterns, and who holds them."""
+
+    x: np.ndarray  # [N, ...] uint8 images or float32
+    y: np.ndarray  # [N] int32
+    holdings: Holdings
+
+
+def make_work(case: Case) -> Work:
+    rng = np.random.default_rng(0)
+    held = case.steps * case.batch
+    total = case.clients * held
+    size = POOL if case.shared else total
+    y = rng.integers(0, CLASSES, size).astype(np.int32)
+    if len(case.shape) == 1:
+        x = (rng.normal(size=(CLASSES, *case.shape))[y] + rng.normal(size=(size, *case.shape))).astype(np.float32)
+    else:
+        patterns = rng.integers(0, 256, (CLASSES, *case.shape), dtype=np.uint16)
+        x = ((patterns[y] + rng.integers(0, 256, (size, *case.shape), dtype=np.uint16)) // 2).astype(np.uint8)
+    order = rng.integers(0, size, total).astype(np.int32) if case.shared else np.arange(total, dtype=np.int32)
+    start = held * np.arange(case.clients, dtype=np.int32)
+    return Work(x, y, Holdings(order, start, np.full(case.clients, held, np.int32)))
+
+
+class Fdjax:
+    """A round of the simulator, as `python -m fdjax` runs it, compiled ahead."""
+
+    def __init__(self, case: Case, work: Work, mesh: jax.sharding.Mesh, chunk: int = 0):
+        self.case = case
+        self.model = make_model(case.model, case.shape, case.padding)
+        training = Training(case.batch, lambda hparams: optax.sgd(hparams["learning_rate"]))
+        algorithm = ALGORITHMS[case.algorithm].build(self.model, training)
+        self.chunk = chunk or experiment.automatic_chunk([self.model], mesh)
+        layout = simulate.Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, chunk=self.chunk)
+        simulation = simulate.simulation(algorithm, layout)
+        source = Source("patterns", work.x, work.y, work.x[:1], work.y[:1], CLASSES)
+        nothing = np.zeros(case.clients, np.int32)
+        test = Holdings(np.zeros(1, np.int32), nothing, nothing)
+        self.federation = federate(source, work.holdings, test, (case.clients,), mesh)
+        # A fixed teacher is one that is trained for no epoch.
+        given = DISTILL | {"teacher_epochs": 0} if case.algorithm == "feddistill" else {}
+        hparams = simulate.resolve_hparams(algorithm, {"learning_rate": LEARNING_RATE} | given)
+        self.hparams = jax.device_put(hparams, replicated(mesh))
+        state = simulation.init(0, self.federation)
+        self.placement = jax.tree.map(lambda x: x.sharding, state)
+        self.first = jax.tree.map(np.array, state)
+        start = time.perf_counter()
+        self.run = simulation.run.lower(state, self.federation, self.hparams, 1).compile()
+        self.compile_seconds = time.perf_counter() - start
+        memory = self.run.memory_analysis()
+        self.memory = {
+            name: int(getattr(memory, f"{name}_size_in_bytes")) for name in ("temp", "argument", "output")
+        }  # of one device
+        self()
+
+    def __call__(self) -> float:
+        """Seconds of one round from the first state."""
+        state = jax.block_until_ready(jax.device_put(self.first, self.placement))
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(self.run(state, self.federation, self.hparams))
+        seconds = time.perf_counter() - start
+        self.after, self.metrics = jax.tree.map(np.asarray, (state.server, metrics))
+        return seconds
+
+    @property
+    def teacher(self) -> Any | None:
+        """The clients' teachers `[C, ...]`, where there are any."""
+        return self.first.clients[0] if self.case.algorithm == "feddistill" else None
+
+    def batches(self) -> np.ndarray:
+        """The examples of each client's batches `[C, steps, B]`, in the order in which the engine takes them."""
+        case, holdings = self.case, self.federation.train_holdings
+        root = keys.stream(jax.random.wrap_key_data(jnp.asarray(self.first.root)), "round", 0)
+
+        def one(client, start, count):
+            key = keys.stream(root, "client", client)
+            key = keys.stream(key, "student") if case.algorithm == "feddistill" else key
+            shuffle = keys.shuffle(keys.stream(jax.random.fold_in(key, 0), "shuffle"), count)
+            return start + shuffle(jnp.arange(case.steps * case.batch, dtype=jnp.int32))
+
+        rows = jax.device_get((self.federation.client, holdings.start, holdings.count, holdings.order))
+        position = np.asarray(jax.jit(jax.vmap(one))(*rows[:3]))
+        return rows[3][position].reshape(case.clients, case.steps, case.batch).astype(np.int32)
+
+    def loss(self, params: Any, examples: int = 1000) -> float:
+        """Mean cross-entropy of `params` on the first examples of all: where a round ended."""
+        train: Examples = self.federation.train
+        x = np.asarray(train.x[:examples]).astype(np.float32) * np.asarray(train.scale) + np.asarray(train.shift)
+        y = np.asarray(train.y[:examples])
+        log_p = np.asarray(jax.nn.log_softmax(jax.jit(self.model.apply)(params, x)))
+        return float(-log_p[np.arange(len(y)), y].mean())
+
+    def distance(self, params: Any) -> float:
+        """How far `params` are from fdjax's after the round, as a share of how far the round moved."""
+
+        def norm(a, b):
+            return np.sqrt(sum(float(np.sum((p - q) ** 2)) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b))))
+
+        return float(norm(params, self.after) / norm(self.after, self.first.server))
+
+    def flops(self) -> float:
+        """Of one client step: three times the student's forward pass, gradients costing two more, and the teacher's.
+
+        The first layer's input gradient is counted, although nobody computes it.
+        """
+        x = jax.ShapeDtypeStruct((self.case.batch, *self.case.shape), jnp.float32)
+        cost = jax.jit(self.model.apply).lower(self.first.server, x).cost_analysis()
+        return (4 if self.case.algorithm == "feddistill" else 3) * float(cost["flops"])
