@@ -7,7 +7,7 @@ zero. Pooling comes before the ReLU, which gives the same values (both are monot
 import flax.linen as nn
 import jax
 
-from fdjax.models.layers import Conv, max_pool
+from fdjax.models.layers import Conv, Dense, max_pool
 
 
 def flatten(x: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ class MCLR(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(self.num_classes)(flatten(x))
+        return Dense(self.num_classes)(flatten(x))
 
 
 class TwoNN(nn.Module):
@@ -33,9 +33,9 @@ class TwoNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Dense(self.width)(flatten(x)))
-        x = nn.relu(nn.Dense(self.width)(x))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(Dense(self.width)(flatten(x)))
+        x = nn.relu(Dense(self.width)(x))
+        return Dense(self.num_classes)(x)
 
 
 class McMahanCNN(nn.Module):
@@ -47,8 +47,8 @@ class McMahanCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for features in (32, 64):
             x = nn.relu(max_pool(Conv(features, (5, 5), padding="SAME")(x)))
-        x = nn.relu(nn.Dense(512)(flatten(x)))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(Dense(512)(flatten(x)))
+        return Dense(self.num_classes)(x)
 
 
 class NIIDCNN(nn.Module):
@@ -62,8 +62,8 @@ class NIIDCNN(nn.Module):
             x = nn.relu(max_pool(Conv(features, (5, 5))(x)))
         x = flatten(x)
         for width in (120, 84):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.num_classes)(x)
+            x = nn.relu(Dense(width)(x))
+        return Dense(self.num_classes)(x)
 
 
 class FedGenCNN(nn.Module):
@@ -80,8 +80,8 @@ class FedGenCNN(nn.Module):
         for features in (6, 16):
             x = Conv(features, strides=(2, 2), padding=((1, 1), (1, 1)))(x)
             x = nn.relu(nn.GroupNorm(num_groups=2)(x))
-        x = nn.relu(nn.Dense(32)(flatten(x)))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(Dense(32)(flatten(x)))
+        return Dense(self.num_classes)(x)
 
 
 class FDCNN(nn.Module):
@@ -96,8 +96,8 @@ class FDCNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.relu(Conv(32)(x))
         x = nn.relu(max_pool(Conv(64)(x)))
-        x = nn.relu(nn.Dense(128)(flatten(x)))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(Dense(128)(flatten(x)))
+        return Dense(self.num_classes)(x)
 
 
 class CNN1(nn.Module):
@@ -115,8 +115,8 @@ class CNN1(nn.Module):
             x = nn.relu(max_pool(Conv(features, padding=self.padding)(x)))
         x = flatten(nn.relu(Conv(64, padding=self.padding)(x)))
         for width in (1024, 64):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.num_classes)(x)
+            x = nn.relu(Dense(width)(x))
+        return Dense(self.num_classes)(x)
 
 
 class CNN2(nn.Module):
@@ -133,5 +133,5 @@ class CNN2(nn.Module):
         for _ in range(2):
             x = nn.relu(max_pool(Conv(128, padding=self.padding)(x)))
         x = flatten(nn.relu(Conv(128, padding=self.padding)(x)))
-        x = nn.relu(nn.Dense(2048)(x))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(Dense(2048)(x))
+        return Dense(self.num_classes)(x)
