@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdjax import experiment, keys, models, simulate
+from fdjax import keys, models, plan, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.federation import federate, replicated
-from fdjax.local import Training
+from fdjax.layout import Layout
+from fdjax.local import Task, Training
 from fdjax.models.layers import Conv, max_pool
 from fdjax.types import Cohort, Examples, Holdings, Model, Source
 
@@ -128,9 +129,11 @@ class Fdjax:
         self.case = case
         self.model = make_model(case.model, case.shape, case.padding)
         training = Training(case.batch, lambda hparams: optax.sgd(hparams["learning_rate"]))
-        algorithm = ALGORITHMS[case.algorithm].build(self.model, training)
-        self.chunk = chunk or experiment.automatic_chunk([self.model], mesh)
-        layout = simulate.Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, chunk=self.chunk)
+        algorithm = ALGORITHMS[case.algorithm].build(
+            Task(self.model, (self.model,), training, training, case.clients, CLASSES)
+        )
+        self.chunk = chunk or plan.automatic_chunk([self.model], mesh)
+        layout = Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, chunk=self.chunk)
         simulation = simulate.simulation(algorithm, layout)
         source = Source("patterns", work.x, work.y, work.x[:1], work.y[:1], CLASSES)
         nothing = np.zeros(case.clients, np.int32)

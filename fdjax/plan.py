@@ -42,8 +42,7 @@ def choose(kind: str, chunk: int, devices: int, models: Sequence[Model], partici
         raise InputError(f"--chunk={chunk}, but a round has {most} participants; give at most {most}, or 0")
     size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
     platform = mesh.devices.flat[0].platform
-    wide = WIDEST if platform != "cpu" else max(1, min(WIDEST, CACHE_BYTES // (COPIES * size)))
-    chosen = min(each, chunk or wide)
+    chosen = min(each, chunk or automatic_chunk(models, mesh))
     picked = kind
     if kind == "auto":
         picked = "shard_map" if mesh.size > 1 else "vmap" if chosen == most else "chunk"
@@ -57,6 +56,14 @@ def choose(kind: str, chunk: int, devices: int, models: Sequence[Model], partici
         if empty := -most % (mesh.size * chosen):
             why += f"; the last turn leaves {empty} of {mesh.size * chosen} places empty"
     return Plan(picked, mesh, most if picked == "vmap" else chosen, not chunk and picked not in ("vmap", "loop"), why)
+
+
+def automatic_chunk(models: Sequence[Model], mesh: Mesh) -> int:
+    """Clients to vmap together: on a CPU as many as keep their parameters in a core's cache, elsewhere many."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return WIDEST
+    size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
+    return max(1, min(WIDEST, CACHE_BYTES // (COPIES * size)))
 
 
 def _devices(kind: str, count: int, alone: bool) -> list[Any]:
