@@ -147,7 +147,7 @@ def judge(name: str, suite: Suite, results: list[dict[str, Any]], peak: float) -
     verdicts = []
     for result in results:
         for peer, ratios in result["times_faster"].items():
-            measure = f"faster than {peer}"
+            measure = f"{peer} time / fdjax time"
             verdicts.append(Verdict(name, result["case"], measure, ratios, suite.targets.get(peer)))
         if suite.gemm:
             share = [100e3 * result["gflops_per_step"] / ms / peak for ms in result["ms_per_step"]["fdjax"]]
@@ -210,7 +210,7 @@ def draw(path: pathlib.Path, verdicts: list[Verdict]) -> None:
     for y, bar in enumerate(bars):
         median = statistics.median(bar.values)
         color = {None: "tab:gray", True: "tab:green", False: "tab:red"}[bar.met]
-        axis.barh(y, median, color=color, alpha=0.75)
+        axis.barh(y, median - 1, left=1, color=color, alpha=0.75)
         axis.plot([min(bar.values), max(bar.values)], [y, y], color="black", linewidth=1)
         if bar.target is not None:
             axis.plot([bar.target] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2.5)
@@ -218,6 +218,9 @@ def draw(path: pathlib.Path, verdicts: list[Verdict]) -> None:
     axis.set_yticks(range(len(bars)), [f"{bar.case}: {bar.measure}" for bar in bars], fontsize="small")
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="ratio; whisker: min to max, thick line: target", title=bars[0].suite)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="both", labelsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
