@@ -68,7 +68,7 @@ def _matmul_bwd(saved, g):
 
 
 def _turned_product(g, kernel):
-    """(kernel g')', up to twenty times as fast on XLA:CPU as g kernel'; the barrier keeps it from swapping them back."""
+    """(kernel g')', up to 20 times as fast on XLA:CPU as g kernel'; the barrier keeps it from swapping back."""
     return lax.optimization_barrier(lax.dot_general(kernel, g, (((1,), (1,)), ((), ())))).T
 
 
