@@ -132,7 +132,7 @@ class Fdjax:
         algorithm = ALGORITHMS[case.algorithm].build(
             Task(self.model, (self.model,), training, training, case.clients, CLASSES)
         )
-        self.chunk = chunk or plan.automatic_chunk([self.model], mesh)
+        self.chunk = chunk or plan.automatic_chunk([self.model], mesh, case.clients)
         layout = Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, chunk=self.chunk)
         simulation = simulate.simulation(algorithm, layout)
         source = Source("patterns", work.x, work.y, work.x[:1], work.y[:1], CLASSES)

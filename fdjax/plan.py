@@ -42,7 +42,7 @@ def choose(kind: str, chunk: int, devices: int, models: Sequence[Model], partici
         raise InputError(f"--chunk={chunk}, but a round has {most} participants; give at most {most}, or 0")
     size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
     platform = mesh.devices.flat[0].platform
-    chosen = min(each, chunk or automatic_chunk(models, mesh))
+    chosen = min(each, chunk) if chunk else automatic_chunk(models, mesh, most)
     picked = kind
     if kind == "auto":
         picked = "shard_map" if mesh.size > 1 else "vmap" if chosen == most else "chunk"
@@ -58,12 +58,16 @@ def choose(kind: str, chunk: int, devices: int, models: Sequence[Model], partici
     return Plan(picked, mesh, most if picked == "vmap" else chosen, not chunk and picked not in ("vmap", "loop"), why)
 
 
-def automatic_chunk(models: Sequence[Model], mesh: Mesh) -> int:
-    """Clients to vmap together: on a CPU as many as keep their parameters in a core's cache, elsewhere many."""
-    if mesh.devices.flat[0].platform != "cpu":
-        return WIDEST
+def automatic_chunk(models: Sequence[Model], mesh: Mesh, participants: int) -> int:
+    """Clients to vmap together: on a CPU as many as keep their parameters in a core's cache, elsewhere many.
+
+    Evened out over the turns that a device takes, so that the last one has few empty places.
+    """
     size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
-    return max(1, min(WIDEST, CACHE_BYTES // (COPIES * size)))
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    widest = max(1, min(WIDEST, CACHE_BYTES // (COPIES * size))) if cpu else WIDEST
+    each = -(-participants // mesh.size)
+    return -(-each // -(-each // widest))
 
 
 def _devices(kind: str, count: int, alone: bool) -> list[Any]:

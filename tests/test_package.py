@@ -140,3 +140,11 @@ def test_files_stay_small(path):
     lines = len(path.read_text().splitlines())
     is_algorithm = path.parent.name == "algorithms" and path.name != "__init__.py"
     assert lines <= (150 if is_algorithm else 399), f"{relative(path)} has {lines} lines"
+
+
+def test_devices_may_wait_for_each_other():
+    """XLA:CPU ends a process whose device waits 40 s for another, which one client more can take."""
+    found = run_python("import fdjax, os, jaxlib; print(jaxlib.__version__, os.environ.get('XLA_FLAGS'))")
+    if found.startswith("0.10."):
+        seconds = int(found.split("--xla_cpu_collective_call_terminate_timeout_seconds=")[1].split()[0])
+        assert seconds >= 86400

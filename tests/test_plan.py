@@ -37,6 +37,14 @@ def test_what_is_picked(given, expected):
     assert chosen.why.startswith(f"{expected[0]} on {expected[1]} cpu device")
 
 
+def test_the_automatic_chunk_is_evened_out_over_the_turns():
+    model = experiment.build(settings.make(**SMALL)).layout.cohorts[0].model
+    mesh = lift.make_mesh(jax.devices()[:2])
+    chunk = plan.automatic_chunk([model], mesh, 1000)
+    assert chunk == 167  # 500 each, at most 214 at once: three turns
+    assert plan.automatic_chunk([model], mesh, 5) == 3
+
+
 def test_a_mesh_that_does_not_divide_the_clients_says_so():
     assert "the last turn leaves 2 of 8 places empty" in choose().why
     assert "empty" not in choose(devices=2).why
