@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from fdjax.errors import InputError, unknown
 from fdjax.models import fedmd_zoo, nets, resnet
+from fdjax.models.notice import notice_plain_conv
 from fdjax.types import Model
 
-__all__ = ["MODELS", "ModelEntry", "build", "from_linen", "make_module"]
+__all__ = ["MODELS", "ModelEntry", "build", "from_linen", "make_module", "notice_plain_conv"]
 
 
 class ModelEntry(NamedTuple):
@@ -79,7 +80,7 @@ def make_module(name: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None = None) -> Model:
-    """Wrap a linen module as a `Model`.
+    """Wrap a linen module as a `Model`; a line is logged if its convolutions will be slow on this device.
 
     Args:
       module: called as module(x) on x `[B, *input_shape]`, with parameters as its only variables.
@@ -107,7 +108,9 @@ def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None =
         return out  # pyright: ignore[reportReturnType]
 
     _check(module, shape, label)
-    return Model(label, init, apply)
+    model = Model(label, init, apply)
+    notice_plain_conv(model, shape)
+    return model
 
 
 def _check(module: nn.Module, shape: tuple[int, ...], label: str) -> None:

@@ -1,9 +1,13 @@
-"""2-d convolution that runs near native speed inside loops and under vmap on CPU.
+"""2-d convolution that runs near the speed of a matrix product inside loops and under vmap.
 
 XLA:CPU computes the gradients of a convolution slowly inside a loop, and a vmapped convolution with a kernel per
 client (a grouped convolution) slower still. So the three bilinear maps of a convolution, `conv2d`, its input gradient
 and its weight gradient, are written here in forms that stay fast on CPU. Each is the derivative of the other two, so
 reverse-mode gradients of any order work; forward mode (`jax.jvp`) does not.
+
+Elsewhere than on CPU the three are XLA's own convolutions, and a batch of matrix products under vmap with own kernels.
+That is lowered for CUDA in the tests, and was never timed: no GPU has been tried. The form is chosen at lowering
+(`lax.platform_dependent`) and not by the default backend at tracing, so that exporting and mixed devices work too.
 """
 
 import functools
@@ -77,21 +81,23 @@ def resolve_padding(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, strides, pads):
-    return _lifted(
-        functools.partial(_conv_one, strides=strides, pads=pads), fold_first=_fold_batch, fold_second=_fold_out
-    )(x, kernel)
+    static = {"strides": strides, "pads": pads}
+    one, product = functools.partial(_conv_one, **static), functools.partial(_patch_conv, **static)
+    return _lifted(one, product, fold_first=_fold_batch, fold_second=_fold_out)(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _input_gradient(g, kernel, strides, pads, size):
-    one = functools.partial(_input_gradient_one, strides=strides, pads=pads, size=size)
-    return _lifted(one, fold_first=_fold_batch)(g, kernel)
+    static = {"strides": strides, "pads": pads, "size": size}
+    one, product = functools.partial(_input_gradient_one, **static), functools.partial(_turned, _patch_conv, **static)
+    return _lifted(one, product, fold_first=_fold_batch)(g, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _weight_gradient(x, g, strides, pads, window):
-    one = functools.partial(_weight_gradient_one, strides=strides, pads=pads, window=window)
-    return _lifted(one, fold_second=_fold_out)(x, g)
+    static = {"strides": strides, "pads": pads, "window": window}
+    one, product = functools.partial(_weight_gradient_one, **static), functools.partial(_patch_gradient, **static)
+    return _lifted(one, product, fold_second=_fold_out)(x, g)
 
 
 def _conv_bwd(strides, pads, saved, g):
@@ -125,7 +131,7 @@ def _native(x, kernel, strides, pads):
 def _conv_one(x, kernel, strides, pads):
     native = functools.partial(_native, strides=strides, pads=pads)
     window, size = kernel.shape[:2], _out_size(x, kernel, strides, pads)
-    if x.shape[-1] != 1 or math.prod((x.shape[0], *size, *window)) * x.dtype.itemsize > 2 * PIECE_BYTES:
+    if x.shape[-1] != 1 or math.prod((x.shape[0], *size, *window)) * x.dtype.itemsize > _piece_bytes(x):
         return native(x, kernel)
 
     def product(x, kernel):
@@ -138,14 +144,14 @@ def _conv_one(x, kernel, strides, pads):
 
 
 def _input_gradient_one(g, kernel, strides, pads, size):
-    """A forward convolution of g, spread by the strides, with the kernel turned by 180 degrees."""
     x = jax.ShapeDtypeStruct((g.shape[0], *size, kernel.shape[2]), g.dtype)
     native = lambda g, kernel: jax.linear_transpose(lambda x: _native(x, kernel, strides, pads), x)(g)[0]  # noqa: E731
-    turned = functools.partial(_turned, conv=_native, strides=strides, pads=pads, size=size)
+    turned = functools.partial(_turned, _native, strides=strides, pads=pads, size=size)
     return lax.platform_dependent(g, kernel, cpu=turned, default=native)
 
 
-def _turned(g, kernel, conv, strides, pads, size):
+def _turned(conv, g, kernel, strides, pads, size):
+    """A forward convolution of g, spread by the strides, with the kernel turned by 180 degrees."""
     window = kernel.shape[:2]
     low = [w - 1 - p for w, (p, _) in zip(window, pads, strict=True)]
     high = [
@@ -157,17 +163,13 @@ def _turned(g, kernel, conv, strides, pads, size):
     if max(strides) == 1:
         return conv(g, turned, (1, 1), edges)
     # XLA:CPU has no fast path for a dilated input, so the zeros are written out.
-    interior = [s - 1 for s in strides]
-    spread = lax.pad(
-        g, jnp.zeros((), g.dtype), [(0, 0, 0), *((*e, i) for e, i in zip(edges, interior, strict=True)), (0, 0, 0)]
-    )
-    return conv(spread, turned, (1, 1), ((0, 0), (0, 0)))
+    return conv(_pad(g, edges, [s - 1 for s in strides]), turned, (1, 1), ((0, 0), (0, 0)))
 
 
 def _weight_gradient_one(x, g, strides, pads, window):
     kernel = jax.ShapeDtypeStruct((*window, x.shape[-1], g.shape[-1]), x.dtype)
     native = lambda x, g: jax.linear_transpose(lambda k: _native(x, k, strides, pads), kernel)(g)[0]  # noqa: E731
-    product = functools.partial(_patch_weight_gradient, strides=strides, pads=pads, window=window, in_pieces=True)
+    product = functools.partial(_patch_gradient, strides=strides, pads=pads, window=window, piece_bytes=_piece_bytes(x))
     return lax.platform_dependent(x, g, cpu=product, default=native)
 
 
@@ -180,7 +182,7 @@ def _patch_conv(x, kernel, strides, pads):
     return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _patch_weight_gradient(x, g, strides, pads, window, in_pieces):
+def _patch_gradient(x, g, strides, pads, window, piece_bytes=None):
     """sum_{b, i, j} patches(x)[b, i, j, :] g[b, i, j, :]', in pieces of the batch."""
     batch, *out, features = g.shape
     x = _pad(x, pads)
@@ -198,15 +200,20 @@ def _patch_weight_gradient(x, g, strides, pads, window, in_pieces):
     def step(index, total):
         return total + piece(*(lax.dynamic_slice_in_dim(a, index * size, size) for a in (x, g)))
 
-    size = min(batch, max(1, PIECE_BYTES // (math.prod(out) * width * x.dtype.itemsize))) if in_pieces else batch
+    image_bytes = math.prod(out) * width * x.dtype.itemsize
+    size = batch if piece_bytes is None else min(batch, max(1, piece_bytes // image_bytes))
     whole = batch // size
     # A loop, because XLA:CPU builds the patches of all unrolled pieces before it multiplies the first.
-    total = (
-        lax.fori_loop(0, whole, step, jnp.zeros((features, width), wide)) if whole > 1 else piece(x[:size], g[:size])
-    )
+    zero = jnp.zeros((features, width), wide)
+    total = lax.fori_loop(0, whole, step, zero) if whole > 1 else piece(x[:size], g[:size])
     if batch % size:
         total += piece(x[whole * size :], g[whole * size :])
     return total.T.reshape(*window, -1, features).astype(x.dtype)
+
+
+def _piece_bytes(x):
+    """Twice the piece for one channel, so that more often the whole batch's patches serve x's map and the gradient."""
+    return PIECE_BYTES * (2 if x.shape[-1] == 1 else 1)
 
 
 def _taps(x, strides, size, window):
@@ -224,8 +231,10 @@ def _tap_rows(x, strides, size, window):
     return jnp.stack([tap.reshape(-1) for tap in _taps(x, strides, size, window)])
 
 
-def _pad(x, pads):
-    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
+def _pad(x, pads, interior=(0, 0)):
+    """x with zeros around (a negative edge cuts) and between its pixels."""
+    edges = [(*edge, between) for edge, between in zip(pads, interior, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
 
 
 def _out_size(x, kernel, strides, pads):
@@ -236,20 +245,31 @@ def _out_size(x, kernel, strides, pads):
 # What vmap makes of them.
 
 
-def _lifted(one: Callable, fold_first: Callable | None = None, fold_second: Callable | None = None) -> Callable:
-    """`one(a, b)` with vmap's form chosen by what is batched: clients fold into another axis or go one by one."""
+def _lifted(
+    one: Callable, product: Callable, fold_first: Callable | None = None, fold_second: Callable | None = None
+) -> Callable:
+    """`one(a, b)` with vmap's form chosen by what is batched.
+
+    Where one operand is shared, clients fold into another axis. Where each has its own, CPU takes them one by one;
+    other devices, which a client alone would leave idle, take `product`, a batch of matrix products.
+    """
     lifted = custom_vmap(one)
 
     @lifted.def_vmap
     def rule(axis_size, in_batched, a, b):
         first, second = in_batched
-        again = _lifted(one, fold_first, fold_second)
+        again = _lifted(one, product, fold_first, fold_second)
         if first and not second and fold_first:
             return fold_first(again, a, b), True
         if second and not first and fold_second:
             return fold_second(again, a, b), True
-        rows = (a if first else None, b if second else None)
-        return lax.map(lambda row: again(a if row[0] is None else row[0], b if row[1] is None else row[1]), rows), True
+
+        def in_sequence(a, b):
+            rows = (a if first else None, b if second else None)
+            return lax.map(lambda row: again(a if row[0] is None else row[0], b if row[1] is None else row[1]), rows)
+
+        at_once = jax.vmap(product, in_axes=(0 if first else None, 0 if second else None))
+        return lax.platform_dependent(a, b, cpu=in_sequence, default=at_once), True
 
     return lifted
 

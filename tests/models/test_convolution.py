@@ -78,9 +78,9 @@ def all_three(case):
     return run
 
 
-def close(actual, expected):
+def close(actual, expected, tolerance=1e-4):
     for a, e in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance)
 
 
 def stacked(triples):
@@ -95,8 +95,30 @@ def test_equals_definition(rng, case):
     close(jax.jit(all_three(case))(x, kernel, g), expected)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64(rng, case):
+    with jax.enable_x64(True):
+        args = [a.astype(np.float64) for a in draw(rng, case)]
+        actual = jax.jit(all_three(case))(*args)
+        assert {a.dtype for a in actual} == {np.dtype(np.float64)}
+        close(actual, numpy_conv(*args, *case[-2:]), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_of_patches(rng, case):
+    """The forms of other devices, which no test on CPU reaches through conv2d."""
+    x, kernel, g = draw(rng, case)
+    static = case[-2], tuple(pads(x.shape[1:3], kernel.shape[:2], *case[-2:]))
+    actual = (
+        convolution._patch_conv(x, kernel, *static),
+        convolution._turned(convolution._patch_conv, g, kernel, *static, x.shape[1:3]),
+        convolution._patch_gradient(x, g, *static, kernel.shape[:2]),
+    )
+    close(actual, numpy_conv(x, kernel, g, *case[-2:]))
+
+
 @pytest.mark.parametrize("shared", ["", "x", "kernel"])
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5]], ids=str)
 def test_vmap(rng, case, shared):
     x, kernel, g = draw(rng, case, (3,))
     axes = [None if name == shared else 0 for name in ("x", "kernel", "g")]
@@ -140,11 +162,12 @@ def test_inside_scan_while_and_checkpoint(rng):
     close(loop(3), [e.sum(0) for e in expected])
 
 
-def test_weight_gradient_in_pieces(rng, monkeypatch):
-    case = (7, (6, 5), 3, (3, 3), 4, (1, 1), "SAME")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_in_pieces(rng, monkeypatch, channels):
+    case = (7, (6, 5), channels, (3, 3), 4, (1, 1), "SAME")
     x, kernel, g = draw(rng, case)
     expected = numpy_conv(x, kernel, g, *case[-2:])
-    one = 6 * 5 * 27 * 4
+    one = 6 * 5 * 9 * channels * 4 // (2 if channels == 1 else 1)  # one channel is given twice the room
     for images in (0, 1, 3, 4, 7):  # no room for one, one by one, with a rest of one, one piece and a rest, all
         monkeypatch.setattr(convolution, "PIECE_BYTES", images * one)
         close(all_three(case)(x, kernel, g), expected)
@@ -193,6 +216,33 @@ def test_vmap_lowers_to_no_grouped_convolution(rng, axes):
         if "stablehlo.convolution" in line:
             assert "feature_group_count = 1 " in line
             assert "batch_group_count = 1 " in line
+
+
+def lowered(device, case, args, axes=None):
+    run = all_three(case) if axes is None else jax.vmap(all_three(case), in_axes=axes)
+    return jax.jit(run).trace(*args).lower(lowering_platforms=(device,)).as_text()
+
+
+def test_other_devices_convolve_natively(rng):
+    x, kernel, g = draw(rng, CASES[1])
+    assert lowered("cuda", CASES[1], (x, kernel, g)).count("stablehlo.convolution") == 3
+    assert lowered("cpu", CASES[1], (x, kernel, g)).count("stablehlo.convolution") == 2
+
+
+def test_other_devices_take_clients_with_own_kernels_at_once(rng):
+    text = lowered("cuda", CASES[1], draw(rng, CASES[1], (3,)), (0, 0, 0))
+    assert "stablehlo.convolution" not in text
+    assert "stablehlo.while" not in text
+    assert text.count("batching_dims = [0] x [0]") == 3
+
+
+def test_one_channel_is_a_product_on_cpu(rng):
+    case = (2, (6, 6), 1, (3, 3), 4, (1, 1), "SAME")
+    x, kernel, _ = draw(rng, case)
+    run = jax.jit(lambda x, kernel: conv2d(x, kernel, *case[-2:]))
+    for device, native in (("cpu", False), ("cuda", True)):
+        text = run.trace(x, kernel).lower(lowering_platforms=(device,)).as_text()
+        assert ("stablehlo.convolution" in text) == native
 
 
 def test_input_gradient_of_first_layer_is_not_computed(rng):

@@ -1,12 +1,13 @@
-"""Pooling against NumPy, and the bias's gradient."""
+"""Pooling and dense layers against NumPy, and the bias's gradient."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fdjax.errors import InputError
-from fdjax.models.layers import Conv, avg_pool, max_pool
+from fdjax.models.layers import Conv, Dense, avg_pool, matmul, max_pool
 
 
 def numpy_pool(x, g):
@@ -56,3 +57,59 @@ def test_a_diverged_window_stays_visible():
     y, pull = jax.vjp(max_pool, x)
     assert jnp.isnan(y).all()
     assert not jnp.isfinite(pull(jnp.ones_like(y))[0]).all()
+
+
+def numpy_matmul(x, kernel, g):
+    """x @ kernel, and the dx and dkernel of sum(g * y), in float64."""
+    x, kernel, g = (a.astype(np.float64) for a in (x, kernel, g))
+    return x @ kernel, g @ kernel.T, x.T @ g
+
+
+def all_three(x, kernel, g):
+    y, pull = jax.vjp(matmul, x, kernel)
+    return y, *pull(g)
+
+
+@pytest.mark.parametrize("shared", ["all", "", "x", "kernel", "g"])
+def test_matmul(rng, shared):
+    shapes = {"x": (4, 7), "kernel": (7, 5), "g": (4, 5)}
+    axes = [None if shared in ("all", name) else 0 for name in shapes]
+    args = [rng.normal(size=(3, *s) if a == 0 else s).astype(np.float32) for a, s in zip(axes, shapes.values())]
+    if shared == "all":
+        actual, expected = jax.jit(all_three)(*args), numpy_matmul(*args)
+    else:
+        actual = jax.jit(jax.vmap(all_three, in_axes=axes))(*args)
+        rows = [np.broadcast_to(a, (3, *a.shape)) if axis is None else a for a, axis in zip(args, axes)]
+        expected = [np.stack(leaves) for leaves in zip(*(numpy_matmul(*row) for row in zip(*rows)))]
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_of_matmul(rng):
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 7), (7, 5)))
+
+    def second(product):
+        def value(x, kernel):
+            dx, dk = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel))), (0, 1))(x, kernel)
+            return jnp.sum(jnp.cos(dx)) + jnp.sum(jnp.cos(dk))
+
+        return jax.grad(value, (0, 1))(x, kernel)
+
+    for actual, expected in zip(second(matmul), second(jnp.matmul)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_input_gradient_is_multiplied_in_the_fast_order(rng):
+    x, kernel, g = (rng.normal(size=s).astype(np.float32) for s in ((32, 96), (96, 64), (32, 64)))
+    compiled = jax.jit(lambda x, kernel, g: all_three(x, kernel, g)[1]).lower(x, kernel, g).compile().as_text()
+    (line,) = [line for line in compiled.splitlines() if " dot(" in line]
+    assert "f32[96,32]" in line.split(" dot(")[0]
+
+
+def test_dense_is_linens(rng):
+    x = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
+    ours, linens = Dense(5, name="dense"), nn.Dense(5, name="dense")
+    params = ours.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, params, linens.init(jax.random.key(0), x))
+    params = jax.tree.map(lambda p: p + 1, params)
+    np.testing.assert_allclose(ours.apply(params, x), linens.apply(params, x), rtol=1e-6)
