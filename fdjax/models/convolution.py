@@ -178,7 +178,7 @@ def _weight_gradient_one(x, g, strides, pads, window):
 
 def _patch_conv(x, kernel, strides, pads):
     window, size = kernel.shape[:2], _out_size(x, kernel, strides, pads)
-    patches = jnp.concatenate(_taps(_pad(x, pads), strides, size, window), -1)
+    patches = _patches(_pad(x, pads), strides, size, window)
     return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -189,16 +189,17 @@ def _patch_gradient(x, g, strides, pads, window, piece_bytes=None):
     width = window[0] * window[1] * x.shape[-1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
-    def piece(x, g):
+    def piece(x, g, stored=False):
         g = g.reshape(-1, features)
         if x.shape[-1] == 1:
             return jnp.matmul(_tap_rows(x, strides, out, window), g, preferred_element_type=wide).T
-        patches = jnp.concatenate(_taps(x, strides, out, window), -1).reshape(-1, width)
+        patches = jnp.concatenate(_taps(x, strides, out, window), -1) if stored else _patches(x, strides, out, window)
+        patches = patches.reshape(-1, width)
         # g first: XLA:CPU multiplies [o, n] @ [n, width] faster than its transpose.
         return lax.dot_general(g, patches, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
     def step(index, total):
-        return total + piece(*(lax.dynamic_slice_in_dim(a, index * size, size) for a in (x, g)))
+        return total + piece(*(lax.dynamic_slice_in_dim(a, index * size, size) for a in (x, g)), stored=True)
 
     image_bytes = math.prod(out) * width * x.dtype.itemsize
     size = batch if piece_bytes is None else min(batch, max(1, piece_bytes // image_bytes))
@@ -214,6 +215,16 @@ def _patch_gradient(x, g, strides, pads, window, piece_bytes=None):
 def _piece_bytes(x):
     """Twice the piece for one channel, so that more often the whole batch's patches serve x's map and the gradient."""
     return PIECE_BYTES * (2 if x.shape[-1] == 1 else 1)
+
+
+def _patches(x, strides, size, window):
+    """The taps of a padded x side by side, `[B, H', W', h * w * c]`.
+
+    Columns first: XLA:CPU computes what x comes from anew for each slice of it, unless it is stored, as in a loop.
+    """
+    (s0, s1), (rows, columns) = strides, size
+    x = jnp.concatenate([x[:, :, v : v + (columns - 1) * s1 + 1 : s1] for v in range(window[1])], -1)
+    return jnp.concatenate([x[:, u : u + (rows - 1) * s0 + 1 : s0] for u in range(window[0])], -1)
 
 
 def _taps(x, strides, size, window):
