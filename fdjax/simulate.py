@@ -46,7 +46,10 @@ def resolve_hparams(algorithm: Algorithm, given: dict[str, Any]) -> HParams:
             raise unknown(f"hparam of {algorithm.name}", name, algorithm.hparams)
     values = {name: given.get(name, default) for name, default in algorithm.hparams.items()}
     values = {name: values[value] if isinstance(value, str) else value for name, value in values.items()}
-    return {name: np.asarray(v, np.int32 if name.endswith("epochs") else np.float32) for name, v in values.items()}
+    return {
+        name: np.asarray(v, np.int32 if name.endswith(("epochs", "steps")) else np.float32)
+        for name, v in values.items()
+    }
 
 
 def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:

@@ -120,4 +120,7 @@ class Algorithm(NamedTuple):
     # (model, upload, proxy, hparams) -> what is reduced in the upload's place: work of the server, on each client
     within: Reduction | None = None
     # also reduced, within each cohort apart: the server's summary is then (summary, one of these for each cohort)
+    predict: Callable[[int], Callable[[PyTree, PyTree, jax.Array], jax.Array]] | None = None
+    # number of the cohort -> (server state, client state, x [B, ...]) -> logits [B, K]: how its clients predict, in the
+    # place of `personal`, where that takes what the server holds
     ensemble: bool = False  # evaluate the mean of the personal models' softmax outputs as the central model
