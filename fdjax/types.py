@@ -95,8 +95,8 @@ class Algorithm(NamedTuple):
 
     `hparams` names the traced hyperparameters and their defaults; a string defaults to another hparam's value.
     What `broadcast` and `address` return, and what `client` returns as upload, is what crosses the network, and is
-    counted. Metrics named `bytes_up` (client) and `bytes_down` (server: of the next broadcast to one client) count
-    instead of the arrays' sizes, for what is sent in coded form; both are summed over participants.
+    counted. Metrics named `bytes_up` and `bytes_down` count instead of the arrays' sizes, for what is sent in coded or
+    ragged form: a client's own, or the server's for one client; both are summed over participants.
     """
 
     name: str

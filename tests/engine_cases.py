@@ -33,30 +33,35 @@ def mesh(devices=1):
 
 
 @functools.cache
-def model(name="mclr"):
-    """`mclr`, `2nn` of width 5, or `wide`, a 2nn of width 9."""
-    width = {"2nn": 5, "wide": 9}.get(name)
-    return models.build("2nn" if width else name, (FEATURES,), CLASSES, **({"width": width} if width else {}))
+def model(name="mclr", shape=(FEATURES,)):
+    """`mclr`, `2nn` of width 5, or `wide`, a 2nn of width 9; of images also `cnn` and `md`, FedMD's of 4 channels."""
+    kind, options = {
+        "2nn": ("2nn", {"width": 5}),
+        "wide": ("2nn", {"width": 9}),
+        "cnn": ("fedgen_cnn", {}),
+        "md": ("fedmd_mnist_0", {"filters": (4, 4), "groups": 2}),
+    }.get(name, (name, {}))
+    return models.build(kind, shape, CLASSES, **options)
 
 
-def source(examples, seed=0):
+def source(examples, seed=0, shape=(FEATURES,)):
     """Float features with labels in order, so that neighbouring examples share a label and most clients lack some."""
     rng = np.random.default_rng(seed)
-    centers = rng.normal(size=(CLASSES, FEATURES))
+    centers = rng.normal(size=(CLASSES, *shape))
 
     def draw(size):
         y = np.sort(np.arange(size) % CLASSES)
-        return (centers[y] + rng.normal(size=(size, FEATURES))).astype(np.float32), y.astype(np.int32)
+        return (centers[y] + rng.normal(size=(size, *shape))).astype(np.float32), y.astype(np.int32)
 
     return Source("blobs", *draw(examples), *draw(TESTS), CLASSES, mean=(0.25,), std=(1.5,))
 
 
-def federation(counts=COUNTS, devices=1, cohort_sizes=None, seed=0):
+def federation(counts=COUNTS, devices=1, cohort_sizes=None, seed=0, shape=(FEATURES,)):
     """Clients that hold `counts` neighbouring examples each, and 0 to 6 test examples of their own."""
     test = from_counts(np.random.default_rng(seed).permutation(TESTS), np.arange(len(counts)) % 7)
-    blobs = source(max(sum(counts), sum(COUNTS)), seed)
+    blobs = source(max(sum(counts), sum(COUNTS)), seed, shape)
     train = from_counts(np.arange(len(blobs.train_y)), np.asarray(counts))
-    other = source(PROXIES, seed + 100)
+    other = source(PROXIES, seed + 100, shape)
     proxy = other.train_x[:, ::-1], other.train_y  # of another distribution than the clients' examples
     return federate(blobs, train, test, cohort_sizes or (len(counts),), mesh(devices), proxy)
 
@@ -70,11 +75,11 @@ def training(batch_size, **options):
     return Training(batch_size, lambda hparams: optax.sgd(hparams["learning_rate"], **options))
 
 
-def task(batch_size=4, cohorts=(("mclr", 7),), options=(), per_round=PER_ROUND):
+def task(batch_size=4, cohorts=(("mclr", 7),), options=(), per_round=PER_ROUND, shape=(FEATURES,)):
     """What a method is built for: logistic regression for a central model."""
     return Task(
-        model=model(),
-        models=tuple(model(kind) for kind, _ in cohorts),
+        model=model(shape=shape),
+        models=tuple(model(kind, shape) for kind, _ in cohorts),
         training=training(batch_size),
         distilling=training(batch_size),
         clients=sum(size for _, size in cohorts),
@@ -88,17 +93,19 @@ def task(batch_size=4, cohorts=(("mclr", 7),), options=(), per_round=PER_ROUND):
 
 def simulation(
     name, *, chunk=3, devices=1, participants=(PARTICIPANTS,), batch_size=4, cohorts=(("mclr", 7),), options=None,
-    per_round=PER_ROUND, **more,
+    per_round=PER_ROUND, shape=(FEATURES,), **more,
 ):  # fmt: skip
     """A registered algorithm and its simulation, compiled only once; `more` fields of Layout."""
+    if more.get("kind") == "shard_map":
+        del more["kind"]  # as it is without
     chosen = {name: allowed[0] for name, allowed in ALGORITHMS[name].options.items()} | (options or {})
-    made = chunk, devices, participants, batch_size, cohorts, tuple(sorted(chosen.items())), per_round
+    made = chunk, devices, participants, batch_size, cohorts, tuple(sorted(chosen.items())), per_round, shape
     return _simulation(name, *made, tuple(sorted(more.items())))
 
 
 @functools.cache
-def _simulation(name, chunk, devices, participants, batch_size, cohorts, options, per_round, more):
-    made = task(batch_size, cohorts, options, per_round)
+def _simulation(name, chunk, devices, participants, batch_size, cohorts, options, per_round, shape, more):
+    made = task(batch_size, cohorts, options, per_round, shape)
     if ALGORITHMS[name].split:  # clients of a hidden layer of 5 units, and a second one in the head
         edge = build_split("2nn", (FEATURES,), CLASSES, width=5)
         central = models.build("mclr", edge.feature_shape, CLASSES)
