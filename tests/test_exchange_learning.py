@@ -8,73 +8,79 @@ import engine_cases as cases
 import jax
 import numpy as np
 import pytest
+from learning_cases import SEEDS, alone, run
 
 from fdjax import experiment, settings
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
+from fdjax.federation import federate
 
-SEEDS = (0, 1, 2)
-FEW_LABELS = {
-    "dataset": "mnist_sample", "train_fraction": 0.25, "partition": "dirichlet_a", "alpha": 0.1, "num_clients": 10,
-    "model": "2nn", "rounds": 10, "eval_every": 10, "devices": 2,
-}  # fmt: skip
-HELD_OUT = {"proxy": "held_out", "proxy_size": 500}  # of the 1,500 images, so that 1,000 are left to the clients
 FLOATS = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr"}
 
+# Which accuracy, how far above that of `local` for every seed, and how far for seeds 0, 1, 2 when it was measured.
+BETTER = {
+    "fedavg": ("central", 0.45, (0.568, 0.515, 0.593)),
+    "feddistill": ("central", 0.45, (0.558, 0.540, 0.571)),
+    "ensemble": ("central", 0.2, (0.343, 0.249, 0.343)),
+    "centralized": ("central", 0.6, (0.678, 0.666, 0.666)),
+    "fedmd": ("local", 0.5, (0.607, 0.604, 0.592)),
+    "cronus": ("local", 0.03, (0.124, 0.046, 0.063)),
+    "dsfl": ("local", 0.25, (0.382, 0.349, 0.375)),
+    "feddf": ("central", 0.45, (0.585, 0.550, 0.560)),
+    "cfd": ("central", 0.15, (0.367, 0.234, 0.370)),
+    "fedgems": ("local", 0.5, (0.638, 0.632, 0.622)),
+}
+CHOSEN = {
+    "feddf": {"local_epochs": 5, "server_steps": 300},
+    "cfd": {"local_epochs": 2, "distill_epochs": 5},
+    "fedgems": {"distill_epochs": 2, "server_epochs": 5},
+    "fedgkt": {"learning_rate": 0.03, "server_epochs": 5},  # 0.1 diverges for one seed, with a 2nn as the server's
+}
+# Not expected to be better, as their docstrings say. How far apart at the most; measured 0.005, -0.002, 0.006 (fd) and
+# -0.012, -0.007, -0.014 (fedgkt).
+LEVEL = {"fd": 0.03, "fedgkt": 0.03}
 
-def scores(algorithm, seed, hparams=None, **fields):
-    """Mean accuracy of the clients' models on the whole test set, and what else is measured."""
-    made = FEW_LABELS | (HELD_OUT if ALGORITHMS[algorithm].proxy else {}) | fields
-    made = settings.make({"learning_rate": 0.1} | (hparams or {}), algorithm=algorithm, seed=seed, **made)
-    built = experiment.build(made)
-    state = cases.begin(built.simulation, built.federation, built.hparams, seed)
-    state, _ = built.simulation.run(state, built.federation, built.hparams, made.rounds)
-    scalars, _ = jax.device_get(built.simulation.evaluate(state, built.federation))
-    return scalars["local_accuracy"], scalars
+
+def test_every_method_is_measured():
+    assert {*BETTER, *LEVEL, "local"} == {*ALGORITHMS}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Accuracy by seed without exchange: 0.25 with few labels. It trains on all 1,500 images, the others on 1,000."""
-    return {seed: scores("local", seed)[0] for seed in SEEDS}
-
-
-# Margins hold for each of the seeds; measured: fedmd 0.57, dsfl 0.35, cronus 0.05 at the least.
-@pytest.mark.parametrize(("algorithm", "margin"), [("fedmd", 0.4), ("dsfl", 0.25), ("cronus", 0.03)])
-def test_exchange_beats_training_alone(algorithm, margin, alone):
+@pytest.mark.parametrize("algorithm", BETTER)
+def test_beats_training_alone(algorithm):
+    kind, margin, _ = BETTER[algorithm]
     for seed in SEEDS:
-        accuracy, _ = scores(algorithm, seed)
-        assert accuracy > alone[seed] + margin, (seed, accuracy, alone[seed])
+        scalars, *_ = run(algorithm, seed, CHOSEN.get(algorithm))
+        assert scalars[f"{kind}_accuracy"] > alone(seed) + margin, (seed, scalars, alone(seed))
+
+
+@pytest.mark.parametrize("algorithm", LEVEL)
+def test_is_level_with_training_alone(algorithm):
+    models = {"models": "2nn:10", "model": "mclr"} if algorithm == "fedgkt" else {}
+    for seed in SEEDS:
+        scalars, *_ = run(algorithm, seed, CHOSEN.get(algorithm), **models)
+        assert abs(scalars["local_accuracy"] - alone(seed)) < LEVEL[algorithm], (seed, scalars, alone(seed))
 
 
 def test_fedmd_owes_its_lead_to_the_consensus_too():
     """Most of what FedMD has before `local` are the labels of the public data; a digest of nothing loses the rest."""
     for seed in SEEDS:
-        accuracy, _ = scores("fedmd", seed)
-        without, _ = scores("fedmd", seed, {"digest_learning_rate": 0.0})
-        assert accuracy > without + 0.15
+        with_it, without = (run("fedmd", seed, given)[0] for given in (None, {"digest_learning_rate": 0.0}))
+        assert with_it["local_accuracy"] > without["local_accuracy"] + 0.15
 
 
-def test_dsfl_central_model_beats_every_model_alone(alone):
+def test_dsfl_central_model_beats_the_mean_of_models_alone():
+    """Measured 0.675, 0.612, 0.683 against 0.245, 0.256, 0.250."""
     for seed in SEEDS:
-        _, scalars = scores("dsfl", seed)
-        assert scalars["central_accuracy"] > alone[seed] + 0.25
-
-
-def test_fd_neither_helps_nor_harms_where_clients_hold_few_labels(alone):
-    """FD tells a client about the labels that it holds, never about others, so no client learns one that it lacks."""
-    for seed in SEEDS:
-        accuracy, _ = scores("fd", seed)
-        assert abs(accuracy - alone[seed]) < 0.08
+        assert run("dsfl", seed)[0]["central_accuracy"] > alone(seed) + 0.3
 
 
 def test_baselines_are_in_order():
-    together = scores("ensemble", 0)[1]
-    pooled = scores("centralized", 0)[1]
-    assert together["local_accuracy"] == scores("local", 0)[0]  # the same clients
-    assert together["central_accuracy"] > together["local_accuracy"] + 0.1
-    assert pooled["central_accuracy"] > max(0.85, together["central_accuracy"])
-    np.testing.assert_allclose(pooled["central_accuracy"], pooled["local_accuracy"], atol=1e-6)
+    """Pooled above together above alone; measured 0.923, 0.588, 0.245 for seed 0."""
+    for seed in SEEDS:
+        together, pooled = run("ensemble", seed)[0], run("centralized", seed)[0]
+        assert together["local_accuracy"] == alone(seed)  # the same clients
+        assert pooled["central_accuracy"] > together["central_accuracy"] + 0.2
+        np.testing.assert_allclose(pooled["central_accuracy"], pooled["local_accuracy"], atol=1e-6)
 
 
 def test_centralized_is_one_client_that_holds_everything():
@@ -88,7 +94,7 @@ def test_centralized_is_one_client_that_holds_everything():
 
 
 IMAGES = (8, 8, 1)
-MIXED = (("cnn", 3), ("2nn", 2), ("md", 2))
+MIXED = (("cnn", 3), ("2nn", 2), ("wide", 2))
 LIFTINGS = [
     ("chunk", 2, 1),
     ("shard_map", 2, 1),
@@ -101,7 +107,7 @@ LIFTINGS = [
 
 @functools.cache
 def mixed(name, kind, chunk=3, devices=1):
-    """Start and (end, metrics, evaluation) of three architectures, two of them convolutional."""
+    """Start and (end, metrics, evaluation) of three architectures, one of them convolutional."""
     algorithm, simulation = cases.simulation(
         name, cohorts=MIXED, participants=(2, 2, 1), devices=devices, chunk=chunk, kind=kind, shape=IMAGES
     )
@@ -146,3 +152,17 @@ def test_bad_input(fields, hparams, message):
     with pytest.raises(InputError) as error:
         experiment.build(settings.make(hparams, **FLOATS | {"proxy_size": 20} | fields))
     assert str(error.value).startswith(message)
+
+
+def test_models_of_other_classes_are_refused():
+    algorithm, simulation = cases.simulation("fedmd", cohorts=(("mclr", 3), ("five", 4)), participants=(2, 2))
+    del algorithm
+    with pytest.raises(InputError, match=r"^models differ in their number of classes \(mclr 4, five 5\); build all"):
+        simulation.init(0, cases.federation(cohort_sizes=(3, 4)))
+
+
+def test_proxy_data_of_another_shape_are_refused():
+    blobs, other = cases.source(10), cases.source(5, shape=(3, 2))
+    holdings = cases.from_counts(np.arange(10), np.asarray([10]))
+    with pytest.raises(InputError, match=r"^proxy data have inputs \(3, 2\), but blobs has \(6,\); use proxy data of"):
+        federate(blobs, holdings, holdings, (1,), cases.mesh(), (other.train_x, other.train_y))

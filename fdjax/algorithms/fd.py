@@ -12,6 +12,10 @@ CE(p, F) = -sum_c F_c log p_c. Sent: F_k up and F^(k) down, K x K floats each, s
 with K = 10 the paper's 102,400 bits. A label that nobody has seen is a row of zeros, which no mean of softmaxes is, so
 it takes no bytes to say so.
 
+F tells a device about the labels that it holds, never about others. So where devices lack labels altogether FD teaches
+them no new one, and on the whole test set it is level with training alone; the paper's devices hold five of a scarce
+label, and FAug to fill them up.
+
 The paper leaves open, and we chose:
 - gamma = 1, traced; the paper's value is not published.
 - F^(k)[l] is a mean over those of the others that hold l. Where none does, in the first round, and for a participant

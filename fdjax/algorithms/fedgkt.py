@@ -15,6 +15,10 @@ Sent: up h_k(x), z_k and y of each own example, 4 n_k (F + K + 1) bytes for F fe
 arrays are as long as the largest client; the metrics `bytes_up` and `bytes_down` count the real n_k. Features and
 labels leave the client: this is not private as other methods are.
 
+What a client learns from the server is z_s on its own examples alone, and its extractor stays its own. Where clients
+hold few labels, s(h_k(x)) for a label that k lacks rests on features that k never learned to tell apart: there it is
+level with training alone, and ahead only where clients share labels (as in the paper, whose features are a ResNet's).
+
 Deviations and choices:
 - Optimiser and batch size are the task's for both (the paper's script: Adam 1e-3 with amsgrad, batches of 256).
 - z_s are those of the trained server; the code collects them while it trains, one update stale. Test features are not
