@@ -24,11 +24,7 @@ LIFTINGS = [
 ]
 
 # A pooled method is another one, on data that the experiment has merged.
-# One process runs all tests of a method, under `--dist loadgroup`, and so compiles it once.
-pytestmark = pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n, entry in ALGORITHMS.items() if not entry.pooled],
-)
+pytestmark = pytest.mark.parametrize("name", [name for name, entry in ALGORITHMS.items() if not entry.pooled])
 
 
 def run(name, seed=0, federation=None, **layout):
