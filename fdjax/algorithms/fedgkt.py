@@ -17,7 +17,7 @@ labels leave the client: this is not private as other methods are.
 
 What a client learns from the server is z_s on its own examples alone, and its extractor stays its own. Where clients
 hold few labels, s(h_k(x)) for a label that k lacks rests on features that k never learned to tell apart: there it is
-level with training alone. With dense nets we saw no lead under Dirichlet(1) either; the paper's features are a ResNet's.
+level with training alone. With dense nets we saw no lead under Dirichlet(1) either; the paper has ResNets.
 
 Deviations and choices:
 - Optimiser and batch size are the task's for both (the paper's script: Adam 1e-3 with amsgrad, batches of 256).
