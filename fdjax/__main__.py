@@ -55,8 +55,8 @@ def summary(result: Result) -> str:
     rows = [(text, report.percent(final[name])) for name, text in names.items() if name in final]
     rows += [
         *((f"{kind} loss", f"{final[f'{kind}_loss']:.4f}") for kind in ("central", "local") if f"{kind}_loss" in final),
-        ("bytes up, of one client a round", ", ".join(map(report.byte_size, result.traffic.up))),
-        ("bytes down, to one client a round", ", ".join(map(report.byte_size, result.traffic.down))),
+        ("bytes up, of one client a round", _of_one_client(result, "up")),
+        ("bytes down, to one client a round", _of_one_client(result, "down")),
         ("bytes of the whole run", report.byte_size(result.rounds["bytes_up"][-1] + result.rounds["bytes_down"][-1])),
         ("seconds, of which compilation", f"{result.seconds:.1f}, {result.compile_seconds:.1f}"),
     ]
@@ -64,6 +64,14 @@ def summary(result: Result) -> str:
     return report.table(
         rows, (f"{chosen.algorithm}, {chosen.dataset}, {chosen.partition_name}", f"round {chosen.rounds}")
     )
+
+
+def _of_one_client(result: Result, way: str) -> str:
+    """Bytes of each cohort's clients; the mean where what is sent is coded or ragged, and so differs."""
+    traffic, sent = result.traffic, result.rounds[f"bytes_{way}"]
+    if sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
+        return ", ".join(map(report.byte_size, getattr(traffic, way)))
+    return f"{report.byte_size(sent[-1] / len(sent) / sum(traffic.participants))} in the mean"
 
 
 def draw(path: Path, result: Result) -> None:

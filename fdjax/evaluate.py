@@ -17,22 +17,27 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
     """`evaluate(state, federation) -> (scalars, values of each client [C])`.
 
     Central: the central model, or the ensemble, on the test set. Local: the mean over clients of their own model there.
-    Own: the client's model (the central one for methods without personal ones) on the client's own test part.
+    Own: the client's model (the central one for methods without personal ones) on the client's own test part. For a
+    method with `predict` that is a client's own model.
     """
-    if algorithm.central is None and algorithm.personal is None:
+    personal, predict = algorithm.personal, algorithm.predict
+    has_own = personal is not None or predict is not None
+    if algorithm.central is None and not has_own:
         raise InputError(f"{algorithm.name} names neither a central model nor personal ones: nothing can be tested")
-    if algorithm.ensemble and (algorithm.personal is None or not layout.full_eval):
+    if algorithm.ensemble and (not has_own or not layout.full_eval):
         raise InputError(f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full")
     slices, lifting = layout.slices, layout.lifting
-    personal = algorithm.personal
 
-    def model_of(cohort: Cohort):
-        """(central params, client state) -> (apply, params) of whom a client predicts with."""
+    def model_of(j: int, cohort: Cohort):
+        """(server state, client state) -> (apply, params) of whom a client predicts with."""
+        if predict is not None:
+            both = predict(j)
+            return lambda server, state: (lambda params, x: both(params[0], params[1], x), (server, state))
         if (params_of := personal) is not None:
-            return lambda central, state: (cohort.model.apply, params_of(state))
+            return lambda server, state: (cohort.model.apply, params_of(state))
         assert algorithm.central is not None
-        apply = algorithm.central[0].apply
-        return lambda central, state: (apply, central)
+        central, central_params = algorithm.central
+        return lambda server, state: (central.apply, central_params(server))
 
     def central_turn(shared, row):
         params, examples = shared
@@ -41,24 +46,24 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
         data = local.ClientData(examples, everything, *row)
         return (), local.test(algorithm.central[0].apply, params, data, layout.eval_batch)
 
-    def own_of(cohort: Cohort):
-        model = model_of(cohort)
+    def own_of(j: int, cohort: Cohort):
+        model = model_of(j, cohort)
 
         def one(shared, row: Row):
-            central, federation = shared
-            apply, params = model(central, row.state)
+            server, federation = shared
+            apply, params = model(server, row.state)
             data = local.ClientData(federation.test, federation.test_holdings.order, row.start, row.count)
             return local.test(apply, params, data, layout.own_batch), ()
 
         return one
 
-    def full_of(cohort: Cohort):
-        model = model_of(cohort)
+    def full_of(j: int, cohort: Cohort):
+        model = model_of(j, cohort)
 
         def one(shared, row):
-            central, examples = shared
+            server, examples = shared
             row, trained = row
-            apply, params = model(central, row.state)
+            apply, params = model(server, row.state)
             data = local.everything(examples)
             vote = ()
             if algorithm.ensemble:
@@ -67,12 +72,13 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
 
         return one
 
-    owns, fulls = ([of(cohort) for cohort in layout.cohorts] for of in (own_of, full_of))
+    owns, fulls = ([of(j, cohort) for j, cohort in enumerate(layout.cohorts)] for of in (own_of, full_of))
 
     @compiler(layout)
     def evaluate(state, federation):
         test, scalars, per_client = federation.test, {}, {}
-        central = ()
+        # Only what clients predict with: not the server's whole state to every device.
+        server = state.server if predict is not None or personal is None else ()
         if algorithm.central is not None:
             central = algorithm.central[1](state.server)
             batches = _split(len(test.y), layout.eval_batch)
@@ -84,14 +90,14 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
         for j, part in enumerate(slices):
             rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
             names = {"stage": "evaluation", "names": rows.client}
-            own.append(lift.over_clients(owns[j], (central, federation), rows, lifting, **names)[0])
-            if personal is not None and layout.full_eval:
-                score, vote = lift.over_clients(fulls[j], (central, test), (rows, trained[part]), lifting, **names)
+            own.append(lift.over_clients(owns[j], (server, federation), rows, lifting, **names)[0])
+            if has_own and layout.full_eval:
+                score, vote = lift.over_clients(fulls[j], (server, test), (rows, trained[part]), lifting, **names)
                 full.append(score)
                 votes.append(vote)
         own_accuracy, own_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *own).mean()
         per_client |= {"own_accuracy": own_accuracy, "own_loss": own_loss}
-        if personal is None:
+        if not has_own:
             scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
         elif layout.full_eval:
             accuracy, loss = jax.tree.map(lambda *x: jnp.concatenate(x), *full).mean()

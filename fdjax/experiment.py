@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from fdjax import data, models, plan, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.augment import AUGMENTATIONS
+from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
 from fdjax.federation import federate, replicated
 from fdjax.layout import Layout
 from fdjax.local import Task, Training
+from fdjax.models.split import Split, build_split
 from fdjax.settings import Settings
 from fdjax.types import Cohort, Federation, Holdings, HParams, Model, Source
 
@@ -74,10 +76,11 @@ def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
     if settings.proxy is not None:
         folders = {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
         source, proxy = data.take_proxy(source, settings.proxy, settings.proxy_size, seed, **folders)
-        if ALGORITHMS[settings.algorithm].proxy == "labelled" and not proxy.labelled:
-            raise InputError(
-                f"{settings.algorithm} needs labelled proxy data, but --proxy={settings.proxy} has no labels"
-            )
+        entry = ALGORITHMS[settings.algorithm]
+        if (entry.proxy == "labelled" or entry.labels_for in settings.options) and not proxy.labelled:
+            name, value = entry.labels_for or ("", "")
+            what = settings.algorithm if entry.proxy == "labelled" else f"{settings.algorithm} with --{name}={value}"
+            raise InputError(f"{what} needs labelled proxy data, but --proxy={settings.proxy} has no labels")
     name = settings.partition_name
     if clients is None and name not in ("writer", "natural"):
         clients = 30 if settings.dataset == "synthetic" else 10
@@ -86,6 +89,8 @@ def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
     holdings = data.partition(
         name, source.train_y, clients, seed, owner=source.train_owner, num_classes=source.num_classes, **options
     )
+    if ALGORITHMS[settings.algorithm].pooled:
+        holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
     return source, holdings, proxy
 
 
@@ -160,7 +165,11 @@ def build(settings: Settings) -> Experiment:
     )
     used = _models(static, shapes)
     chosen = plan.choose(
-        settings.lifting, settings.chunk, settings.devices, [*used.values()], _participants(settings, cohorts)
+        settings.lifting,
+        settings.chunk,
+        settings.devices,
+        [used.central, *used.clients],
+        _participants(settings, cohorts),
     )
     algorithm, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chosen.chunk)
     sizes = tuple(size for _, size in cohorts)
@@ -195,13 +204,33 @@ def _participants(settings: Settings, cohorts: tuple[tuple[str, int], ...]) -> t
     return tuple(max(1, round(settings.participation * size)) for _, size in cohorts)
 
 
-@functools.lru_cache(maxsize=8)
-def _models(settings: Settings, shapes: _Shapes) -> dict[str, Model]:
-    def model(name):
-        options = {"padding": settings.padding} if settings.padding and name in ("cnn1", "cnn2") else {}
-        return models.build(name, shapes.inputs, shapes.classes, **options)
+class _Models(NamedTuple):
+    """Built: the central model, the clients' cohort by cohort, and these in two parts if the method needs it."""
 
-    return {name: model(name) for name in (settings.model, *(name for name, _ in shapes.cohorts))}
+    central: Model
+    clients: tuple[Model, ...]
+    splits: tuple[Split, ...] = ()
+
+
+@functools.lru_cache(maxsize=8)
+def _models(settings: Settings, shapes: _Shapes) -> _Models:
+    names = [name for name, _ in shapes.cohorts]
+    options = {
+        name: {"padding": settings.padding} if settings.padding and name in ("cnn1", "cnn2") else {}
+        for name in (settings.model, *names)
+    }
+    if ALGORITHMS[settings.algorithm].split:
+        if settings.models is None:
+            raise InputError(
+                f"--model of {settings.algorithm} is the server's, on features; name the clients' too, e.g. "
+                f"--models=gkt_edge:{shapes.cohorts[0][1]}"
+            )
+        parts = {name: build_split(name, shapes.inputs, shapes.classes, **options[name]) for name in {*names}}
+        inputs = parts[names[0]].feature_shape
+        central = models.build(settings.model, inputs, shapes.classes, **options[settings.model])
+        return _Models(central, tuple(parts[name].model for name in names), tuple(parts[name] for name in names))
+    built = {name: models.build(name, shapes.inputs, shapes.classes, **given) for name, given in options.items()}
+    return _Models(built[settings.model], tuple(built[name] for name in names))
 
 
 @functools.lru_cache(maxsize=8)
@@ -211,12 +240,13 @@ def _simulation(settings: Settings, shapes: _Shapes, kind: str, mesh: Mesh, chun
     if augment is not None and len(shapes.inputs) != 3:
         raise InputError(f"--augment={settings.augment} needs images, but examples have shape {shapes.inputs}")
     training = Training(settings.batch_size, optimizer_of(settings), augment)
-    cohorts = tuple(Cohort(built[name], size) for name, size in shapes.cohorts)
+    cohorts = tuple(Cohort(model, size) for model, (_, size) in zip(built.clients, shapes.cohorts, strict=True))
     entry = ALGORITHMS[settings.algorithm]
     algorithm = entry.build(
         Task(
-            model=built[settings.model],
-            models=tuple(cohort.model for cohort in cohorts),
+            model=built.central,
+            models=built.clients,
+            splits=built.splits,
             training=training,
             distilling=training._replace(batch_size=settings.distill_batch_size or settings.batch_size, augment=None),
             clients=sum(cohort.size for cohort in cohorts),

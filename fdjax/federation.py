@@ -34,6 +34,11 @@ def federate(
     clients = len(train.count)
     if sum(cohort_sizes) != clients:
         raise InputError(f"cohorts of {cohort_sizes} clients, but the partition has {clients}; make the sizes add up")
+    if proxy is not None and proxy[0].shape[1:] != source.train_x.shape[1:]:
+        raise InputError(
+            f"proxy data have inputs {proxy[0].shape[1:]}, but {source.name} has {source.train_x.shape[1:]}; "
+            "use proxy data of the same shape"
+        )
     ids = np.arange(clients, dtype=np.int32)
     bounds = np.cumsum((0, *cohort_sizes))
     count = np.asarray(train.count)

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from fdjax import keys, losses
+from fdjax.models.split import Split
 from fdjax.types import Array, Examples, HParams, Model, PyTree
 
 Loss = Callable[[PyTree, jax.Array, PyTree], jax.Array]  # (params, x [B, ...], targets [B, ...]) -> losses [B]
@@ -60,6 +61,46 @@ class Targets(NamedTuple):
         return data.take(position)[0], jax.tree.map(lambda t: t[position], self.targets)
 
 
+class Beside(NamedTuple):
+    """Data with something kept beside each example, by its position: targets (y, what is kept)."""
+
+    data: Data
+    kept: PyTree  # [n_max, ...]
+
+    @property
+    def count(self) -> Array:
+        """That of the data."""
+        return self.data.count
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets at `position` [B]."""
+        x, y = self.data.take(position)
+        return x, (y, jax.tree.map(lambda kept: kept[position], self.kept))
+
+
+class Ragged(NamedTuple):
+    """Padded rows, such as clients' uploads, as one set of examples; of row k, those from `ends[k-1]` to `ends[k]`."""
+
+    x: jax.Array  # [C, n_max, ...]
+    targets: PyTree  # [C, n_max, ...]
+    ends: jax.Array  # [C] int32, rising
+
+    @property
+    def count(self) -> Array:
+        """Of all rows together."""
+        return self.ends[-1]
+
+    def find(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The row, and the column there, of `position` [B]."""
+        row = jnp.searchsorted(self.ends, position, side="right")
+        return row, position - jnp.where(row > 0, self.ends[row - 1], 0)
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets [B, ...] at `position` [B]."""
+        at = self.find(position)
+        return self.x[at], jax.tree.map(lambda target: target[at], self.targets)
+
+
 def everything(examples: Examples) -> ClientData:
     """All of `examples` as one client's data."""
     size = len(examples.y)
@@ -86,6 +127,7 @@ class Task(NamedTuple):
     largest: int = 0  # examples of the largest client
     proxy_size: int = 0  # M, 0 without proxy data
     proxy_per_round: int = 0  # of them used in one round
+    splits: tuple[Split, ...] = ()  # the clients' models in two parts, if the method needs them; `model` takes features
     options: Mapping[str, str] = MappingProxyType({})  # the method's choices by name, see its OPTIONS
 
 
@@ -110,6 +152,29 @@ def fit(
     nothing). Steps are counted at run time: a client pays for its own examples, and a new `epochs` compiles nothing.
     The key is consumed.
     """
+    params, mean, _ = fit_observing(
+        training, lambda p, x, y: (loss(p, x, y), ()), lambda *_: (), (), params, data, hparams, key, epochs=epochs
+    )
+    return params, mean
+
+
+def fit_observing(
+    training: Training,
+    loss: Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree]],
+    observe: Callable[[PyTree, PyTree, jax.Array], PyTree],
+    account: PyTree,
+    params: PyTree,
+    data: Data,
+    hparams: HParams,
+    key: jax.Array,
+    *,
+    epochs: Array,
+) -> tuple[PyTree, jax.Array, PyTree]:
+    """`fit` that also keeps an account of what is seen on the way, such as predictions.
+
+    `loss` returns (losses [B], seen); `observe(seen, targets, weight [B])`, of weight 0 where a short batch is filled
+    up, is added to `account` at every step of every epoch, and what that comes to is returned last.
+    """
     optimizer = training.optimizer(hparams)
     steps = batches(data.count, training.batch_size)
 
@@ -118,22 +183,28 @@ def fit(
         shuffle = keys.shuffle(keys.stream(epoch_key, "shuffle"), data.count)
 
         def step(index, carry):
-            params, optimizer_state, total = carry
+            params, optimizer_state, total, account = carry
             position = index * training.batch_size + jnp.arange(training.batch_size)
             weight = (position < data.count).astype(jnp.float32)
             x, y = data.take(shuffle(jnp.minimum(position, data.count - 1)))
             if training.augment is not None:
                 x = training.augment(keys.stream(epoch_key, "augment", index), x)
-            value, gradient = jax.value_and_grad(lambda p: losses.weighted_mean(loss(p, x, y), weight))(params)
+
+            def mean(params):
+                values, seen = loss(params, x, y)
+                return losses.weighted_mean(values, weight), seen
+
+            (value, seen), gradient = jax.value_and_grad(mean, has_aux=True)(params)
+            account = jax.tree.map(jnp.add, account, observe(seen, y, weight))
             update, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-            return optax.apply_updates(params, update), optimizer_state, total + value
+            return optax.apply_updates(params, update), optimizer_state, total + value, account
 
-        params, optimizer_state, _ = carry
-        return lax.fori_loop(0, steps, step, (params, optimizer_state, jnp.float32(0)))
+        params, optimizer_state, _, account = carry
+        return lax.fori_loop(0, steps, step, (params, optimizer_state, jnp.float32(0), account))
 
-    carry = params, optimizer.init(params), jnp.float32(0)
-    params, _, total = lax.fori_loop(0, epochs, epoch, carry)
-    return params, total / jnp.maximum(steps, 1)
+    carry = params, optimizer.init(params), jnp.float32(0), account
+    params, _, total, account = lax.fori_loop(0, epochs, epoch, carry)
+    return params, total / jnp.maximum(steps, 1), account
 
 
 class Score(NamedTuple):

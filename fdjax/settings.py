@@ -160,13 +160,13 @@ def known_hparams(algorithm: str) -> dict[str, float | str]:
 
 
 def _check_hparam(name: str, value: float) -> None:
-    if name.endswith("epochs") and not (1 <= value < 2**31 and value == int(value)):
+    if name.endswith(("epochs", "steps")) and not (1 <= value < 2**31 and value == int(value)):
         raise InputError(f"--{name}={value}: expected a whole number of at least 1")
-    if name == "temperature" and not 0 < value < float("inf"):
+    if name.endswith("temperature") and not 0 < value < float("inf"):
         raise InputError(f"--{name}={value}: expected a finite number above 0")
     if name == "weight" and not 0 <= value <= 1:
         raise InputError(f"--{name}={value}: expected a number in [0, 1]")
-    if name.endswith("learning_rate") and not 0 <= value < float("inf"):
+    if name.endswith(("learning_rate", "gamma", "era_beta")) and not 0 <= value < float("inf"):
         raise InputError(f"--{name}={value}: expected a finite number of at least 0")
 
 

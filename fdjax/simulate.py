@@ -18,7 +18,7 @@ from fdjax import communication, keys, lift, local
 from fdjax.errors import InputError, unknown
 from fdjax.evaluate import Evaluate, evaluation
 from fdjax.layout import Layout, Row, State, compiler, rows_of
-from fdjax.types import Algorithm, Cohort, Federation, HParams, PyTree, Reduction
+from fdjax.types import Algorithm, Cohort, Federation, HParams, Model, PyTree, Reduction
 
 # Metrics of a round that say which client's numbers were not finite first; the runner turns them into a sentence.
 BAD_CLIENTS, BAD_CLIENT, BAD_LEAF = "nonfinite_clients", "_bad_client", "_bad_leaf"
@@ -46,7 +46,10 @@ def resolve_hparams(algorithm: Algorithm, given: dict[str, Any]) -> HParams:
             raise unknown(f"hparam of {algorithm.name}", name, algorithm.hparams)
     values = {name: given.get(name, default) for name, default in algorithm.hparams.items()}
     values = {name: values[value] if isinstance(value, str) else value for name, value in values.items()}
-    return {name: np.asarray(v, np.int32 if name.endswith("epochs") else np.float32) for name, v in values.items()}
+    return {
+        name: np.asarray(v, np.int32 if name.endswith(("epochs", "steps")) else np.float32)
+        for name, v in values.items()
+    }
 
 
 def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
@@ -66,6 +69,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
 
     @compiled
     def init(seed, federation):
+        _check_classes(algorithm, layout, federation)
         key = jax.random.key(seed)
         clients = tuple(
             lift.over_clients(one, key, federation.client[part], lifting, stage="init", names=federation.client[part])[
@@ -229,6 +233,20 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         traffic=traffic,
         leaf=leaf,
     )
+
+
+def _check_classes(algorithm: Algorithm, layout: Layout, federation: Federation) -> None:
+    """Raises InputError unless all models give logits for the same number of classes."""
+    shape = 1, *federation.train.x.shape[1:]
+    used = [cohort.model for cohort in layout.cohorts] + ([algorithm.central[0]] if algorithm.central else [])
+
+    def logits(model: Model):
+        return jax.eval_shape(lambda: model.apply(model.init(jax.random.key(0)), jnp.zeros(shape)))
+
+    classes = [logits(model).shape[-1] for model in used]
+    if len(set(classes)) > 1:
+        each = ", ".join(dict.fromkeys(f"{model.name} {K}" for model, K in zip(used, classes, strict=True)))
+        raise InputError(f"models differ in their number of classes ({each}); build all for those of the data")
 
 
 def _data(federation: Federation, row: Row) -> local.ClientData:

@@ -95,8 +95,8 @@ class Algorithm(NamedTuple):
 
     `hparams` names the traced hyperparameters and their defaults; a string defaults to another hparam's value.
     What `broadcast` and `address` return, and what `client` returns as upload, is what crosses the network, and is
-    counted. Metrics named `bytes_up` (client) and `bytes_down` (server: of the next broadcast to one client) count
-    instead of the arrays' sizes, for what is sent in coded form; both are summed over participants.
+    counted. Metrics named `bytes_up` and `bytes_down` count instead of the arrays' sizes, for what is sent in coded or
+    ragged form: a client's own, or the server's for one client; both are summed over participants.
     """
 
     name: str
@@ -120,4 +120,7 @@ class Algorithm(NamedTuple):
     # (model, upload, proxy, hparams) -> what is reduced in the upload's place: work of the server, on each client
     within: Reduction | None = None
     # also reduced, within each cohort apart: the server's summary is then (summary, one of these for each cohort)
+    predict: Callable[[int], Callable[[PyTree, PyTree, jax.Array], jax.Array]] | None = None
+    # number of the cohort -> (server state, client state, x [B, ...]) -> logits [B, K]: how its clients predict, in the
+    # place of `personal`, where that takes what the server holds
     ensemble: bool = False  # evaluate the mean of the personal models' softmax outputs as the central model

@@ -17,11 +17,14 @@ from fdjax.data.holdings import from_counts
 from fdjax.federation import federate
 from fdjax.layout import Layout
 from fdjax.local import Task, Training
+from fdjax.models.split import build_split
 from fdjax.types import Cohort, Source
 
 FEATURES, CLASSES, TESTS = 6, 4, 37
 COUNTS = (7, 0, 1, 12, 5, 3, 9)  # an empty client, one with a single example, and more than one batch of 4 for most
 PARTICIPANTS = 5
+PROXIES, PER_ROUND = 11, 6  # proxy examples, labelled; how many of them a round uses
+NEEDS = {("dsfl", "era_beta"): {"aggregation": "enhanced_era"}}  # hparams that only some choice makes use of
 _LONGEST = 64
 
 
@@ -30,28 +33,37 @@ def mesh(devices=1):
 
 
 @functools.cache
-def model(name="mclr"):
-    return models.build(name, (FEATURES,), CLASSES, **({"width": 5} if name == "2nn" else {}))
+def model(name="mclr", shape=(FEATURES,)):
+    """`mclr`, `2nn` of width 5, `wide`, a 2nn of width 9, `cnn` of images, or `five`, with a class too many."""
+    kind, options = {
+        "2nn": ("2nn", {"width": 5}),
+        "wide": ("2nn", {"width": 9}),
+        "cnn": ("fedgen_cnn", {}),
+        "five": ("mclr", {}),
+    }.get(name, (name, {}))
+    return models.build(kind, shape, CLASSES + (name == "five"), **options)._replace(name=name)
 
 
-def source(examples, seed=0):
+def source(examples, seed=0, shape=(FEATURES,)):
     """Float features with labels in order, so that neighbouring examples share a label and most clients lack some."""
     rng = np.random.default_rng(seed)
-    centers = rng.normal(size=(CLASSES, FEATURES))
+    centers = rng.normal(size=(CLASSES, *shape))
 
     def draw(size):
         y = np.sort(np.arange(size) % CLASSES)
-        return (centers[y] + rng.normal(size=(size, FEATURES))).astype(np.float32), y.astype(np.int32)
+        return (centers[y] + rng.normal(size=(size, *shape))).astype(np.float32), y.astype(np.int32)
 
     return Source("blobs", *draw(examples), *draw(TESTS), CLASSES, mean=(0.25,), std=(1.5,))
 
 
-def federation(counts=COUNTS, devices=1, cohort_sizes=None, seed=0):
+def federation(counts=COUNTS, devices=1, cohort_sizes=None, seed=0, shape=(FEATURES,)):
     """Clients that hold `counts` neighbouring examples each, and 0 to 6 test examples of their own."""
     test = from_counts(np.random.default_rng(seed).permutation(TESTS), np.arange(len(counts)) % 7)
-    blobs = source(max(sum(counts), sum(COUNTS)), seed)
+    blobs = source(max(sum(counts), sum(COUNTS)), seed, shape)
     train = from_counts(np.arange(len(blobs.train_y)), np.asarray(counts))
-    return federate(blobs, train, test, cohort_sizes or (len(counts),), mesh(devices))
+    other = source(PROXIES, seed + 100, shape)
+    proxy = other.train_x[:, ::-1], other.train_y  # of another distribution than the clients' examples
+    return federate(blobs, train, test, cohort_sizes or (len(counts),), mesh(devices), proxy)
 
 
 def replicated(x, federation):
@@ -63,34 +75,57 @@ def training(batch_size, **options):
     return Training(batch_size, lambda hparams: optax.sgd(hparams["learning_rate"], **options))
 
 
-def task(batch_size=4, cohorts=(("mclr", 7),)):
+def task(batch_size=4, cohorts=(("mclr", 7),), options=(), per_round=PER_ROUND, shape=(FEATURES,)):
     """What a method is built for: logistic regression for a central model."""
     return Task(
-        model=model(),
-        models=tuple(model(kind) for kind, _ in cohorts),
+        model=model(shape=shape),
+        models=tuple(model(kind, shape) for kind, _ in cohorts),
         training=training(batch_size),
         distilling=training(batch_size),
         clients=sum(size for _, size in cohorts),
         classes=CLASSES,
         largest=_LONGEST,
+        proxy_size=PROXIES,
+        proxy_per_round=per_round,
+        options=dict(options),
     )
 
 
-def simulation(name, *, chunk=3, devices=1, participants=(PARTICIPANTS,), batch_size=4, cohorts=(("mclr", 7),), **more):
+def simulation(
+    name, *, chunk=3, devices=1, participants=(PARTICIPANTS,), batch_size=4, cohorts=(("mclr", 7),), options=None,
+    per_round=PER_ROUND, shape=(FEATURES,), **more,
+):  # fmt: skip
     """A registered algorithm and its simulation, compiled only once; `more` fields of Layout."""
-    return _simulation(name, chunk, devices, participants, batch_size, cohorts, tuple(sorted(more.items())))
+    if more.get("kind") == "shard_map":
+        del more["kind"]  # as it is without
+    chosen = {name: allowed[0] for name, allowed in ALGORITHMS[name].options.items()} | (options or {})
+    made = chunk, devices, participants, batch_size, cohorts, tuple(sorted(chosen.items())), per_round, shape
+    return _simulation(name, *made, tuple(sorted(more.items())))
 
 
 @functools.cache
-def _simulation(name, chunk, devices, participants, batch_size, cohorts, more):
-    algorithm = ALGORITHMS[name].build(task(batch_size, cohorts))
-    members = tuple(Cohort(model(kind), size) for kind, size in cohorts)
+def _simulation(name, chunk, devices, participants, batch_size, cohorts, options, per_round, shape, more):
+    made = task(batch_size, cohorts, options, per_round, shape)
+    if ALGORITHMS[name].split:  # clients of a hidden layer of 5 units, and a second one in the head
+        edge = build_split("2nn", (FEATURES,), CLASSES, width=5)
+        central = models.build("mclr", edge.feature_shape, CLASSES)
+        made = made._replace(model=central, models=(edge.model,) * len(cohorts), splits=(edge,) * len(cohorts))
+    algorithm = ALGORITHMS[name].build(made)
+    members = tuple(Cohort(member, size) for member, (_, size) in zip(made.models, cohorts, strict=True))
     layout = Layout(members, participants, mesh(devices), chunk=chunk, eval_batch=10, **dict(more))
     return algorithm, simulate.simulation(algorithm, layout)
 
 
 def hparams_of(algorithm, **given):
-    return simulate.resolve_hparams(algorithm, {"learning_rate": 0.3, "local_epochs": 2} | given)
+    usual = {name: v for name, v in {"learning_rate": 0.3, "local_epochs": 2}.items() if name in algorithm.hparams}
+    quick = {"server_steps": 20} if "server_steps" in algorithm.hparams else {}  # hundreds of Adam's amplify rounding
+    return simulate.resolve_hparams(algorithm, usual | quick | given)
+
+
+def begin(simulation, federation, hparams, seed=0):
+    """The state before the first round: what `init` and, if there is one, `setup` leave."""
+    state = simulation.init(seed, federation)
+    return simulation.setup(state, federation, hparams) if simulation.setup else state
 
 
 def all_finite(tree):

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("types", "errors", "runtime"),
     ("models", "data", "federation", "augment"),
-    ("losses", "reductions", "robust", "keys", "privacy"),
+    ("losses", "reductions", "robust", "keys", "privacy", "coding"),
     ("local",),
     ("lift",),
     ("algorithms",),

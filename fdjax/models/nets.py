@@ -26,16 +26,23 @@ class MCLR(nn.Module):
 
 
 class TwoNN(nn.Module):
-    """Two hidden layers of 200 ReLU units (McMahan et al. 2017, "2NN")."""
+    """Two hidden layers of 200 ReLU units (McMahan et al. 2017, "2NN"); can be split after the first."""
 
     num_classes: int
     width: int = 200
 
-    @nn.compact
+    def setup(self):
+        self.Dense_0, self.Dense_1 = Dense(self.width), Dense(self.width)  # as nn.compact names them
+        self.Dense_2 = Dense(self.num_classes)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        return nn.relu(self.Dense_0(flatten(x)))
+
+    def head(self, h: jax.Array) -> jax.Array:
+        return self.Dense_2(nn.relu(self.Dense_1(h)))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(Dense(self.width)(flatten(x)))
-        x = nn.relu(Dense(self.width)(x))
-        return Dense(self.num_classes)(x)
+        return self.head(self.features(x))
 
 
 class McMahanCNN(nn.Module):
