@@ -111,13 +111,14 @@ def time_case(case: Case, peers: list[Peer]) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(1 if FLAGS.smoke else FLAGS.repeats):
         for name, run in runners.items():
-            times[name].append(1e3 * run() / (case.clients * case.steps))
+            times[name].append(1e3 * run() / work.steps)
     peaks = {name: peak_bytes(pid) for name, pid in pids.items()}
     ended = {peer.name: peer.params(ours.after) for peer in peers}
     return {
         "case": str(case),
         **{name: getattr(case, name) for name in ("model", "batch", "clients", "steps", "algorithm")},
         "chunk": ours.chunk,
+        "narrow": ours.narrow,
         "compile_s": ours.compile_seconds,
         "ms_per_step": times,
         "times_faster": {name: [b / a for a, b in zip(times["fdjax"], times[name])] for name in ended},
@@ -152,6 +153,12 @@ def judge(name: str, suite: Suite, results: list[dict[str, Any]], peak: float) -
         if suite.gemm:
             share = [100e3 * result["gflops_per_step"] / ms / peak for ms in result["ms_per_step"]["fdjax"]]
             verdicts.append(Verdict(name, result["case"], "of GEMM peak", share, 100 * suite.gemm, unit="%"))
+    if suite.ragged:
+        even, *others = ([result["case"], result["ms_per_step"]["fdjax"]] for result in results)
+        for case, times in others:
+            ratios = [ragged / equal for ragged, equal in zip(times, even[1])]
+            measure = "client step / one of clients of equal size"
+            verdicts.append(Verdict(name, case, measure, ratios, suite.ragged, at_least=False))
     if suite.flat:
         repeats = zip(*(result["ms_per_step"]["fdjax"] for result in results))
         sizes = f"{results[0]['clients']} to {results[-1]['clients']} clients"
@@ -178,7 +185,9 @@ def detail_table(results: list[dict[str, Any]], peers: tuple[str, ...]) -> str:
         ours = result["ms_per_step"]["fdjax"]
         line = {
             "case": result["case"],
-            "chunk": result["chunk"],
+            "chunk": ", ".join(
+                [*(f"{width} to {share:.1%}" for share, width in result["narrow"]), str(result["chunk"])]
+            ),
             "compile s": f"{result['compile_s']:.1f}",
             "fdjax ms/step": spread(ours),
             "GFLOP/s": f"{1e3 * result['gflops_per_step'] / statistics.median(ours):.0f}",

@@ -37,9 +37,12 @@ class Case(NamedTuple):
     shape: tuple[int, ...] = IMAGE
     algorithm: str = "fedavg"
     shared: bool = False  # clients hold examples of one pool, so that data do not grow with clients
+    sizes: str = "equal"  # examples of the clients: one of SIZES; steps are then a mean
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.model, self.padding, f"B={self.batch}", f"{self.clients}x{self.steps}")))
+        sizes = "" if self.sizes == "equal" else self.sizes
+        work = f"{self.clients}x{self.steps}"
+        return " ".join(filter(None, (self.model, self.padding, f"B={self.batch}", work, sizes)))
 
 
 class Suite(NamedTuple):
@@ -48,7 +51,16 @@ class Suite(NamedTuple):
     targets: dict[str, float] = {}  # noqa: RUF012  peer -> times faster than it
     gemm: float | None = None  # share of the machine's GEMM peak
     flat: float | None = None  # slowest over fastest client step of its cases
+    ragged: float | None = None  # a client step of its other cases over one of its first
 
+
+SIZES = {
+    "equal": lambda rng, clients, examples: np.full(clients, examples),
+    "power law": lambda rng, clients, _: (0.9 * (rng.lognormal(4, 2, clients).astype(int) + 50)).astype(int),
+    "Dirichlet(0.05)": lambda rng, clients, examples: sum(
+        rng.multinomial(clients * examples // CLASSES, rng.dirichlet(np.full(clients, 0.05))) for _ in range(CLASSES)
+    ),
+}  # (rng, clients, examples) -> examples of each; the power law is synthetic(alpha, beta)'s
 
 SUITES = {
     "logistic": Suite(
@@ -70,12 +82,19 @@ SUITES = {
     "scale": Suite(
         tuple(Case("mclr", 10, 10**n, 20, shape=(60,), shared=True) for n in (2, 3, 4, 5)), peers=(), flat=1.2
     ),
+    "ragged": Suite(
+        tuple(Case("mclr", 10, 1000, 33, shape=(60,), shared=True, sizes=sizes) for sizes in SIZES),
+        peers=(),
+        ragged=1.3,
+    ),
     "gpu": Suite((Case("cnn1", 32, 1000, 5, "VALID"),), peers=("torch",), targets={"torch": 5}, gemm=0.4),
 }
 
 
 def smoke(suite: Suite) -> Suite:
     """One case, two clients, two steps of four: whether it runs, and not how fast."""
+    if suite.ragged:
+        return suite._replace(cases=tuple(case._replace(clients=10, steps=2) for case in suite.cases))
     sizes = (10, 40) if suite.flat else (2,)
     cases = [suite.cases[-1]._replace(batch=4, clients=clients, steps=2) for clients in sizes]
     return suite._replace(cases=tuple(cases))
@@ -104,12 +123,14 @@ class Work(NamedTuple):
     x: np.ndarray  # [N, ...] uint8 images or float32
     y: np.ndarray  # [N] int32
     holdings: Holdings
+    steps: int  # of all clients
 
 
 def make_work(case: Case) -> Work:
     rng = np.random.default_rng(0)
     held = case.steps * case.batch
-    total = case.clients * held
+    count = np.asarray(SIZES[case.sizes](np.random.default_rng(1), case.clients, held), np.int32)
+    total = int(count.sum())
     size = POOL if case.shared else total
     y = rng.integers(0, CLASSES, size).astype(np.int32)
     if len(case.shape) == 1:
@@ -118,8 +139,8 @@ def make_work(case: Case) -> Work:
         patterns = rng.integers(0, 256, (CLASSES, *case.shape), dtype=np.uint16)
         x = ((patterns[y] + rng.integers(0, 256, (size, *case.shape), dtype=np.uint16)) // 2).astype(np.uint8)
     order = rng.integers(0, size, total).astype(np.int32) if case.shared else np.arange(total, dtype=np.int32)
-    start = held * np.arange(case.clients, dtype=np.int32)
-    return Work(x, y, Holdings(order, start, np.full(case.clients, held, np.int32)))
+    start = (np.cumsum(count) - count).astype(np.int32)
+    return Work(x, y, Holdings(order, start, count), int(np.sum(-(-count // case.batch))))
 
 
 class Fdjax:
@@ -133,7 +154,9 @@ class Fdjax:
             Task(self.model, (self.model,), training, training, case.clients, CLASSES)
         )
         self.chunk = chunk or plan.automatic_chunk([self.model], mesh, case.clients)
-        layout = Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, chunk=self.chunk)
+        steps = -(-work.holdings.count // case.batch)
+        self.narrow = () if chunk else plan.narrower([steps], [case.clients], self.chunk, mesh)
+        layout = Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, self.chunk, self.narrow)
         simulation = simulate.simulation(algorithm, layout)
         source = Source("patterns", work.x, work.y, work.x[:1], work.y[:1], CLASSES)
         nothing = np.zeros(case.clients, np.int32)

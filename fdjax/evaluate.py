@@ -27,6 +27,7 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
     if algorithm.ensemble and (not has_own or not layout.full_eval):
         raise InputError(f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full")
     slices, lifting = layout.slices, layout.lifting
+    alike = lifting._replace(narrow=())  # for tests that are the same work for every client
 
     def model_of(j: int, cohort: Cohort):
         """(server state, client state) -> (apply, params) of whom a client predicts with."""
@@ -82,7 +83,7 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
         if algorithm.central is not None:
             central = algorithm.central[1](state.server)
             batches = _split(len(test.y), layout.eval_batch)
-            by_batch = lifting._replace(chunk=1, kind="chunk" if lifting.kind == "vmap" else lifting.kind)
+            by_batch = alike._replace(chunk=1, kind="chunk" if lifting.kind == "vmap" else lifting.kind)
             _, score = lift.over_clients(central_turn, (central, test), batches, by_batch, stage="central evaluation")
             scalars["central_accuracy"], scalars["central_loss"] = score.mean()
         trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
@@ -92,7 +93,7 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
             names = {"stage": "evaluation", "names": rows.client}
             own.append(lift.over_clients(owns[j], (server, federation), rows, lifting, **names)[0])
             if has_own and layout.full_eval:
-                score, vote = lift.over_clients(fulls[j], (server, test), (rows, trained[part]), lifting, **names)
+                score, vote = lift.over_clients(fulls[j], (server, test), (rows, trained[part]), alike, **names)
                 full.append(score)
                 votes.append(vote)
         own_accuracy, own_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *own).mean()

@@ -164,21 +164,25 @@ def build(settings: Settings) -> Experiment:
         proxy=0 if proxy is None else len(proxy.y),
     )
     used = _models(static, shapes)
+    participants = _participants(settings, cohorts)
+    steps = np.split(-(-holdings.count // batch_size), np.cumsum([size for _, size in cohorts])[:-1])
     chosen = plan.choose(
         settings.lifting,
         settings.chunk,
         settings.devices,
         [used.central, *used.clients],
-        _participants(settings, cohorts),
+        participants,
+        steps,
     )
-    algorithm, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chosen.chunk)
+    algorithm, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chosen.chunk, chosen.narrow)
     sizes = tuple(size for _, size in cohorts)
     federation = federate(source, holdings, test, sizes, chosen.mesh, None if proxy is None else (proxy.x, proxy.y))
     hparams = simulate.resolve_hparams(algorithm, dict(settings.hparams))
     hparams = jax.device_put(hparams, replicated(chosen.mesh))
 
     def rechunked(chunk: int) -> Experiment:
-        _, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chunk)
+        narrow = plan.narrower(steps, participants, chunk, chosen.mesh) if chosen.narrow else ()
+        _, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chunk, narrow)
         return Experiment(settings, source, holdings, federation, simulation, hparams, layout, chosen, rechunked)
 
     return Experiment(settings, source, holdings, federation, simulation, hparams, layout, chosen, rechunked)
@@ -234,7 +238,9 @@ def _models(settings: Settings, shapes: _Shapes) -> _Models:
 
 
 @functools.lru_cache(maxsize=8)
-def _simulation(settings: Settings, shapes: _Shapes, kind: str, mesh: Mesh, chunk: int):
+def _simulation(
+    settings: Settings, shapes: _Shapes, kind: str, mesh: Mesh, chunk: int, narrow: tuple[tuple[float, int], ...]
+):
     built = _models(settings, shapes)
     augment = AUGMENTATIONS[settings.augment]
     if augment is not None and len(shapes.inputs) != 3:
@@ -268,6 +274,7 @@ def _simulation(settings: Settings, shapes: _Shapes, kind: str, mesh: Mesh, chun
         participants=_participants(settings, shapes.cohorts),
         mesh=mesh,
         chunk=chunk,
+        narrow=narrow,
         eval_batch=settings.eval_batch,
         own_batch=shapes.own_batch,
         full_eval=settings.local_eval == "full",

@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     participants: tuple[int, ...]  # per round, of each cohort
     mesh: Mesh
     chunk: int = 1  # clients vmapped together on one device
+    narrow: tuple[tuple[float, int], ...] = ()  # see lift.Lifting
     eval_batch: int = 500
     own_batch: int = 500  # the same for the clients' own test parts, which may be small
     full_eval: bool = True  # test every personal model on the full test set too: C passes over it
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
     @property
     def lifting(self) -> lift.Lifting:
         """How clients are lifted."""
-        return lift.Lifting(self.kind, self.mesh, self.chunk, self.ordered_sums)
+        return lift.Lifting(self.kind, self.mesh, self.chunk, self.narrow, self.ordered_sums)
 
     @property
     def slices(self) -> list[slice]:

@@ -34,6 +34,8 @@ class Lifting(NamedTuple):
     kind: str
     mesh: Mesh
     chunk: int  # clients vmapped together on one device; of no meaning to vmap and loop
+    narrow: tuple[tuple[float, int], ...] = ()
+    # (share, chunk), shares rising: the clients of most work, up to this share of all, in narrower chunks of their own
     ordered: bool = False  # sum partials chunk by chunk whoever computed them: bitwise equal on 1, 2, 4 devices
 
 
@@ -54,6 +56,20 @@ def over_clients(
     (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
     if lifting.kind == "loop":
         return _loop(one, shared, rows, size, stage, names)
+    parts, start = [], 0
+    for share, chunk in (*lifting.narrow, (1.0, lifting.chunk)):
+        stop = round(share * size)
+        if start < stop:
+            part = jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], rows) if stop - start < size else rows
+            parts.append(_in_chunks(one, shared, part, stop - start, lifting._replace(chunk=chunk)))
+            start = stop
+    if len(parts) == 1:
+        return parts[0]
+    kept, totals = zip(*parts, strict=True)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *kept), jax.tree.map(lambda *x: sum(x[1:], x[0]), *totals)
+
+
+def _in_chunks(one: One, shared: PyTree, rows: PyTree, size: int, lifting: Lifting) -> tuple[PyTree, PyTree]:
     devices = lifting.mesh.size
     chunk = size if lifting.kind == "vmap" else min(lifting.chunk, -(-size // devices))
     turns = -(-size // (chunk * devices))  # chunks that each device runs

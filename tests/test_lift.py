@@ -20,7 +20,7 @@ LIFTINGS += [("vmap", 1, 1), ("chunk", 1, 1), ("chunk", 3, 1)]
 
 
 def lifting(kind, chunk=3, devices=1, ordered=False):
-    return lift.Lifting(kind, cases.mesh(devices), chunk, ordered)
+    return lift.Lifting(kind, cases.mesh(devices), chunk, ordered=ordered)
 
 
 def lifted(one, chunk, devices, kind="shard_map", ordered=False):
@@ -66,6 +66,18 @@ def test_lifting_is_a_loop(kind, chunk, devices):
         np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(total, expected_total, rtol=1e-5, atol=1e-5)
         assert steps == expected_steps
+
+
+@pytest.mark.parametrize(("kind", "devices"), [("chunk", 1), ("shard_map", 2), ("pmap", 2)])
+@pytest.mark.parametrize("narrow", [((0.2, 1), (0.6, 2)), ((0.01, 1), (1.0, 2))], ids=str)
+def test_narrower_chunks_for_the_first_change_nothing(kind, devices, narrow):
+    one = lifting(kind, 4, devices)._replace(narrow=narrow)
+    kept, (total, steps) = jax.jit(functools.partial(lift.over_clients, work, lifting=one))(*problem(11))
+    expected, (expected_total, expected_steps) = loop(11)
+    np.testing.assert_array_equal(kept["id"], expected["id"])
+    np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5, atol=1e-5)
+    assert steps == expected_steps
 
 
 def test_rows_may_be_arrays_of_any_rank_and_dtype():

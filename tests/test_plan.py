@@ -15,7 +15,8 @@ SMALL = {
 
 def choose(kind="auto", chunk=0, devices=0, participants=(6,)):
     built = experiment.build(settings.make(**SMALL))
-    return plan.choose(kind, chunk, devices, [cohort.model for cohort in built.layout.cohorts], participants)
+    steps = [np.ones(size, np.int32) for size in participants]
+    return plan.choose(kind, chunk, devices, [cohort.model for cohort in built.layout.cohorts], participants, steps)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,33 @@ def test_the_automatic_chunk_is_evened_out_over_the_turns():
     chunk = plan.automatic_chunk([model], mesh, 1000)
     assert chunk == 167  # 500 each, at most 214 at once: three turns
     assert plan.automatic_chunk([model], mesh, 5) == 3
+
+
+def executed(steps, chunk, narrow, devices):
+    """Client steps that chunks run, those of members which are done and of empty places among them."""
+    steps, start, total = np.sort(steps)[::-1], 0, 0
+    for share, width in (*narrow, (1.0, chunk)):
+        stop = round(share * len(steps))
+        for i in range(start, stop, width):
+            total += steps[i] * width
+        start = max(start, stop)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_power_law_federation_runs_few_idle_steps(seed, devices):
+    mesh = lift.make_mesh(jax.devices()[:devices])
+    sizes = np.random.default_rng(seed).lognormal(4, 2, 1000).astype(int) + 50  # synthetic(alpha, beta)'s
+    steps = -(-sizes // 10)
+    narrow = plan.narrower([steps], [1000], 167, mesh)
+    assert executed(steps, 167, (), devices) > 5 * steps.sum()
+    assert executed(steps, 167, narrow, devices) < 1.3 * steps.sum()
+
+
+def test_clients_of_like_size_share_one_chunk_size():
+    for steps in (np.full(1000, 20), np.arange(1000) // 200 + 20):
+        assert plan.narrower([steps], [1000], 167, lift.make_mesh(jax.devices()[:2])) == ()
 
 
 def test_a_mesh_that_does_not_divide_the_clients_says_so():
