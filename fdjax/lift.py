@@ -153,6 +153,8 @@ def _zeros(shapes: PyTree) -> PyTree:
 
 def _sum_in_order(partials: PyTree) -> PyTree:
     """[chunks, ...] summed from the first to the last, so that chunks of padding at the end change no bit."""
+    if not jax.tree.leaves(partials):
+        return partials
     first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), partials)
     return lax.scan(lambda total, partial: (jax.tree.map(jnp.add, total, partial), ()), first, partials)[0]
 

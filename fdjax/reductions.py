@@ -147,4 +147,5 @@ def _present(weight: Array) -> jax.Array:
 
 
 def _ratio(total: Array, weight: Array) -> jax.Array:
-    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+    # Not total / weight, which XLA turns into this on one device alone, an ulp away from what several devices do.
+    return jnp.where(weight > 0, total * (1 / jnp.where(weight > 0, weight, 1)), 0)
