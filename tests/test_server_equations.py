@@ -219,17 +219,25 @@ def test_coded_labels_decode_and_take_the_bytes_that_are_counted(bits, rng):
     assert counted == 2  # nothing has changed
 
 
-def coded(symbols, known):
+def coded(symbols, known, top):
     encoder = Coder()
-    encoder.rows(known, 1, symbols)
+    encoder.rows(known, top, symbols)
     return math.floor(-math.log2(encoder.width) / 8) + 2
 
 
-def test_cfd():
-    """Labels of one bit, and the bytes of each round."""
-    start, history, _ = simulate_rounds("cfd", rounds=3, distill_epochs=3)
+def nearest(p, top):
+    """Of all whole numbers [K] with sum `top`, those that are nearest to top p, row by row."""
+    lattice = np.array([s for s in itertools.product(range(top + 1), repeat=p.shape[1]) if sum(s) == top])
+    return lattice[((lattice[None] - top * p[:, None]) ** 2).sum(-1).argmin(1)]
+
+
+@pytest.mark.parametrize(("bits_up", "bits_down"), [(1, 1), (1, 2), (2, 1)])
+def test_cfd(bits_up, bits_down):
+    """Labels of few bits, and the bytes of each round."""
+    options = {"bits_up": str(bits_up), "bits_down": str(bits_down)}
+    start, history, _ = simulate_rounds("cfd", rounds=3, distill_epochs=3, options=options)
     px, _ = proxies()
-    eye = np.eye(cases.CLASSES, dtype=int)
+    most_up, most_down = 2**bits_up - 1, 2**bits_down - 1
     central, ids, labels = cases.Logistic(start.server["params"]), start.server["ids"], None
     had, gave = {}, {}  # what each client last received and sent, of every proxy example
     for number, (state, metrics) in enumerate(history):
@@ -238,23 +246,24 @@ def test_cfd():
             mine = cases.Logistic(row(start.clients[0]["start"], at))
             nothing = np.zeros((cases.PROXIES, cases.CLASSES), int)
             received, sent = had.setdefault(at, nothing.copy()), gave.setdefault(at, nothing.copy())
+            down += 4 * len(ids)  # in the first round too, or nobody knew what to label
             if labels is not None:
-                epochs = orders(keys.stream(key, "distill"), 3, len(ids))
-                descend(mine, px[ids], lambda z, b, labels=labels: cases.softmax(z) - labels[b], epochs, RATE)
-                down += coded(labels, received[ids]) + 4 * len(ids)
+                epochs, target = orders(keys.stream(key, "distill"), 3, len(ids)), labels / most_down
+                descend(mine, px[ids], lambda z, b, target=target: cases.softmax(z) - target[b], epochs, RATE)
+                down += coded(labels, received[ids], most_down)
                 received[ids] = labels
             descend(mine, x, hard(y), orders(keys.stream(key, "train"), EPOCHS, len(y)), RATE)
-            uploads.append(eye[mine(px[ids]).argmax(1)])
-            up += coded(uploads[-1], sent[ids])
+            uploads.append(nearest(cases.softmax(mine(px[ids])), most_up))
+            up += coded(uploads[-1], sent[ids], most_up)
             sent[ids] = uploads[-1]
             chex.assert_trees_all_close(row(state.clients[0]["params"], at), mine.params(), rtol=1e-4, atol=1e-5)
         assert (metrics["bytes_up"], metrics["bytes_down"]) == (up, down)
-        target, key = np.mean(uploads, axis=0), server_key(number)
+        target, key = np.mean(uploads, axis=0) / most_up, server_key(number)
         epochs = orders(keys.stream(key, "distill"), 3, len(ids))
         descend(central, px[ids], lambda z, b, target=target: cases.softmax(z) - target[b], epochs, RATE)
         chex.assert_trees_all_close(state.server["params"], central.params(), rtol=1e-4, atol=1e-5)
         ids = subset(key)
-        labels = eye[central(px[ids]).argmax(1)]
+        labels = nearest(cases.softmax(central(px[ids])), most_down)
         np.testing.assert_array_equal(state.server["ids"], ids)
         np.testing.assert_array_equal(state.server["symbols"], labels)
 
