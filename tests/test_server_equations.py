@@ -16,12 +16,12 @@ from fdjax import coding, keys
 ROUNDS, EPOCHS, RATE, BATCH = 2, 2, 0.3, 4
 
 
-def simulate_rounds(name, rounds=ROUNDS, **hparams):
-    """(initial state, states and metrics after each round, traffic) on the host."""
-    options = hparams.pop("options", None)
+def simulate_rounds(name, rounds=ROUNDS, options=None, begin=lambda server: server, **hparams):
+    """(initial state, states and metrics after each round, traffic) on the host; `begin` changes the first server."""
     algorithm, simulation = cases.simulation(name, batch_size=BATCH, options=options)
     federation, given = cases.federation(), cases.hparams_of(algorithm, learning_rate=RATE, **hparams)
     state = simulation.init(0, federation)
+    state = state._replace(server=cases.replicated(begin(state.server), federation))
     start, history = jax.device_get(state), []
     for _ in range(rounds):
         state, metrics = simulation.run(state, federation, given, 1)
@@ -120,6 +120,37 @@ def test_feddf(weighting):
         mean = best
         chex.assert_trees_all_close(state.server[0], mean, rtol=2e-3, atol=2e-4)
         np.testing.assert_allclose(metrics["distill_loss"], best_kl, rtol=1e-2, atol=1e-4)
+
+
+def test_feddf_of_two_prototypes_stops_early_and_reverts_to_the_average():
+    """Each starts from its own clients' average and has the clients of both for teachers; eta = 0 finds nothing new."""
+    algorithm, simulation = cases.simulation("feddf", cohorts=(("mclr", 3), ("mclr", 4)), participants=(2, 3))
+    federation = cases.federation(cohort_sizes=(3, 4))
+    hparams = cases.hparams_of(
+        algorithm, learning_rate=RATE, local_epochs=EPOCHS, server_steps=200, server_learning_rate=0.0
+    )
+    state = simulation.init(0, federation)
+    before = jax.device_get(state.server)
+    after, metrics = jax.device_get(simulation.run(state, federation, hparams, 1))
+    key, clients, (px, _) = cases.round_key(0, 0), cases.clients_of(federation), proxies()
+    uploads, weights = ([], []), ([], [])
+    for j, (first, size, drawn) in enumerate([(0, 3, 2), (3, 4, 3)]):
+        for at in cases.participants_of(key, size, drawn, cohort=j):
+            i, x, y = clients[first + at]
+            if len(y):
+                mine = cases.Logistic(before[j])
+                descend(mine, x, hard(y), orders(keys.stream(key, "client", i), EPOCHS, len(y)), RATE)
+                uploads[j].append(mine)
+                weights[j].append(len(y))
+    teacher = np.mean([mine(px) for mine in uploads[0] + uploads[1]], axis=0)
+    held, kls = subset(server_key(0))[:1], []
+    for j in range(2):
+        average = cases.weighted_average([mine.params() for mine in uploads[j]], weights[j])
+        chex.assert_trees_all_close(after.server[j], average, rtol=1e-4, atol=1e-5)
+        kls.append(cases.kl_divergence(teacher[held], cases.Logistic(average)(px[held])).mean())
+    assert len(uploads[0]) != len(uploads[1])
+    np.testing.assert_allclose(metrics["distill_loss"], np.mean(kls), rtol=1e-3)
+    assert metrics["server_steps"] == 20  # a tenth of N
 
 
 def test_feddf_drops_clients_that_guess():
@@ -359,17 +390,24 @@ def test_fedgkt_predicts_with_the_server_on_a_clients_features():
 
 
 def test_fedgems():
-    """Over four rounds, so that some examples are remembered, others never known, and others right."""
-    weight, rounds, kinds = 0.4, 4, set()
+    """The server was right about every other example before, so that it remembers some of those it is wrong about."""
+    weight, rounds, kinds, n, K = 0.4, 4, set(), cases.PER_ROUND, cases.CLASSES
+    memory = {one: np.random.default_rng(one).normal(size=K) for one in range(0, cases.PROXIES, 2)}
+
+    def remember(server):
+        known, logits = np.zeros(cases.PROXIES, np.float32), np.zeros((cases.PROXIES, K), np.float32)
+        for one, z in memory.items():
+            known[one], logits[one] = 1, z
+        return server | {"known": known, "memory": logits}
+
     start, history, traffic = simulate_rounds(
-        "fedgems", rounds=rounds, weight=weight, distill_epochs=2, server_epochs=3
+        "fedgems", rounds=rounds, weight=weight, distill_epochs=2, server_epochs=3, begin=remember
     )
-    n, K = cases.PER_ROUND, cases.CLASSES
     assert traffic.down == (4 * n * K + 4 * n,)
     px, py = proxies()
     central, clients = cases.Logistic(start.server["params"]), [row(start.clients[0], i) for i in range(7)]
     clients = [cases.Logistic(params) for params in clients]
-    ids, sent, memory = start.server["ids"], None, {}
+    ids, sent = start.server["ids"], None
 
     def mixed(teacher, weights, y):
         def slope(z, batch):
@@ -409,4 +447,4 @@ def test_fedgems():
         ids = subset(server_key(number))
         sent = central(px[ids])
         np.testing.assert_allclose(state.server["logits"], sent, rtol=1e-3, atol=1e-3)
-    assert {"right", "asked"} <= kinds
+    assert kinds == {"right", "remembered", "asked"}
