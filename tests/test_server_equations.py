@@ -1,8 +1,6 @@
-"""FedDF, CFD, FedGKT and FedGEMS against NumPy in float64, written from the papers; and what CFD's code spends."""
+"""FedDF, CFD, FedGKT and FedGEMS against NumPy in float64, written from the papers."""
 
-import itertools
 import math
-from fractions import Fraction
 
 import chex
 import engine_cases as cases
@@ -10,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coding_cases import coded, nearest
 
-from fdjax import coding, keys
+from fdjax import keys
 
 ROUNDS, EPOCHS, RATE, BATCH = 2, 2, 0.3, 4
 
@@ -181,85 +180,6 @@ def test_feddf_drops_clients_that_guess():
 
 
 # CFD.
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_quantised_labels_are_the_nearest_of_the_lattice(bits, rng):
-    top = 2**bits - 1
-    lattice = [s for s in itertools.product(range(top + 1), repeat=3) if sum(s) == top]
-    p = rng.dirichlet(np.full(3, 0.4), 50).astype(np.float32)
-    symbols = np.asarray(coding.quantise(p, bits))
-    assert (symbols.sum(1) == top).all()
-    best = np.abs(np.array(lattice)[None] / top - p[:, None]).sum(-1).min(1)
-    np.testing.assert_allclose(np.abs(symbols / top - p).sum(1), best, atol=1e-5)
-    if bits == 1:
-        np.testing.assert_array_equal(symbols.argmax(1), p.argmax(1))
-
-
-class Coder:
-    """An arithmetic coder in exact fractions, and the model that both ends follow."""
-
-    def __init__(self, message=None):
-        self.low, self.width, self.counts, self.message = Fraction(0), Fraction(1), {}, message
-
-    def code(self, context, alphabet, symbol=None):
-        """Encode `symbol`, or decode one from the message."""
-        seen = self.counts.setdefault(context, [0] * alphabet)
-        parts = [Fraction(2 * n + 1, 2 * sum(seen) + alphabet) for n in seen]
-        edges = [sum(parts[:s], Fraction(0)) for s in range(alphabet + 1)]
-        if symbol is None:
-            at = (self.message - self.low) / self.width
-            symbol = max(s for s in range(alphabet) if edges[s] <= at)
-        self.low, self.width = self.low + self.width * edges[symbol], self.width * parts[symbol]
-        seen[symbol] += 1
-        return symbol
-
-    def rows(self, known, top, symbols=None):
-        """Encode `symbols` [n, K] or, without, decode them."""
-        out = []
-        for i, old in enumerate(known.tolist()):
-            new = None if symbols is None else symbols[i].tolist()
-            if not self.code("changed", 2, None if new is None else int(new != old)):
-                out.append(old)
-                continue
-            left, line = top, []
-            for k in range(len(old) - 1):
-                line.append(self.code((k, left), left + 1, None if new is None else new[k]) if left else 0)
-                left -= line[-1]
-            out.append([*line, left])
-        return np.array(out)
-
-    def sent(self):
-        """(number of bits, the number they write): the shortest that lies within the interval whatever follows."""
-        bits = math.ceil(math.log2(1 / self.width)) + 1
-        return bits, Fraction(math.ceil(self.low * 2**bits), 2**bits)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_coded_labels_decode_and_take_the_bytes_that_are_counted(bits, rng):
-    top = 2**bits - 1
-    symbols = np.asarray(coding.quantise(rng.dirichlet(np.full(5, 0.3), 40).astype(np.float32), bits))
-    for known in (np.zeros_like(symbols), np.where(rng.random((40, 1)) < 0.7, symbols, symbols[::-1]), symbols):
-        encoder = Coder()
-        encoder.rows(known, top, symbols)
-        number, message = encoder.sent()
-        np.testing.assert_array_equal(Coder(message).rows(known, top), symbols)
-        counted = float(coding.coded_bytes(symbols, known, bits))
-        assert number / 8 <= counted <= number / 8 + 2
-        assert counted < bits * symbols.size / 8 + 2 < 4 * symbols.size
-    assert counted == 2  # nothing has changed
-
-
-def coded(symbols, known, top):
-    encoder = Coder()
-    encoder.rows(known, top, symbols)
-    return math.floor(-math.log2(encoder.width) / 8) + 2
-
-
-def nearest(p, top):
-    """Of all whole numbers [K] with sum `top`, those that are nearest to top p, row by row."""
-    lattice = np.array([s for s in itertools.product(range(top + 1), repeat=p.shape[1]) if sum(s) == top])
-    return lattice[((lattice[None] - top * p[:, None]) ** 2).sum(-1).argmin(1)]
 
 
 @pytest.mark.parametrize(("bits_up", "bits_down"), [(1, 1), (1, 2), (2, 1)])
