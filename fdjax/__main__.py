@@ -67,11 +67,10 @@ def summary(result: Result) -> str:
 
 
 def _of_one_client(result: Result, way: str) -> str:
-    """Bytes of each cohort's clients; the mean where what is sent is coded or ragged, and so differs."""
-    traffic, sent = result.traffic, result.rounds[f"bytes_{way}"]
-    if sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
-        return ", ".join(map(report.byte_size, getattr(traffic, way)))
-    return f"{report.byte_size(sent[-1] / len(sent) / sum(traffic.participants))} in the mean"
+    sent = report.bytes_of_one_client(result, way)
+    if isinstance(sent, tuple):
+        return ", ".join(map(report.byte_size, sent))
+    return f"{report.byte_size(sent)} in the mean"
 
 
 def draw(path: Path, result: Result) -> None:

@@ -77,6 +77,14 @@ def _revision() -> str | None:
         return None
 
 
+def bytes_of_one_client(result: Result, way: str) -> tuple[int, ...] | float:
+    """Bytes of a round and a client of each cohort; the mean over all where what is sent is coded or ragged."""
+    traffic, sent = result.traffic, result.rounds[f"bytes_{way}"]
+    if sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
+        return getattr(traffic, way)
+    return sent[-1] / len(sent) / sum(traffic.participants)
+
+
 def result_dict(result: Result) -> dict[str, Any]:
     """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
     folders = ("data_dir", "cache_dir", "writers")
@@ -86,7 +94,7 @@ def result_dict(result: Result) -> dict[str, Any]:
         "rounds": result.rounds,
         "evaluations": result.evaluations,
         "clients": result.clients,
-        "bytes_per_participant": {"up": result.traffic.up, "down": result.traffic.down},
+        "bytes_per_participant": {way: bytes_of_one_client(result, way) for way in ("up", "down")},
         "participants": result.traffic.participants,
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,

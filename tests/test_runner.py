@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdjax import experiment, lift, runner, settings
+from fdjax import experiment, lift, report, runner, settings
 from fdjax.checkpoint import Checkpoints
+from fdjax.communication import Traffic
 from fdjax.errors import InputError
 from fdjax.federation import replicated
 from fdjax.report import write_json
@@ -267,6 +268,13 @@ def whole(program, tmp_path_factory):
     """The folder and the standard output of a run of the program that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "deep" / "out"
     return out, finish(program(out))
+
+
+def test_what_is_coded_is_told_in_the_mean():
+    """Not as the arrays that stand for it, which are longer."""
+    sent = {"bytes_up": [30.0, 60.0, 120.0], "bytes_down": [240.0, 480.0, 720.0]}
+    result = runner.Result(small(), sent, {}, {}, Traffic((90, 50), (80, 40), (2, 2)), 0.0, 0.0)
+    assert report.result_dict(result)["bytes_per_participant"] == {"up": 10.0, "down": (80, 40)}
 
 
 def test_a_run_leaves_table_results_and_curves(whole):

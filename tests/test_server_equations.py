@@ -1,8 +1,6 @@
-"""FedDF, CFD, FedGKT and FedGEMS against NumPy in float64, written from the papers; and what CFD's code spends."""
+"""FedDF, CFD, FedGKT and FedGEMS against NumPy in float64, written from the papers."""
 
-import itertools
 import math
-from fractions import Fraction
 
 import chex
 import engine_cases as cases
@@ -10,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coding_cases import coded, nearest
 
-from fdjax import coding, keys
+from fdjax import keys
 
 ROUNDS, EPOCHS, RATE, BATCH = 2, 2, 0.3, 4
 
 
-def simulate_rounds(name, rounds=ROUNDS, **hparams):
-    """(initial state, states and metrics after each round, traffic) on the host."""
-    options = hparams.pop("options", None)
+def simulate_rounds(name, rounds=ROUNDS, options=None, begin=lambda server: server, **hparams):
+    """(initial state, states and metrics after each round, traffic) on the host; `begin` changes the first server."""
     algorithm, simulation = cases.simulation(name, batch_size=BATCH, options=options)
     federation, given = cases.federation(), cases.hparams_of(algorithm, learning_rate=RATE, **hparams)
     state = simulation.init(0, federation)
+    state = state._replace(server=cases.replicated(begin(state.server), federation))
     start, history = jax.device_get(state), []
     for _ in range(rounds):
         state, metrics = simulation.run(state, federation, given, 1)
@@ -122,6 +121,37 @@ def test_feddf(weighting):
         np.testing.assert_allclose(metrics["distill_loss"], best_kl, rtol=1e-2, atol=1e-4)
 
 
+def test_feddf_of_two_prototypes_stops_early_and_reverts_to_the_average():
+    """Each starts from its own clients' average and has the clients of both for teachers; eta = 0 finds nothing new."""
+    algorithm, simulation = cases.simulation("feddf", cohorts=(("mclr", 3), ("mclr", 4)), participants=(2, 3))
+    federation = cases.federation(cohort_sizes=(3, 4))
+    hparams = cases.hparams_of(
+        algorithm, learning_rate=RATE, local_epochs=EPOCHS, server_steps=200, server_learning_rate=0.0
+    )
+    state = simulation.init(0, federation)
+    before = jax.device_get(state.server)
+    after, metrics = jax.device_get(simulation.run(state, federation, hparams, 1))
+    key, clients, (px, _) = cases.round_key(0, 0), cases.clients_of(federation), proxies()
+    uploads, weights = ([], []), ([], [])
+    for j, (first, size, drawn) in enumerate([(0, 3, 2), (3, 4, 3)]):
+        for at in cases.participants_of(key, size, drawn, cohort=j):
+            i, x, y = clients[first + at]
+            if len(y):
+                mine = cases.Logistic(before[j])
+                descend(mine, x, hard(y), orders(keys.stream(key, "client", i), EPOCHS, len(y)), RATE)
+                uploads[j].append(mine)
+                weights[j].append(len(y))
+    teacher = np.mean([mine(px) for mine in uploads[0] + uploads[1]], axis=0)
+    held, kls = subset(server_key(0))[:1], []
+    for j in range(2):
+        average = cases.weighted_average([mine.params() for mine in uploads[j]], weights[j])
+        chex.assert_trees_all_close(after.server[j], average, rtol=1e-4, atol=1e-5)
+        kls.append(cases.kl_divergence(teacher[held], cases.Logistic(average)(px[held])).mean())
+    assert len(uploads[0]) != len(uploads[1])
+    np.testing.assert_allclose(metrics["distill_loss"], np.mean(kls), rtol=1e-3)
+    assert metrics["server_steps"] == 20  # a tenth of N
+
+
 def test_feddf_drops_clients_that_guess():
     """One whose accuracy on the proxy data is no better than chance counts in no mean; if all are so, all count."""
     algorithm, _ = cases.simulation("feddf", options={"drop_worst": "on"})
@@ -152,84 +182,13 @@ def test_feddf_drops_clients_that_guess():
 # CFD.
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_quantised_labels_are_the_nearest_of_the_lattice(bits, rng):
-    top = 2**bits - 1
-    lattice = [s for s in itertools.product(range(top + 1), repeat=3) if sum(s) == top]
-    p = rng.dirichlet(np.full(3, 0.4), 50).astype(np.float32)
-    symbols = np.asarray(coding.quantise(p, bits))
-    assert (symbols.sum(1) == top).all()
-    best = np.abs(np.array(lattice)[None] / top - p[:, None]).sum(-1).min(1)
-    np.testing.assert_allclose(np.abs(symbols / top - p).sum(1), best, atol=1e-5)
-    if bits == 1:
-        np.testing.assert_array_equal(symbols.argmax(1), p.argmax(1))
-
-
-class Coder:
-    """An arithmetic coder in exact fractions, and the model that both ends follow."""
-
-    def __init__(self, message=None):
-        self.low, self.width, self.counts, self.message = Fraction(0), Fraction(1), {}, message
-
-    def code(self, context, alphabet, symbol=None):
-        """Encode `symbol`, or decode one from the message."""
-        seen = self.counts.setdefault(context, [0] * alphabet)
-        parts = [Fraction(2 * n + 1, 2 * sum(seen) + alphabet) for n in seen]
-        edges = [sum(parts[:s], Fraction(0)) for s in range(alphabet + 1)]
-        if symbol is None:
-            at = (self.message - self.low) / self.width
-            symbol = max(s for s in range(alphabet) if edges[s] <= at)
-        self.low, self.width = self.low + self.width * edges[symbol], self.width * parts[symbol]
-        seen[symbol] += 1
-        return symbol
-
-    def rows(self, known, top, symbols=None):
-        """Encode `symbols` [n, K] or, without, decode them."""
-        out = []
-        for i, old in enumerate(known.tolist()):
-            new = None if symbols is None else symbols[i].tolist()
-            if not self.code("changed", 2, None if new is None else int(new != old)):
-                out.append(old)
-                continue
-            left, line = top, []
-            for k in range(len(old) - 1):
-                line.append(self.code((k, left), left + 1, None if new is None else new[k]) if left else 0)
-                left -= line[-1]
-            out.append([*line, left])
-        return np.array(out)
-
-    def sent(self):
-        """(number of bits, the number they write): the shortest that lies within the interval whatever follows."""
-        bits = math.ceil(math.log2(1 / self.width)) + 1
-        return bits, Fraction(math.ceil(self.low * 2**bits), 2**bits)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_coded_labels_decode_and_take_the_bytes_that_are_counted(bits, rng):
-    top = 2**bits - 1
-    symbols = np.asarray(coding.quantise(rng.dirichlet(np.full(5, 0.3), 40).astype(np.float32), bits))
-    for known in (np.zeros_like(symbols), np.where(rng.random((40, 1)) < 0.7, symbols, symbols[::-1]), symbols):
-        encoder = Coder()
-        encoder.rows(known, top, symbols)
-        number, message = encoder.sent()
-        np.testing.assert_array_equal(Coder(message).rows(known, top), symbols)
-        counted = float(coding.coded_bytes(symbols, known, bits))
-        assert number / 8 <= counted <= number / 8 + 2
-        assert counted < bits * symbols.size / 8 + 2 < 4 * symbols.size
-    assert counted == 2  # nothing has changed
-
-
-def coded(symbols, known):
-    encoder = Coder()
-    encoder.rows(known, 1, symbols)
-    return math.floor(-math.log2(encoder.width) / 8) + 2
-
-
-def test_cfd():
-    """Labels of one bit, and the bytes of each round."""
-    start, history, _ = simulate_rounds("cfd", rounds=3, distill_epochs=3)
+@pytest.mark.parametrize(("bits_up", "bits_down"), [(1, 1), (1, 2), (2, 1)])
+def test_cfd(bits_up, bits_down):
+    """Labels of few bits, and the bytes of each round."""
+    options = {"bits_up": str(bits_up), "bits_down": str(bits_down)}
+    start, history, _ = simulate_rounds("cfd", rounds=3, distill_epochs=3, options=options)
     px, _ = proxies()
-    eye = np.eye(cases.CLASSES, dtype=int)
+    most_up, most_down = 2**bits_up - 1, 2**bits_down - 1
     central, ids, labels = cases.Logistic(start.server["params"]), start.server["ids"], None
     had, gave = {}, {}  # what each client last received and sent, of every proxy example
     for number, (state, metrics) in enumerate(history):
@@ -238,23 +197,24 @@ def test_cfd():
             mine = cases.Logistic(row(start.clients[0]["start"], at))
             nothing = np.zeros((cases.PROXIES, cases.CLASSES), int)
             received, sent = had.setdefault(at, nothing.copy()), gave.setdefault(at, nothing.copy())
+            down += 4 * len(ids)  # in the first round too, or nobody knew what to label
             if labels is not None:
-                epochs = orders(keys.stream(key, "distill"), 3, len(ids))
-                descend(mine, px[ids], lambda z, b, labels=labels: cases.softmax(z) - labels[b], epochs, RATE)
-                down += coded(labels, received[ids]) + 4 * len(ids)
+                epochs, target = orders(keys.stream(key, "distill"), 3, len(ids)), labels / most_down
+                descend(mine, px[ids], lambda z, b, target=target: cases.softmax(z) - target[b], epochs, RATE)
+                down += coded(labels, received[ids], most_down)
                 received[ids] = labels
             descend(mine, x, hard(y), orders(keys.stream(key, "train"), EPOCHS, len(y)), RATE)
-            uploads.append(eye[mine(px[ids]).argmax(1)])
-            up += coded(uploads[-1], sent[ids])
+            uploads.append(nearest(cases.softmax(mine(px[ids])), most_up))
+            up += coded(uploads[-1], sent[ids], most_up)
             sent[ids] = uploads[-1]
             chex.assert_trees_all_close(row(state.clients[0]["params"], at), mine.params(), rtol=1e-4, atol=1e-5)
         assert (metrics["bytes_up"], metrics["bytes_down"]) == (up, down)
-        target, key = np.mean(uploads, axis=0), server_key(number)
+        target, key = np.mean(uploads, axis=0) / most_up, server_key(number)
         epochs = orders(keys.stream(key, "distill"), 3, len(ids))
         descend(central, px[ids], lambda z, b, target=target: cases.softmax(z) - target[b], epochs, RATE)
         chex.assert_trees_all_close(state.server["params"], central.params(), rtol=1e-4, atol=1e-5)
         ids = subset(key)
-        labels = eye[central(px[ids]).argmax(1)]
+        labels = nearest(cases.softmax(central(px[ids])), most_down)
         np.testing.assert_array_equal(state.server["ids"], ids)
         np.testing.assert_array_equal(state.server["symbols"], labels)
 
@@ -350,17 +310,24 @@ def test_fedgkt_predicts_with_the_server_on_a_clients_features():
 
 
 def test_fedgems():
-    """Over four rounds, so that some examples are remembered, others never known, and others right."""
-    weight, rounds, kinds = 0.4, 4, set()
+    """The server was right about every other example before, so that it remembers some of those it is wrong about."""
+    weight, rounds, kinds, n, K = 0.4, 4, set(), cases.PER_ROUND, cases.CLASSES
+    memory = {one: np.random.default_rng(one).normal(size=K) for one in range(0, cases.PROXIES, 2)}
+
+    def remember(server):
+        known, logits = np.zeros(cases.PROXIES, np.float32), np.zeros((cases.PROXIES, K), np.float32)
+        for one, z in memory.items():
+            known[one], logits[one] = 1, z
+        return server | {"known": known, "memory": logits}
+
     start, history, traffic = simulate_rounds(
-        "fedgems", rounds=rounds, weight=weight, distill_epochs=2, server_epochs=3
+        "fedgems", rounds=rounds, weight=weight, distill_epochs=2, server_epochs=3, begin=remember
     )
-    n, K = cases.PER_ROUND, cases.CLASSES
     assert traffic.down == (4 * n * K + 4 * n,)
     px, py = proxies()
     central, clients = cases.Logistic(start.server["params"]), [row(start.clients[0], i) for i in range(7)]
     clients = [cases.Logistic(params) for params in clients]
-    ids, sent, memory = start.server["ids"], None, {}
+    ids, sent = start.server["ids"], None
 
     def mixed(teacher, weights, y):
         def slope(z, batch):
@@ -400,4 +367,4 @@ def test_fedgems():
         ids = subset(server_key(number))
         sent = central(px[ids])
         np.testing.assert_allclose(state.server["logits"], sent, rtol=1e-3, atol=1e-3)
-    assert {"right", "asked"} <= kinds
+    assert kinds == {"right", "remembered", "asked"}

@@ -15,7 +15,7 @@ Loss of distillation: CE(Y, softmax(w(x))), no temperature. The server's model i
 
 Sent: Y down, Y_k up, as the code of `coding.coded_bytes` (flags of change and new symbols, each adaptively and
 arithmetically coded), which the metrics `bytes_up` and `bytes_down` count; o_t, 4 bytes an id, unless it is all proxy
-data. The first round sends nothing down.
+data. The first round has no Y and sends o_1 alone.
 
 Written from a summary of the paper, not from code (none was found); what that leaves open, and we chose:
 - The code above, and which symbols it models. The paper also speaks of choosing proxy data: not here, o_t is random.
@@ -91,12 +91,12 @@ def cfd(task: local.Task) -> Algorithm:
             "sent": state["sent"].at[ids].set(upload),
         }
         bytes_up = coding.coded_bytes(upload, state["sent"][ids], up)
-        bytes_down = coding.coded_bytes(symbols, state["received"][ids], down) + ids_bytes
+        bytes_down = jnp.where(told, coding.coded_bytes(symbols, state["received"][ids], down), 0) + ids_bytes
         metrics = {
             "train_loss": train_loss,
             "distill_loss": distill_loss,
             "bytes_up": jnp.where(there, bytes_up, 0),
-            "bytes_down": jnp.where(there & told, bytes_down, 0),
+            "bytes_down": jnp.where(there, bytes_down, 0),
         }
         return jax.tree.map(lambda x, y: jnp.where(there, x, y), new, state), upload, metrics
 

@@ -20,9 +20,10 @@ random guess, here an accuracy of at most 1.1 / K on the (labelled) proxy data, 
 
 The paper leaves open, or its data do not allow, and we chose:
 - A tenth of the round's proxy data, drawn anew, validates: by the KL to the teachers, which needs no labels (the paper
-  has labelled validation data). It is measured every N / 100 steps; training stops after N / 10 without a new best, and
-  the best student wins, x_{t,0} among them ("revert to the average"). The paper has N = 10,000 at most; N = 1,000 is
-  our default. Mini-batches are drawn with replacement.
+  has labelled validation data). It is measured every floor(N / 100) steps, or every step; after ten of these without
+  a new best training stops, and the best student wins, x_{t,0} among them ("revert to the average"). The paper has
+  N = 10,000 at most; N = 1,000 is our default. Mini-batches are drawn with replacement.
+- E and the sizes of batches are the flags'; the paper's are 20 to 80 (our default: 1), 64, and 128 on the server.
 - A prototype none of whose participants holds examples starts from what it was.
 - The central model is the first prototype; with several, a client's own is its prototype.
 """
