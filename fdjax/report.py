@@ -137,8 +137,8 @@ Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
 
 
-def draw_curves(path: Path, panels: Sequence[Panel], title: str = "") -> None:
-    """Draw panels side by side."""
+def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: bool = False) -> None:
+    """Draw panels side by side; with `log_x` their x axes are logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,6 +152,8 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "") -> None:
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
         if x_label == "round":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log_x:
+            axis.set_xscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
