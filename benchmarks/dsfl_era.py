@@ -3,21 +3,21 @@
     python -m benchmarks.dsfl_era
     python -m benchmarks.dsfl_era --preset=paper --data_dir=... --fashion_dir=...
 
-The paper's claim: sharpening the mean of the clients' outputs (ERA, entropy reduction) teaches more than the mean itself
-(SA, simple aggregation), and both send far less than FedAvg. Its numbers were not to be had (see
-`fdjax.algorithms.dsfl`), so nothing published stands beside ours. All methods run on one federation: the clients' split,
-Dirichlet(0.1), is drawn after the open data were taken out, for FedAvg too, which does not use them.
+The paper's claim: sharpening the mean of the clients' outputs (ERA, entropy reduction) teaches more than the mean
+itself (SA, simple aggregation), and both send far less than FedAvg. Its numbers were not to be had (see
+`fdjax.algorithms.dsfl`), so nothing published stands beside ours. All methods run on one federation: the clients'
+split, Dirichlet(0.1), is drawn after the open data were taken out, for FedAvg too, which does not use them.
 
 Bytes are of all clients, up and down, and cumulative. A budget's accuracy is that of the last evaluation within it. The
 server's model is tested; the mean over clients of their own models is taken after they trained on their private data,
 which is before they learn the round's targets.
 
-MNIST is the embedded sample, and Fashion-MNIST a tenth of it, unless --data_dir says where MNIST as tfds prepared it is;
-then both are whole (--train_fraction for less). Fashion-MNIST is taken from --fashion_dir (IDX files), else from
+MNIST is the embedded sample, and Fashion-MNIST a tenth of it, unless --data_dir says where MNIST as tfds prepared it
+is; then both are whole (--train_fraction for less). Fashion-MNIST is taken from --fashion_dir (IDX files), else from
 --data_dir, else left out.
 
-Ours: the 2NN, B = 50, learning rate 0.1, rounds, and the quick preset's 10 clients and one local epoch. The paper preset
-has the 100 clients, open set of 10,000, 1,000 of it a round and five epochs of the laboratory's later code.
+Ours: the 2NN, B = 50, learning rate 0.1, rounds, and the quick preset's 10 clients and one local epoch. The paper
+preset has the 100 clients, open set of 10,000, 1,000 of it a round and five epochs of the laboratory's later code.
 """
 
 from collections.abc import Sequence
@@ -147,10 +147,11 @@ def _text(results: Runs, budgets: Sequence[float], targets: dict[str, float]) ->
     count = f"mean ± std of {flags.FLAGS.seeds} seeds" if flags.FLAGS.seeds > 1 else "one seed"
     distil = f", distilling {hparams['distill_epochs']:g}" if "distill_epochs" in hparams else ""
     note = (
-        f"Accuracy in % on the test set, {count}; a cell is empty where a seed sends more in its first evaluated round, or "
-        f"never gets there; a run that ends below a budget shows its end. {one.num_clients} clients, {one.partition_name}, alpha {one.alpha:g}, {one.model}, B = "
-        f"{one.batch_size}, {one.optimizer} {hparams['learning_rate']:g}, local epochs {hparams['local_epochs']:g}"
-        f"{distil}; open data {one.proxy_size}, {one.proxy_per_round or one.proxy_size} of them a round."
+        f"Accuracy in % on the test set, {count}; a cell is empty where a seed sends more by its first evaluation, or "
+        f"never gets there; a run that ends below a budget shows its end. {one.num_clients} clients, "
+        f"{one.partition_name}, alpha {one.alpha:g}, {one.model}, B = {one.batch_size}, {one.optimizer} "
+        f"{hparams['learning_rate']:g}, local epochs {hparams['local_epochs']:g}{distil}; open data {one.proxy_size}, "
+        f"{one.proxy_per_round or one.proxy_size} of them a round."
         + (f" ERA's T = {hparams['era_temperature']:g}." if "era_temperature" in hparams else "")
     )
     return "\n\n".join([*parts, note, *_verdicts(results)])
@@ -175,7 +176,8 @@ def _table(results: Runs, dataset: str, budgets: Sequence[float], target: float)
             )
     one = results[dataset, next(m for n, m in results if n == dataset)][0].settings
     headers = (NAMES[dataset], "bytes a round", *(f"server, {report.byte_size(b)}" for b in budgets),
-               f"server, round {one.rounds}", "mean of clients", "bytes in all", f"bytes to {target:g} %", "s")  # fmt: skip
+               f"server, round {one.rounds}", "mean of clients", "bytes in all", f"bytes to {target:g} %",
+               "s")  # fmt: skip
     share = f", {100 * one.train_fraction:g} % of it" if one.train_fraction < 1 else ""
     return f"{NAMES[dataset]} (`{one.dataset}`{share}):\n\n{report.table(lines, headers)}"
 
@@ -229,7 +231,7 @@ if __name__ == "__main__":
     settings.define_flags(
         skip=("algorithm", "aggregation", "dataset", "models"),
         partition="dirichlet_a", alpha=0.1, model="2nn", batch_size=50, learning_rate=0.1, proxy="held_out",
-        **{name: None for name in PRESETS["quick"]},
+        **dict.fromkeys(PRESETS["quick"]),
     )  # fmt: skip
     program.define_output_flags(None)
     program.start(main)

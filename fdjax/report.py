@@ -154,6 +154,7 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log_x:
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
