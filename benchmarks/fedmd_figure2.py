@@ -215,10 +215,11 @@ def draw(path: Path, parties: list[Party], title: str) -> None:
         axis.set_title(f"party {i}: {party.model}", fontsize="small")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
+        if i + wide >= len(parties):
+            axis.set_xlabel("round", fontsize="small")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     handles[-1] = plt.Line2D([], [], color="black", linewidth=1.8)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    figure.supxlabel("round", fontsize="small")
     figure.supylabel("accuracy on the full test set, %", fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=120)
