@@ -15,7 +15,7 @@ digits, so transfer learning already knows what is tested: less is left to be ga
     pooled      transfer learning with everybody's private data in the place of the party's own: its upper bound
 
 fdjax digests a consensus in the round after the one that makes it (see `fdjax.algorithms.fedmd`), so R rounds of the
-figure are R + 1 of the engine; the first of them digests nothing.
+figure are R + 1 of the engine; the first of them digests nothing, and is not counted in `evaluations` of results.json.
 
 The quick preset has small nets; the paper preset has FedMD's own ten, 5,000 of 20,000 public examples a round and
 batches of 5, and wants a GPU. Adam at 0.001 and the epochs of transfer learning are the paper's. Ours: B = 10, all of
@@ -44,8 +44,22 @@ from fdjax.types import Holdings
 SMALL = "niid_cnn:3,fedgen_cnn:3,2nn:2,mclr:2"
 ZOO = ",".join(f"fedmd_mnist_{i}:1" for i in range(10))
 PRESETS = {
-    "quick": {"models": SMALL, "batch_size": 10, "distill_batch_size": 128, "proxy_size": 1000, "proxy_per_round": 0},
-    "paper": {"models": ZOO, "batch_size": 5, "distill_batch_size": 256, "proxy_size": 20000, "proxy_per_round": 5000},
+    "quick": {
+        "models": SMALL,
+        "rounds": 15,
+        "batch_size": 10,
+        "distill_batch_size": 128,
+        "proxy_size": 1000,
+        "proxy_per_round": 0,
+    },
+    "paper": {
+        "models": ZOO,
+        "rounds": 20,
+        "batch_size": 5,
+        "distill_batch_size": 256,
+        "proxy_size": 20000,
+        "proxy_per_round": 5000,
+    },
 }
 LABELS = 3  # of a party, where there are no writers
 
@@ -54,7 +68,8 @@ class Party(NamedTuple):
     """Accuracy of one party on the full test set, one entry a seed."""
 
     model: str
-    fedmd: np.ndarray  # [seeds, R + 1]: after 0 ... R rounds
+    rounds: np.ndarray  # [evaluations]: 0 ... R
+    fedmd: np.ndarray  # [seeds, evaluations]
     alone: np.ndarray  # the same without a consensus
     pooled: np.ndarray  # [seeds]
 
@@ -80,8 +95,9 @@ def main() -> None:
             results[kind].append(result)
             curves[kind].append(accuracy)
     stacked = {kind: np.stack(values) for kind, values in curves.items()}  # [seeds, evaluations, parties]
+    rounds = results["FedMD"][0].evaluations["round"]
     parties = [
-        Party(model, stacked["FedMD"][:, :, i], stacked["alone"][:, :, i], stacked["pooled"][:, 0, i])
+        Party(model, np.array(rounds), stacked["FedMD"][:, :, i], stacked["alone"][:, :, i], stacked["pooled"][:, 0, i])
         for i, model in enumerate(models)
     ]
     draw(out / "curves.png", parties, _what(results["FedMD"][0].settings))
@@ -94,7 +110,8 @@ def _settings() -> tuple[list[str], dict[str, Any]]:
     given = flags.FLAGS
     made: dict[str, Any] = {n: v for n, v in PRESETS[given.preset].items() if given[n].value is None}
     cohorts = experiment.cohorts_of(given.models or made["models"])
-    made |= {"algorithm": "fedmd", "num_clients": sum(size for _, size in cohorts), "rounds": given.rounds + 1}
+    made |= {"algorithm": "fedmd", "num_clients": sum(size for _, size in cohorts)}
+    made["rounds"] = made.get("rounds", given.rounds) + 1
     made["dataset"] = given.dataset or ("mnist" if given.writers else "mnist_sample")
     made["partition"] = given.partition or ("writer" if given.writers else "labels")
     if made["partition"] == "labels" and given.labels_per_client is None:
@@ -109,9 +126,9 @@ def everything_for_everyone(holdings: Holdings) -> Holdings:
 
 
 def follow(chosen: settings.Settings, *, pooled: bool = False) -> tuple[Result, np.ndarray]:
-    """A run, and the accuracy [1 + R, parties] on the full test set after transfer learning and after every round.
+    """A run, and the accuracy [evaluations, parties] on the full test set: after transfer learning, then `eval_every`.
 
-    The engine's first round digests nothing, so it is not one of them. Pooled parties stop after transfer learning.
+    The engine's first round digests nothing, so it is not counted. Pooled parties stop after transfer learning.
     """
     with clock() as time:
         built = experiment.build(chosen, everything_for_everyone if pooled else None)
@@ -129,10 +146,10 @@ def follow(chosen: settings.Settings, *, pooled: bool = False) -> tuple[Result, 
             for name, value in jax.device_get(metrics).items():
                 if not name.startswith("_"):
                     rounds.setdefault(name, []).append(float(value[0]))
-            if round:
+            if round and (round % chosen.eval_every == 0 or round == chosen.rounds - 1):
                 scalars, clients = jax.device_get(simulation.evaluate(state, federation))
                 accuracy.append(clients["local_accuracy"][in_order_of_ids])
-                tested.append(round + 1)
+                tested.append(round)
                 for name, value in scalars.items():
                     evaluations[name].append(float(value))
         spent = time.stamp({})
@@ -210,8 +227,8 @@ def draw(path: Path, parties: list[Party], title: str) -> None:
             100 * party.fedmd[:, 0].mean(), color="0.4", linestyle="--", linewidth=1, label="transfer learning"
         )
         axis.axhline(100 * party.pooled.mean(), color="0.4", linestyle="-.", linewidth=1, label="pooled data")
-        axis.plot(100 * party.alone.mean(0), color="0.6", linewidth=1.2, label="alone")
-        axis.plot(100 * party.fedmd.mean(0), color=colour, linewidth=1.8, label="FedMD")
+        axis.plot(party.rounds, 100 * party.alone.mean(0), color="0.6", linewidth=1.2, label="alone")
+        axis.plot(party.rounds, 100 * party.fedmd.mean(0), color=colour, linewidth=1.8, label="FedMD")
         axis.set_title(f"party {i}: {party.model}", fontsize="small")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
@@ -231,8 +248,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "data set; default: mnist with --writers, else mnist_sample")
     flags.DEFINE_integer("seeds", 3, "number of seeds, from --seed on", lower_bound=1)
     settings.define_flags(
-        skip=("algorithm", "dataset", "num_clients", "eval_every", "local_eval"),
-        rounds=20, optimizer="adam", learning_rate=0.001, proxy="held_out", **dict.fromkeys(PRESETS["quick"]),
+        skip=("algorithm", "dataset", "num_clients", "local_eval"),
+        eval_every=3, optimizer="adam", learning_rate=0.001, proxy="held_out", **dict.fromkeys(PRESETS["quick"]),
     )  # fmt: skip
     program.define_output_flags(None)
     program.start(main)

@@ -109,7 +109,7 @@ def figure(tmp_path_factory):
     out = tmp_path_factory.mktemp("figure")
     done = program(
         "fedmd_figure2", f"--out={out}", "--models=mclr:2,2nn:1", "--train_fraction=0.05", "--proxy_size=60",
-        "--pretrain_epochs=1", "--private_epochs=1", "--rounds=2", "--seeds=2", "--devices=1",
+        "--pretrain_epochs=1", "--private_epochs=1", "--rounds=3", "--eval_every=2", "--seeds=2", "--devices=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out, done.stdout, json.loads((out / "results.json").read_text())
@@ -138,7 +138,7 @@ def test_figure_counts_bytes(figure):
     """All public examples in every round: no ids, n K floats each way, three parties."""
     _, _, told = figure
     run = told["runs"]["FedMD"][0]
-    assert run["rounds"]["bytes_up"] == run["rounds"]["bytes_down"] == [3 * 4 * 60 * 10 * r for r in (1, 2, 3)]
+    assert run["rounds"]["bytes_up"] == run["rounds"]["bytes_down"] == [3 * 4 * 60 * 10 * r for r in (1, 2, 3, 4)]
     assert run["evaluations"]["round"] == [0, 2, 3]
 
 
