@@ -143,7 +143,7 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
@@ -154,7 +154,9 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log_x:
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")

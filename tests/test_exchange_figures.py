@@ -18,7 +18,7 @@ from fdjax.data.sources import load
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "dataset": "mnist_sample", "train_fraction": 0.05, "partition": "dirichlet_a", "alpha": 1.0, "num_clients": 3,
-    "model": "mclr", "proxy": "held_out", "proxy_size": 40, "proxy_per_round": 20, "devices": 1,
+    "model": "mclr", "proxy": "held_out", "proxy_size": 20, "proxy_per_round": 10, "devices": 1,
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_era_writes_its_files(era, fashion):
 def test_bytes_are_rounds_times_a_round(era):
     """DS-FL: n K floats up; down the same and the ids of two subsets. FedAvg: the parameters each way."""
     _, told, _ = era
-    n, K, clients, P = 20, 10, 3, 784 * 10 + 10
+    n, K, clients, P = 10, 10, 3, 784 * 10 + 10
     expected = {"DS-FL, ERA": (4 * n * K, 4 * n * K + 8 * n), "FedAvg": (4 * P, 4 * P)}
     for method, (up, down) in expected.items():
         run = told["runs"][f"MNIST, {method}"][0]
@@ -94,14 +94,15 @@ def test_accuracy_within_bytes_and_bytes_to_accuracy():
         assert dsfl_era.bytes_to(result, "central_accuracy", target) == needed
 
 
-def test_without_fashion_mnist_the_other_half_is_printed(tmp_path):
+@pytest.mark.skipif(Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's Fashion-MNIST is installed")
+def test_without_fashion_mnist_the_other_half_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     flags = [f"--{name}={value}" for name, value in TINY.items() if name != "dataset"]
-    done = program(
-        "dsfl_era", *flags, f"--out={tmp_path}", "--rounds=1", "--seeds=1", "--methods=fedavg", "--datasets=mnist",
-    )  # fmt: skip
+    done = program("dsfl_era", *flags, f"--out={tmp_path}", "--rounds=1", "--seeds=1", "--methods=fedavg")
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "results.json").read_text())
-    assert list(told["runs"]) == ["MNIST, FedAvg"]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Fashion-MNIST is left out")]
+    assert "apt-get install dataset-fashion-mnist" in line
+    assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["MNIST, FedAvg"]
 
 
 @pytest.fixture(scope="module")
