@@ -86,7 +86,9 @@ def main() -> None:
         ("curves", "central", "server's model"),
         ("clients", "local", "mean of clients' models"),
     ):
-        report.draw_curves(out / f"{file}.png", _panels(by_key, f"{metric}_accuracy"), whose, log_x=True)
+        panels = _panels(by_key, f"{metric}_accuracy")
+        if panels:
+            report.draw_curves(out / f"{file}.png", panels, whose, log_x=True)
     cases.write(out, "benchmarks.dsfl_era", _text(by_key, budgets, targets), results)
 
 
