@@ -17,7 +17,7 @@ from fdjax.data.sources import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
-    "dataset": "mnist_sample", "train_fraction": 0.05, "partition": "dirichlet_a", "alpha": 1.0, "num_clients": 3,
+    "dataset": "mnist_sample", "train_fraction": 0.1, "partition": "dirichlet_a", "alpha": 1.0, "min_size": 1, "num_clients": 3,
     "model": "mclr", "proxy": "held_out", "proxy_size": 20, "proxy_per_round": 10, "devices": 1,
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_era_writes_its_files(era, fashion):
     methods = ("DS-FL, ERA", "DS-FL, SA", "FedAvg")
     assert list(told["runs"]) == [f"{data}, {m}" for data in ("MNIST", "Fashion-MNIST") for m in methods]
     assert {len(runs) for runs in told["runs"].values()} == {2}
-    assert told["runs"]["Fashion-MNIST, FedAvg"][0]["settings"]["train_fraction"] == pytest.approx(0.005)
+    assert told["runs"]["Fashion-MNIST, FedAvg"][0]["settings"]["train_fraction"] == pytest.approx(0.01)
     assert "ERA less SA at the end" in table
     assert str(fashion) not in table + json.dumps(told)
 
