@@ -17,8 +17,8 @@ from fdjax.data.sources import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
-    "dataset": "mnist_sample", "train_fraction": 0.1, "partition": "dirichlet_a", "alpha": 1.0, "min_size": 1, "num_clients": 3,
-    "model": "mclr", "proxy": "held_out", "proxy_size": 20, "proxy_per_round": 10, "devices": 1,
+    "dataset": "mnist_sample", "train_fraction": 0.1, "partition": "dirichlet_a", "alpha": 1.0, "min_size": 1,
+    "num_clients": 3, "model": "mclr", "proxy": "held_out", "proxy_size": 20, "proxy_per_round": 10, "devices": 1,
 }  # fmt: skip
 
 
