@@ -85,5 +85,5 @@ def write(
 def _given_flags() -> list[str]:
     """The flags of the command line without folders, which mean nothing elsewhere."""
     ours = flags.FLAGS.get_key_flags_for_module(__import__("sys").argv[0])
-    folders = ("out", "data_dir", "cache_dir", "writers", "resume", "overwrite")
+    folders = ("out", "data_dir", "fashion_dir", "cache_dir", "writers", "resume", "overwrite")
     return [f.serialize() for f in ours if f.present and f.name not in folders]

@@ -107,15 +107,21 @@ def cohort_sizes(settings: Settings, clients: int) -> tuple[tuple[str, int], ...
     """(model, clients) of each cohort, in order. Raises InputError unless they add up."""
     if settings.models is None:
         return ((settings.model, clients),)
-    cohorts = []
-    for part in settings.models.split(","):
-        name, _, size = part.partition(":")
-        if not size.isdigit() or int(size) < 1:
-            raise InputError(f"--models={settings.models}: {part!r} is not of the form name:clients, e.g. cnn1:3")
-        cohorts.append((name.strip(), int(size)))
+    cohorts = cohorts_of(settings.models)
     total = sum(size for _, size in cohorts)
     if total != clients:
         raise InputError(f"--models={settings.models} names {total} clients, but the partition has {clients}")
+    return cohorts
+
+
+def cohorts_of(models: str) -> tuple[tuple[str, int], ...]:
+    """(model, clients) of each cohort of --models. Raises InputError for what is not of its form."""
+    cohorts = []
+    for part in models.split(","):
+        name, _, size = part.partition(":")
+        if not size.isdigit() or int(size) < 1:
+            raise InputError(f"--models={models}: {part!r} is not of the form name:clients, e.g. cnn1:3")
+        cohorts.append((name.strip(), int(size)))
     return tuple(cohorts)
 
 
@@ -141,9 +147,14 @@ def optimizer_of(settings: Settings) -> Callable[[HParams], optax.GradientTransf
     return build
 
 
-def build(settings: Settings) -> Experiment:
-    """Everything a run needs. Runs of one architecture and shapes share one simulation, and so its compilations."""
+def build(settings: Settings, held: Callable[[Holdings], Holdings] | None = None) -> Experiment:
+    """Everything a run needs. Runs of one architecture and shapes share one simulation, and so its compilations.
+
+    `held` makes other holdings of the partition's, such as everybody's for everybody.
+    """
     source, holdings, proxy = load(settings)
+    if held is not None:
+        holdings = held(holdings)
     cohorts = cohort_sizes(settings, len(holdings.count))
     largest = int(holdings.count.max())
     batch_size = min(settings.batch_size or largest, largest)

@@ -145,13 +145,13 @@ Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
 
 
-def draw_curves(path: Path, panels: Sequence[Panel], title: str = "") -> None:
-    """Draw panels side by side."""
+def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: bool = False) -> None:
+    """Draw panels side by side; with `log_x` their x axes are logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
@@ -160,6 +160,11 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "") -> None:
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
         if x_label == "round":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log_x:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")

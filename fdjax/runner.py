@@ -66,7 +66,7 @@ def run(
     InterruptedRun after the first SIGINT or SIGTERM.
     """
     with contextlib.ExitStack() as stack:
-        clock = stack.enter_context(_clock())
+        time_spent = stack.enter_context(clock())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints"))) if out else None
         done = _rounds_done(checkpoints, settings, resume) if checkpoints else 0
         hosts.check_agreement(settings.public(), _FOLDERS)
@@ -91,7 +91,7 @@ def run(
             state, record = checkpoints.restore(state), checkpoints.record()
         elif simulation.setup is not None:
             state = simulation.setup(state, federation, experiment.hparams)
-        clock.start(record)
+        time_spent.start(record)
         saved_at, saved_round = time.perf_counter(), done
         bar = stack.enter_context(
             tqdm(total=settings.rounds, initial=done, desc=settings.algorithm, unit="round", disable=not progress)
@@ -112,11 +112,11 @@ def run(
             )
             stopping = hosts.any_of(bool(stop))
             if checkpoints and (hosts.any_of(due) or stopping or done == settings.rounds):
-                checkpoints.save(state, clock.stamp(record) | {"settings": settings.public()})
+                checkpoints.save(state, time_spent.stamp(record) | {"settings": settings.public()})
                 saved_at, saved_round = time.perf_counter(), done
             if stopping and done < settings.rounds:
                 raise InterruptedRun(done, out)
-        record = clock.stamp(record)
+        record = time_spent.stamp(record)
     for way, fixed in (("bytes_up", traffic.round_up), ("bytes_down", traffic.round_down)):
         sent = record["rounds"].get(way, [fixed] * settings.rounds)  # coded bytes, if the method counts them
         record["rounds"][way] = np.cumsum(sent).tolist()
@@ -237,7 +237,7 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Clock:
+class Clock:
     """Wall and compilation seconds, added to those of a resumed record."""
 
     def __init__(self):
@@ -257,10 +257,11 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _clock() -> Iterator[_Clock]:
-    clock = _Clock()
-    jax.monitoring.register_event_duration_secs_listener(clock.listen)
+def clock() -> Iterator[Clock]:
+    """Seconds from here on, of them those of compilation: `clock.stamp(record)`."""
+    running = Clock()
+    jax.monitoring.register_event_duration_secs_listener(running.listen)
     try:
-        yield clock
+        yield running
     finally:
-        jax.monitoring.unregister_event_duration_listener(clock.listen)
+        jax.monitoring.unregister_event_duration_listener(running.listen)
