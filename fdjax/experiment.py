@@ -173,6 +173,7 @@ def build(settings: Settings) -> Experiment:
         [used.central, *used.clients],
         participants,
         steps,
+        ordered=settings.ordered_sums,
     )
     algorithm, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chosen.chunk, chosen.narrow)
     sizes = tuple(size for _, size in cohorts)
