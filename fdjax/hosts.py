@@ -29,12 +29,14 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     else:
         if num_processes is None or process_id is None:
             raise InputError(f"--coordinator={coordinator} needs --num_processes and --process_id, or be auto")
+        if num_processes < 1:
+            raise InputError(f"--num_processes={num_processes}: expected at least 1")
         if not 0 <= process_id < num_processes:
             raise InputError(
                 f"--process_id={process_id}: expected 0 to {num_processes - 1} for {num_processes} processes"
             )
         host, colon, port = coordinator.rpartition(":")
-        if not (host and colon and port.isdigit()):
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
             raise InputError(f"--coordinator={coordinator}: expected host:port, e.g. 10.0.0.1:9876, or auto")
         given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     try:

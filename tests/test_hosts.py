@@ -75,7 +75,9 @@ def test_hosts_that_disagree_say_on_what(tmp_path):
         ((None, 2, 0), "need --coordinator"),
         (("localhost:99", None, 0), "needs --num_processes"),
         (("localhost:99", 2, 2), "expected 0 to 1"),
+        (("localhost:99", 0, 0), "--num_processes=0: expected at least 1"),
         (("localhost", 2, 1), "expected host:port"),
+        (("localhost:70000", 2, 1), "expected host:port"),
     ],
 )
 def test_flags_that_do_not_fit_together(given, message):
