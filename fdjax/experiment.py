@@ -80,7 +80,10 @@ def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
         if (entry.proxy == "labelled" or entry.labels_for in settings.options) and not proxy.labelled:
             name, value = entry.labels_for or ("", "")
             what = settings.algorithm if entry.proxy == "labelled" else f"{settings.algorithm} with --{name}={value}"
-            raise InputError(f"{what} needs labelled proxy data, but --proxy={settings.proxy} has no labels")
+            raise InputError(
+                f"{what} needs labelled proxy data, but --proxy={settings.proxy} has none of the {source.num_classes} "
+                "labels; give --proxy=held_out, or a data set of the same classes"
+            )
     name = settings.partition_name
     if clients is None and name not in ("writer", "natural"):
         clients = 30 if settings.dataset == "synthetic" else 10
@@ -110,7 +113,7 @@ def cohort_sizes(settings: Settings, clients: int) -> tuple[tuple[str, int], ...
     cohorts = []
     for part in settings.models.split(","):
         name, _, size = part.partition(":")
-        if not size.isdigit() or int(size) < 1:
+        if not size.isdecimal() or int(size) < 1:
             raise InputError(f"--models={settings.models}: {part!r} is not of the form name:clients, e.g. cnn1:3")
         cohorts.append((name.strip(), int(size)))
     total = sum(size for _, size in cohorts)
