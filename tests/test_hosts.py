@@ -85,6 +85,15 @@ def test_flags_that_do_not_fit_together(given, message):
         hosts.join(*given)
 
 
+@pytest.mark.parametrize("host", ["localhost", "no-such-host.invalid"])
+def test_a_coordinator_that_does_not_answer(monkeypatch, host):
+    monkeypatch.setattr(hosts, "_SECONDS", 0.1)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("localhost", 0))
+        with pytest.raises(InputError, match=rf"^--coordinator={host}:\d+: no process 0 answers there \("):
+            hosts.join(f"{host}:{taken.getsockname()[1]}", 2, 1)
+
+
 def test_one_host_needs_no_cluster():
     hosts.join(None, None, None)
     hosts.check_agreement({"seed": 1}, ())
