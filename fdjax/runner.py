@@ -68,9 +68,9 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         clock = stack.enter_context(_clock())
+        hosts.check_agreement(settings.public() | {"resume": resume, "out": str(out)}, _FOLDERS)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints"))) if out else None
         done = _rounds_done(checkpoints, settings, resume) if checkpoints else 0
-        hosts.check_agreement(settings.public(), _FOLDERS)
         experiment = build(settings)
         federation = experiment.federation
         traffic = experiment.simulation.traffic(federation)

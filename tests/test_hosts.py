@@ -62,11 +62,18 @@ def test_two_processes_are_one_simulation(tmp_path):
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_hosts_that_disagree_say_on_what(tmp_path):
-    ends = together(tmp_path, "--rounds=2", f"--out={tmp_path}/out", second=("--learning_rate=0.5",))
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("--learning_rate=0.5", "--learning_rate is 0.01 on process 0 and 0.5 on process 1;"),
+        ("--resume", "--resume is False on process 0 and True on process 1;"),
+    ],
+)
+def test_hosts_that_disagree_say_on_what(tmp_path, second, message):
+    ends = together(tmp_path, "--rounds=2", f"--out={tmp_path}/out", second=(second,))
     for code, _, last in ends:
         assert code == 2
-        assert last.startswith("error: hosts disagree: --learning_rate is 0.01 on process 0 and 0.5 on process 1;")
+        assert last.startswith(f"error: hosts disagree: {message}")
 
 
 @pytest.mark.parametrize(
