@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fdjax import data, models, plan, simulate
+from fdjax import data, hosts, models, plan, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.augment import AUGMENTATIONS
 from fdjax.data.holdings import from_counts
@@ -146,7 +146,8 @@ def optimizer_of(settings: Settings) -> Callable[[HParams], optax.GradientTransf
 
 def build(settings: Settings) -> Experiment:
     """Everything a run needs. Runs of one architecture and shapes share one simulation, and so its compilations."""
-    source, holdings, proxy = load(settings)
+    with hosts.all_or_none():
+        source, holdings, proxy = load(settings)
     cohorts = cohort_sizes(settings, len(holdings.count))
     largest = int(holdings.count.max())
     batch_size = min(settings.batch_size or largest, largest)

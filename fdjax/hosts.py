@@ -96,6 +96,18 @@ def any_of(here: bool) -> bool:
         return bool(np.any(multihost_utils.process_allgather(np.array([here]))))
 
 
+@contextlib.contextmanager
+def all_or_none():
+    """A block without exchange between hosts that ends in InputError on all of them if it does on one."""
+    failed = None
+    try:
+        yield
+    except InputError as error:
+        failed = error
+    if any_of(failed is not None):
+        raise failed or InputError("another host cannot go on; its own message says why")
+
+
 def check_agreement(settings: dict[str, Any], free: tuple[str, ...]) -> None:
     """Raises InputError on every host if `settings` differ between hosts, `free` names aside."""
     if jax.process_count() == 1:

@@ -101,6 +101,14 @@ def test_a_coordinator_that_does_not_answer(monkeypatch, host):
             hosts.join(f"{host}:{taken.getsockname()[1]}", 2, 1)
 
 
+def test_one_host_without_its_data_ends_all(monkeypatch):
+    with pytest.raises(InputError, match="no such folder"), hosts.all_or_none():
+        raise InputError("no such folder")
+    monkeypatch.setattr(hosts, "any_of", lambda here: True)
+    with pytest.raises(InputError, match="another host cannot go on"), hosts.all_or_none():
+        pass
+
+
 def test_one_host_needs_no_cluster():
     hosts.join(None, None, None)
     hosts.check_agreement({"seed": 1}, ())
