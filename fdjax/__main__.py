@@ -6,6 +6,7 @@ Prints a table of what came out and writes table.md, results.json, curves.png an
 setting is a flag below; --flagfile reads them from a file.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def main() -> None:
     chosen = settings.from_flags()
     if given.coordinator and not given.out:
         raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
-    out = report.prepare(given.out or _fresh(chosen), overwrite=given.overwrite)
+    out = report.prepare(given.out or fresh(chosen), overwrite=given.overwrite)
     if given.draw_partition:
         source, holdings, _ = experiment.load(chosen)
         data.draw_partition(holdings, source.train_y, source.num_classes, out / "partition.png", chosen.partition_name)
@@ -35,9 +36,10 @@ def main() -> None:
     print(f"\nwritten: {out}/table.md, results.json, curves.png")
 
 
-def _fresh(chosen: settings.Settings) -> Path:
-    dataset = chosen.dataset.replace("/", "-")
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{chosen.algorithm}-{dataset}-{chosen.partition_name}"
+def fresh(chosen: settings.Settings) -> Path:
+    """A folder under runs/, another for each of the processes that start in one second."""
+    dataset, when = chosen.dataset.replace("/", "-"), time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{when}-{chosen.algorithm}-{dataset}-{chosen.partition_name}-{os.getpid()}"
 
 
 def summary(result: Result) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fdjax import data, models, plan, simulate
+from fdjax import data, hosts, models, plan, simulate
 from fdjax.algorithms import ALGORITHMS
 from fdjax.augment import AUGMENTATIONS
 from fdjax.data.holdings import from_counts
@@ -80,7 +80,10 @@ def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
         if (entry.proxy == "labelled" or entry.labels_for in settings.options) and not proxy.labelled:
             name, value = entry.labels_for or ("", "")
             what = settings.algorithm if entry.proxy == "labelled" else f"{settings.algorithm} with --{name}={value}"
-            raise InputError(f"{what} needs labelled proxy data, but --proxy={settings.proxy} has no labels")
+            raise InputError(
+                f"{what} needs labelled proxy data, but --proxy={settings.proxy} has none of the {source.num_classes} "
+                "labels; give --proxy=held_out, or a data set of the same classes"
+            )
     name = settings.partition_name
     if clients is None and name not in ("writer", "natural"):
         clients = 30 if settings.dataset == "synthetic" else 10
@@ -119,7 +122,7 @@ def cohorts_of(models: str) -> tuple[tuple[str, int], ...]:
     cohorts = []
     for part in models.split(","):
         name, _, size = part.partition(":")
-        if not size.isdigit() or int(size) < 1:
+        if not size.isdecimal() or int(size) < 1:
             raise InputError(f"--models={models}: {part!r} is not of the form name:clients, e.g. cnn1:3")
         cohorts.append((name.strip(), int(size)))
     return tuple(cohorts)
@@ -152,7 +155,8 @@ def build(settings: Settings, held: Callable[[Holdings], Holdings] | None = None
 
     `held` makes other holdings of the partition's, such as everybody's for everybody.
     """
-    source, holdings, proxy = load(settings)
+    with hosts.all_or_none():
+        source, holdings, proxy = load(settings)
     if held is not None:
         holdings = held(holdings)
     cohorts = cohort_sizes(settings, len(holdings.count))
@@ -184,6 +188,7 @@ def build(settings: Settings, held: Callable[[Holdings], Holdings] | None = None
         [used.central, *used.clients],
         participants,
         steps,
+        ordered=settings.ordered_sums,
     )
     algorithm, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chosen.chunk, chosen.narrow)
     sizes = tuple(size for _, size in cohorts)

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import socket
+import sys
+import time
 from typing import Any
 
 import jax
@@ -29,19 +32,39 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     else:
         if num_processes is None or process_id is None:
             raise InputError(f"--coordinator={coordinator} needs --num_processes and --process_id, or be auto")
+        if num_processes < 1:
+            raise InputError(f"--num_processes={num_processes}: expected at least 1")
         if not 0 <= process_id < num_processes:
             raise InputError(
                 f"--process_id={process_id}: expected 0 to {num_processes - 1} for {num_processes} processes"
             )
         host, colon, port = coordinator.rpartition(":")
-        if not (host and colon and port.isdigit()):
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
             raise InputError(f"--coordinator={coordinator}: expected host:port, e.g. 10.0.0.1:9876, or auto")
+        if process_id:
+            _reach(host.strip("[]"), int(port))
+        sys.stderr.write(f"process {process_id} of {num_processes} waits {_SECONDS} s for all to join {coordinator}\n")
         given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     try:
         jax.distributed.initialize(**given, initialization_timeout=_SECONDS)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--coordinator={coordinator}: cannot join the other hosts: {reason}") from None
+
+
+def _reach(host: str, port: int) -> None:
+    """Until process 0 listens there, because JAX, when it does not, aborts the process with a dump of its stack."""
+    end = time.monotonic() + _SECONDS
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or time.monotonic() > end:
+                raise InputError(
+                    f"--coordinator={host}:{port}: no process 0 answers there ({error.strerror or error}); start one, "
+                    "and give the same --coordinator to all"
+                ) from None
+            time.sleep(0.2)
 
 
 def is_first() -> bool:
@@ -71,6 +94,18 @@ def any_of(here: bool) -> bool:
         return here
     with _others():
         return bool(np.any(multihost_utils.process_allgather(np.array([here]))))
+
+
+@contextlib.contextmanager
+def all_or_none():
+    """A block without exchange between hosts that ends in InputError on all of them if it does on one."""
+    failed = None
+    try:
+        yield
+    except InputError as error:
+        failed = error
+    if any_of(failed is not None):
+        raise failed or InputError("another host cannot go on; its own message says why")
 
 
 def check_agreement(settings: dict[str, Any], free: tuple[str, ...]) -> None:

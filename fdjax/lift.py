@@ -71,7 +71,8 @@ def over_clients(
 
 def _in_chunks(one: One, shared: PyTree, rows: PyTree, size: int, lifting: Lifting) -> tuple[PyTree, PyTree]:
     devices = lifting.mesh.size
-    chunk = size if lifting.kind == "vmap" else min(lifting.chunk, -(-size // devices))
+    most = size if lifting.ordered else -(-size // devices)  # a sum in order is of the same chunks on any devices
+    chunk = size if lifting.kind == "vmap" else min(lifting.chunk, most)
     turns = -(-size // (chunk * devices))  # chunks that each device runs
     deal, collect = _dealing(devices, turns)
 
@@ -153,7 +154,7 @@ def _zeros(shapes: PyTree) -> PyTree:
 
 def _sum_in_order(partials: PyTree) -> PyTree:
     """[chunks, ...] summed from the first to the last, so that chunks of padding at the end change no bit."""
-    if not jax.tree.leaves(partials):
+    if not jax.tree.leaves(partials):  # clients that are made, say, add nothing
         return partials
     first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), partials)
     return lax.scan(lambda total, partial: (jax.tree.map(jnp.add, total, partial), ()), first, partials)[0]

@@ -33,9 +33,18 @@ class Plan(NamedTuple):
 
 
 def choose(
-    kind: str, chunk: int, devices: int, models: Sequence[Model], participants: Sequence[int], steps: Sequence[Array]
+    kind: str,
+    chunk: int,
+    devices: int,
+    models: Sequence[Model],
+    participants: Sequence[int],
+    steps: Sequence[Array],
+    *,
+    ordered: bool = False,
 ) -> Plan:
     """The lifting for `kind` (of lift.KINDS, or auto), `chunk` and `devices` (0: to be chosen, all).
+
+    `ordered`: a chunk that is given stays as it is, also where it is more than a device's share of the clients.
 
     `steps`: of each client of each cohort, an epoch's; clients with far more of them than others get narrower chunks.
     On a CPU a chunk's parameters stay in a core's cache over a client's steps; elsewhere chunks are wide.
@@ -49,7 +58,8 @@ def choose(
         raise InputError(f"--chunk={chunk}, but a round has {most} participants; give at most {most}, or 0")
     size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
     platform = mesh.devices.flat[0].platform
-    chosen = min(each, chunk) if chunk else automatic_chunk(models, mesh, most)
+    given = chunk if ordered else min(each, chunk)
+    chosen = given if chunk else automatic_chunk(models, mesh, most)
     narrow = () if chunk or kind in ("vmap", "loop") else narrower(steps, participants, chosen, mesh)
     picked = kind
     if kind == "auto":
@@ -65,7 +75,6 @@ def choose(
             why += f"; the last turn leaves {empty} of {mesh.size * chosen} places empty"
         for share, width in narrow:
             why += f"; the first {round(share * most)}, of most work, {width} at once"
-    automatic = not chunk and picked not in ("vmap", "loop")
     automatic = not chunk and picked not in ("vmap", "loop")
     return Plan(picked, mesh, most if picked == "vmap" else chosen, narrow, automatic, why)
 

@@ -1,6 +1,7 @@
 """Runs a simulation superstep by superstep: evaluates, records, draws progress, keeps checkpoints, can be stopped."""
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -67,9 +68,9 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         time_spent = stack.enter_context(clock())
+        hosts.check_agreement(settings.public() | {"resume": resume, "out": str(out)}, _FOLDERS)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / "checkpoints"))) if out else None
         done = _rounds_done(checkpoints, settings, resume) if checkpoints else 0
-        hosts.check_agreement(settings.public(), _FOLDERS)
         experiment = build(settings)
         federation = experiment.federation
         traffic = experiment.simulation.traffic(federation)
@@ -199,7 +200,7 @@ def _fitted(experiment: Experiment, state: State, length: int) -> tuple[Experime
     Raises InputError if it does not fit and --chunk was given, or if nothing fits.
     """
     settings, chosen = experiment.settings, experiment.plan
-    free = int(settings.memory_limit * 1e9) or plan.free_bytes(chosen.mesh)
+    free = math.ceil(settings.memory_limit * 1e9) or plan.free_bytes(chosen.mesh)
     if chosen.kind == "loop" or free is None:
         return experiment, ""
     tried: dict[int, Experiment] = {}

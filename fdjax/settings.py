@@ -15,6 +15,7 @@ from fdjax.models import MODELS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "exponential", "cosine")
 LOCAL_EVALS = ("full", "own")
+PADDINGS = ("SAME", "VALID")
 
 
 def _table(rows) -> str:
@@ -114,6 +115,7 @@ class Settings:
             ("schedule", self.schedule, SCHEDULES),
             ("augment", self.augment, AUGMENTATIONS),
             ("local_eval", self.local_eval, LOCAL_EVALS),
+            ("padding", self.padding or PADDINGS[0], PADDINGS),
             ("lifting", self.lifting, ("auto", *KINDS)),
             *((f"option of {self.algorithm}", name, ALGORITHMS[self.algorithm].options) for name, _ in self.options),
             *((name, value, ALGORITHMS[self.algorithm].options.get(name, ())) for name, value in self.options),
@@ -124,6 +126,8 @@ class Settings:
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:  # so that NaN is refused too
                 raise InputError(f"--{name}={getattr(self, name)}: expected at least {least}")
+            if getattr(self, name) == float("inf"):
+                raise InputError(f"--{name}=inf: expected a finite number")
         if self.seed >= 2**31:
             raise InputError(f"--seed={self.seed}: expected less than 2147483648")
         for name in ("participation", "train_fraction"):
@@ -133,7 +137,8 @@ class Settings:
             _check_hparam(name, value)
         needed = ALGORITHMS[self.algorithm].proxy
         if needed and self.proxy is None:
-            raise InputError(f"{self.algorithm} needs {needed} proxy data; give --proxy=held_out, or another (--help)")
+            labels = "with labels" if needed == "labelled" else "whose labels it does not use"
+            raise InputError(f"{self.algorithm} needs proxy data, {labels}; give --proxy=held_out, or another (--help)")
         if self.proxy is not None and self.proxy_per_round > self.proxy_size:
             raise InputError(
                 f"--proxy_per_round={self.proxy_per_round}, but --proxy_size={self.proxy_size}; give at most as many"

@@ -32,7 +32,7 @@ def compiled():
 
 
 BAD = [
-    ({"algorithm": "feddistil"}, {}, "unknown algorithm 'feddistil' (did you mean 'feddistill'?); known: fedavg, fed"),
+    ({"algorithm": "feddistil"}, {}, "unknown algorithm 'feddistil' (did you mean 'feddistill'?); known: centr"),
     ({"dataset": "mnits"}, {}, "unknown data set 'mnits' (did you mean 'mnist'?); known: cifar10, "),
     ({"partition": "dirichlet_z"}, {}, "unknown partition 'dirichlet_z'"),
     ({"model": "cnn3"}, {}, "unknown model 'cnn3'"),
@@ -56,6 +56,10 @@ BAD = [
     ({"train_fraction": 1.5}, {}, "--train_fraction=1.5: expected a fraction"),
     ({"batch_size": -1}, {}, "--batch_size=-1: expected at least 0"),
     ({"momentum": float("nan")}, {}, "--momentum=nan: expected at least 0"),
+    ({"momentum": float("inf")}, {}, "--momentum=inf: expected a finite number"),
+    ({"memory_limit": float("inf")}, {}, "--memory_limit=inf: expected a finite number"),
+    ({"padding": "same"}, {}, "unknown padding 'same'"),
+    ({"options": {"weighting": "uniform"}}, {}, "unknown option of fedavg 'weighting'; there are none: leave it out"),
     ({"seed": -1}, {}, "--seed=-1: expected at least 0"),
     ({"seed": 2**31}, {}, "--seed=2147483648: expected less than 2147483648"),
     ({"num_clients": 0}, {}, "--num_clients=0: expected at least 1"),
@@ -68,6 +72,7 @@ BAD = [
     ({"dataset": "mnist", "data_dir": "/no/such/folder"}, {}, "mnist: data_dir '/no/such/folder' is no folder"),
     ({"dataset": "idx"}, {}, "idx needs data_dir: give the folder"),
     ({"models": "mclr"}, {}, "--models=mclr: 'mclr' is not of the form name:clients"),
+    ({"models": "mclr:\u00b2"}, {}, "--models=mclr:\u00b2: 'mclr:\u00b2' is not of the form name:clients"),
     ({"models": "mclr:2,mclr:0"}, {}, "--models=mclr:2,mclr:0: 'mclr:0' is not of the form"),
     ({"algorithm": "feddistill", "models": "mclr:2,2nn:3"}, {}, "--models=mclr:2,2nn:3 names 5 clients, but the parti"),
     ({"algorithm": "feddistill", "models": "mclr:2,3nn:2"}, {}, "unknown model '3nn' (did you mean '2nn'?)"),

@@ -144,10 +144,10 @@ def test_three_architectures_under_every_lifting(name, kind, chunk, devices):
 
 
 BAD = [
-    ({"algorithm": "fedmd"}, {}, "fedmd needs labelled proxy data"),
-    ({"algorithm": "cronus"}, {}, "cronus needs unlabelled proxy data"),
-    ({"algorithm": "dsfl"}, {}, "dsfl needs unlabelled proxy data"),
-    ({"algorithm": "fedmd", "proxy": "noise"}, {}, "fedmd needs labelled proxy data, but --proxy=noise has no labels"),
+    ({"algorithm": "fedmd"}, {}, "fedmd needs proxy data, with labels; give --proxy=held_out"),
+    ({"algorithm": "cronus"}, {}, "cronus needs proxy data, whose labels it does not use"),
+    ({"algorithm": "dsfl"}, {}, "dsfl needs proxy data, whose labels it does not use"),
+    ({"algorithm": "fedmd", "proxy": "noise"}, {}, "fedmd needs labelled proxy data, but --proxy=noise has none of"),
     ({"algorithm": "dsfl", "proxy": "mnist_sample", "proxy_size": 9}, {}, "--proxy=mnist_sample has inputs (28, 28, "),
     ({"algorithm": "dsfl", "proxy": "noise", "options": {"aggregation": "mean"}}, {}, "unknown aggregation 'mean'"),
     ({"algorithm": "cronus", "proxy": "noise", "options": {"faulty": "0.5"}}, {}, "unknown faulty '0.5'"),

@@ -62,11 +62,18 @@ def test_two_processes_are_one_simulation(tmp_path):
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_hosts_that_disagree_say_on_what(tmp_path):
-    ends = together(tmp_path, "--rounds=2", f"--out={tmp_path}/out", second=("--learning_rate=0.5",))
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("--learning_rate=0.5", "--learning_rate is 0.01 on process 0 and 0.5 on process 1;"),
+        ("--resume", "--resume is False on process 0 and True on process 1;"),
+    ],
+)
+def test_hosts_that_disagree_say_on_what(tmp_path, second, message):
+    ends = together(tmp_path, "--rounds=2", f"--out={tmp_path}/out", second=(second,))
     for code, _, last in ends:
         assert code == 2
-        assert last.startswith("error: hosts disagree: --learning_rate is 0.01 on process 0 and 0.5 on process 1;")
+        assert last.startswith(f"error: hosts disagree: {message}")
 
 
 @pytest.mark.parametrize(
@@ -75,12 +82,31 @@ def test_hosts_that_disagree_say_on_what(tmp_path):
         ((None, 2, 0), "need --coordinator"),
         (("localhost:99", None, 0), "needs --num_processes"),
         (("localhost:99", 2, 2), "expected 0 to 1"),
+        (("localhost:99", 0, 0), "--num_processes=0: expected at least 1"),
         (("localhost", 2, 1), "expected host:port"),
+        (("localhost:70000", 2, 1), "expected host:port"),
     ],
 )
 def test_flags_that_do_not_fit_together(given, message):
     with pytest.raises(InputError, match=message):
         hosts.join(*given)
+
+
+@pytest.mark.parametrize("host", ["localhost", "no-such-host.invalid"])
+def test_a_coordinator_that_does_not_answer(monkeypatch, host):
+    monkeypatch.setattr(hosts, "_SECONDS", 0.1)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("localhost", 0))
+        with pytest.raises(InputError, match=rf"^--coordinator={host}:\d+: no process 0 answers there \("):
+            hosts.join(f"{host}:{taken.getsockname()[1]}", 2, 1)
+
+
+def test_one_host_without_its_data_ends_all(monkeypatch):
+    with pytest.raises(InputError, match="no such folder"), hosts.all_or_none():
+        raise InputError("no such folder")
+    monkeypatch.setattr(hosts, "any_of", lambda here: True)
+    with pytest.raises(InputError, match="another host cannot go on"), hosts.all_or_none():
+        pass
 
 
 def test_one_host_needs_no_cluster():

@@ -132,13 +132,22 @@ def test_a_failure_in_the_loop_names_client_stage_and_shapes():
 
 
 @pytest.mark.parametrize("kind", ["shard_map", "pmap"])
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_ordered_sums_are_bitwise_the_same_on_any_number_of_devices(kind, chunk):
     shared, rows = problem(11)
     results = [jax.device_get(lifted(work, chunk, d, kind, ordered=True)(shared, rows)) for d in (1, 2, 4)]
     for result in results[1:]:
         chex.assert_trees_all_equal(result, results[0])
     chex.assert_trees_all_close(results[0][1], loop(11)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_ordered_sums_of_clients_that_add_nothing(devices):
+    """As when the states of clients are made: FedDistill could not begin."""
+    shared, rows = problem(5)
+    kept, total = lifted(lambda shared, row: (work(shared, row)[0], ()), 2, devices, ordered=True)(shared, rows)
+    assert total == ()
+    np.testing.assert_array_equal(kept["id"], rows["id"])
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
