@@ -9,6 +9,7 @@ import numpy as np
 from absl import flags
 
 from fdjax import report
+from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.runner import InterruptedRun, Result, run
 from fdjax.settings import Settings, known_hparams
@@ -35,6 +36,13 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
 def without_distillation() -> dict[str, None]:
     """Overrides that leave out, for FedAvg, what only FedDistill understands."""
     return {"models": None} | {n: None for n in known_hparams("feddistill") if n not in known_hparams("fedavg")}
+
+
+def without_others(algorithm: str) -> dict[str, None]:
+    """Overrides that leave out the hparams and options that only other methods understand."""
+    entries = ALGORITHMS.values()
+    mine = {*ALGORITHMS[algorithm].hparams, *ALGORITHMS[algorithm].options}
+    return dict.fromkeys({name for entry in entries for name in (*entry.hparams, *entry.options)} - mine)
 
 
 def check_rounds(needed: Sequence[int]) -> None:
