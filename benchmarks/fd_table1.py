@@ -164,7 +164,7 @@ def _notes(results: dict[tuple[str, int], Result], devices: dict[int, Devices]) 
     parts = [
         f"Accuracy in % on the full test set after {used.rounds} rounds, one seed. {_setting(first)}. "
         "Own labels: on a part of the test set with the device's own labels, mean of the devices. Bits are of one "
-        "device, both ways, in 16 rounds. Seconds are without compilation. FAug is not built: its rows are as published."
+        "device, both ways, in 16 rounds. Seconds are without compilation. FAug is not built: its rows are published."
     ]
     for name in MEASURES:
         runs = {count: result for (n, count), result in results.items() if n == name}

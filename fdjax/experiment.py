@@ -58,7 +58,7 @@ def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
     for name in ("iid", "samples_per_client"):
         if getattr(settings, name) is not None:
             source_options[name] = getattr(settings, name)
-    if settings.partition_name == "scarce" and settings.dataset != "synthetic" and settings.samples_per_client:
+    if settings.partition_name == "scarce" and "samples_per_client" in source_options:
         options["samples_per_client"] = source_options.pop("samples_per_client")
     if settings.dataset == "synthetic":
         if settings.partition_name.startswith(("dirichlet", "quantity")):
