@@ -24,13 +24,18 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
     for name, seeds in cases.items():
         for settings in seeds:
             print(f"{name}, seed {settings.seed}: {settings.rounds} rounds", flush=True)
-            folder = out / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{settings.seed}"
             try:
+                folder = run_folder(out, name, settings)
                 result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
             except InterruptedRun as stop:
                 raise InterruptedRun(stop.round, out) from None
             results.setdefault(name, []).append(result)
     return results
+
+
+def run_folder(out: Path, name: str, settings: Settings) -> Path:
+    """Where `run_seeds` keeps a run's checkpoints."""
+    return out / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{settings.seed}"
 
 
 def without_distillation() -> dict[str, None]:
