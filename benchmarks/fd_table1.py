@@ -73,7 +73,8 @@ def main() -> None:
     }
     named = {f"{PUBLISHED[name].label}, {count} devices": runs for (name, count), runs in grid.items()}
     results = dict(zip(grid, (runs[0] for runs in cases.run_seeds(named, out).values()), strict=True))
-    title = f"FD, Table 1: {_setting(next(iter(results.values())))}"
+    used = next(iter(results.values())).settings
+    title = f"FD, Table 1: {used.dataset}, {used.model}"
     report.draw_curves(out / "curves.png", [_panel(count, results) for count in counts], title)
     text = f"{_table(results, devices)}\n\n{_notes(results, devices)}"
     cases.write(out, "benchmarks.fd_table1", text, {name: [r] for name, r in zip(named, results.values(), strict=True)})
