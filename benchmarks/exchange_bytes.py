@@ -198,14 +198,13 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
             continue
         axis.plot(total, accuracy, color=color, marker=".", linewidth=1.2, label=label)
         axis.plot(total[-1], accuracy[-1], color=color, marker="o")
-        axis.annotate(name, (total[-1], accuracy[-1]), xytext=(6, 3), textcoords="offset points", fontsize="small")
     used = next(iter(results.values())).settings
     axis.set(
         xscale="log", xlabel="bytes that a client has sent and received", ylabel="accuracy on the full test set, %"
     )
     axis.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside right upper")
-    figure.suptitle(f"{used.dataset}, {used.num_clients} clients, {used.partition_name}, {used.rounds} rounds")
+    axis.set_title(f"{used.dataset}, {used.num_clients} clients, {used.partition_name}, {used.rounds} rounds")
     if hosts.is_first():
         figure.savefig(path, dpi=120)
     plt.close(figure)
