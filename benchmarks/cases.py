@@ -9,6 +9,7 @@ import numpy as np
 from absl import flags
 
 from fdjax import report
+from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.runner import InterruptedRun, Result, run
 from fdjax.settings import Settings, known_hparams
@@ -23,8 +24,8 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
     for name, seeds in cases.items():
         for settings in seeds:
             print(f"{name}, seed {settings.seed}: {settings.rounds} rounds", flush=True)
-            folder = out / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{settings.seed}"
             try:
+                folder = run_folder(out, name, settings)
                 result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
             except InterruptedRun as stop:
                 raise InterruptedRun(stop.round, out) from None
@@ -32,9 +33,21 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
     return results
 
 
+def run_folder(out: Path, name: str, settings: Settings) -> Path:
+    """Where `run_seeds` keeps a run's checkpoints."""
+    return out / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed{settings.seed}"
+
+
 def without_distillation() -> dict[str, None]:
     """Overrides that leave out, for FedAvg, what only FedDistill understands."""
     return {"models": None} | {n: None for n in known_hparams("feddistill") if n not in known_hparams("fedavg")}
+
+
+def without_others(algorithm: str) -> dict[str, None]:
+    """Overrides that leave out the hparams and options that only other methods understand."""
+    entries = ALGORITHMS.values()
+    mine = {*ALGORITHMS[algorithm].hparams, *ALGORITHMS[algorithm].options}
+    return dict.fromkeys({name for entry in entries for name in (*entry.hparams, *entry.options)} - mine)
 
 
 def check_rounds(needed: Sequence[int]) -> None:

@@ -27,7 +27,10 @@ _NOT_COMPILED = (
     "seed", "partition_seed", "hparams", "eval_every", "dataset", "data_dir", "cache_dir", "writers", "standardize",
     "train_fraction",
     "partition", "alpha", "beta", "iid", "samples_per_client", "shards_per_client", "labels_per_client", "min_size",
-    "merge", "lifting", "chunk", "devices", "memory_limit", "proxy", "proxy_size",
+    "scarce_labels", "scarce_size", "merge", "lifting", "chunk", "devices", "memory_limit", "proxy", "proxy_size",
+)  # fmt: skip
+_PARTITIONING = (
+    "alpha", "beta", "shards_per_client", "labels_per_client", "min_size", "scarce_labels", "scarce_size", "merge",
 )  # fmt: skip
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Settings) if f.name in _NOT_COMPILED}
 
@@ -49,16 +52,14 @@ class Experiment(NamedTuple):
 def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
     """The data set, who holds what of it, and the proxy data."""
     seed = settings.data_seed
-    options = {
-        name: getattr(settings, name)
-        for name in ("alpha", "beta", "shards_per_client", "labels_per_client", "min_size", "merge")
-        if getattr(settings, name) is not None
-    }
+    options = {name: getattr(settings, name) for name in _PARTITIONING if getattr(settings, name) is not None}
     clients = settings.num_clients
     source_options: dict[str, Any] = {"writers": settings.writers} if settings.writers else {}
     for name in ("iid", "samples_per_client"):
         if getattr(settings, name) is not None:
             source_options[name] = getattr(settings, name)
+    if settings.partition_name == "scarce" and "samples_per_client" in source_options:
+        options["samples_per_client"] = source_options.pop("samples_per_client")
     if settings.dataset == "synthetic":
         if settings.partition_name.startswith(("dirichlet", "quantity")):
             raise InputError(

@@ -43,10 +43,14 @@ class Settings:
     alpha: float | None = _field(None, "concentration of a Dirichlet partition, or alpha of synthetic", float)
     beta: float | None = _field(None, "concentration of the quantity partition, or beta of synthetic", float)
     iid: bool | None = _field(None, "synthetic: the IID variant", bool)
-    samples_per_client: int | None = _field(None, "synthetic: examples of every client, not lognormal", int)
+    samples_per_client: int | None = _field(
+        None, "synthetic: examples of every client, not lognormal; partition scarce: before labels are cut", int
+    )
     shards_per_client: int | None = _field(None, "partitions shards and shards_fedntd", int)
     labels_per_client: int | None = _field(None, "partitions labels and jiang", int)
     min_size: int | None = _field(None, "least examples of a client: dirichlet_a, _e, _f, quantity", int)
+    scarce_labels: int | None = _field(None, "partition scarce: labels of a client that are cut", int)
+    scarce_size: int | None = _field(None, "partition scarce: examples that are left of each of them", int)
     merge: bool | None = _field(None, "partition writer: several writers to a client", bool)
     standardize: bool = _field(True, "inputs to mean 0 and std 1 per channel; else images are in [0, 1]")
     train_fraction: float = _field(1.0, "fraction of the training examples that is used, drawn by partition_seed")

@@ -33,6 +33,9 @@ def define_flags() -> None:
     flags.DEFINE_boolean("recut", None, "of dirichlet_b: equal parts, as the released code")
     flags.DEFINE_integer("shards_per_client", None, "of shards and shards_fedntd")
     flags.DEFINE_integer("labels_per_client", None, "of labels and jiang")
+    flags.DEFINE_integer("samples_per_client", None, "of scarce: a client's examples before labels are cut")
+    flags.DEFINE_integer("scarce_labels", None, "of scarce: labels of a client that are cut")
+    flags.DEFINE_integer("scarce_size", None, "of scarce: examples that are left of each of them")
     flags.DEFINE_boolean("merge", None, "of writer: put several writers into one client")
 
 
@@ -45,6 +48,9 @@ _OPTIONS = (
     "recut",
     "shards_per_client",
     "labels_per_client",
+    "samples_per_client",
+    "scarce_labels",
+    "scarce_size",
     "merge",
 )
 _MOST_LINES = 20

@@ -26,6 +26,7 @@ PARTITIONS: dict[str, str] = {
     "shards_fedntd": "Lee et al. 2022: shards of one label, shards_per_client (2) each",
     "labels": "NIID-Bench #label-c: labels_per_client (2), label k mod K first",
     "jiang": "Jiang et al. 2020: labels_per_client (2) consecutive labels, so 5 clients share out 10 labels",
+    "scarce": "Jeong et al. 2018: samples_per_client (2000) random examples, scarce_labels (3) cut to scarce_size (5)",
     "quantity": "NIID-Bench: sizes ~ Dir(beta), labels alike",
     "writer": "a client per writer; merge puts several writers into one client",
     "natural": "the data set's own clients, as in synthetic",
@@ -183,6 +184,35 @@ def _jiang(
     return _share_labels(rng, labels, holds)
 
 
+def _scarce(
+    rng: np.random.Generator,
+    labels: np.ndarray,
+    num_clients: int,
+    num_classes: int,
+    *,
+    samples_per_client: int = 2000,
+    scarce_labels: int = 3,
+    scarce_size: int = 5,
+) -> np.ndarray:
+    """Client k is dealt n random examples, then loses all but m of each of t random labels; nobody holds the rest.
+
+    The paper's target labels; it does not say whether devices may share examples, and here none is held twice.
+    """
+    size, least = at_least("samples_per_client", samples_per_client, 1), at_least("scarce_size", scarce_size, 0)
+    if at_least("scarce_labels", scarce_labels, 0) > num_classes:
+        raise InputError(f"scarce_labels={scarce_labels}, but there are {num_classes} labels; give at most as many")
+    if num_clients * size > len(labels):
+        raise InputError(
+            f"num_clients * samples_per_client = {num_clients * size}, but there are {len(labels)} examples; give fewer"
+        )
+    client = np.full(len(labels), -1)
+    for k, dealt in enumerate(rng.permutation(len(labels))[: num_clients * size].reshape(num_clients, size)):
+        client[dealt] = k
+        for c in rng.permutation(num_classes)[:scarce_labels]:
+            client[dealt[labels[dealt] == c][least:]] = -1
+    return client
+
+
 def _quantity(
     rng: np.random.Generator,
     labels: np.ndarray,
@@ -232,6 +262,7 @@ _SCHEMES: dict[str, Callable[..., np.ndarray]] = {
     "shards_fedntd": _shards_fedntd,
     "labels": _labels,
     "jiang": _jiang,
+    "scarce": _scarce,
     "quantity": _quantity,
 }
 _TABLES: dict[str, Callable[..., np.ndarray]] = {

@@ -51,6 +51,8 @@ def test_every_partition_is_disjoint_conserving_and_repeatable(name, federation)
     options: dict = {"min_size": 0} if name in MINIMUM else {}
     if name in ("labels", "jiang"):
         options = {"labels_per_client": 1}
+    if name == "scarce":
+        options = {"samples_per_client": len(labels) // num_clients, "scarce_labels": 1, "scarce_size": 1}
     if name in ("writer", "natural"):
         num_clients = None
     if name == "shards" and len(labels) == 1:
@@ -78,7 +80,8 @@ def test_every_partition_is_disjoint_conserving_and_repeatable(name, federation)
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in ("natural", "jiang")])
 def test_another_seed_gives_another_partition(name):
     labels, owner = np.arange(2000) % 10, np.arange(2000) // 50
-    one, two = (partition(name, labels, 10, seed, owner=owner, num_classes=10) for seed in (0, 1))
+    options = {"samples_per_client": 100} if name == "scarce" else {}
+    one, two = (partition(name, labels, 10, seed, owner=owner, num_classes=10, **options) for seed in (0, 1))
     assert len(one.order) != len(two.order) or (one.order != two.order).any()
 
 
@@ -151,6 +154,20 @@ def test_jiang_shares_out_ten_labels_among_five_clients():
     np.testing.assert_array_equal(table, expected)
 
 
+def test_scarce_deals_at_random_and_cuts_three_labels_of_each_client():
+    labels = np.arange(20_000) % 10
+    holdings = partition("scarce", labels, 4, 0, num_classes=10, samples_per_client=2000)
+    table = count_labels(holdings, labels, 10)
+    assert ((table == 5).sum(axis=1) == 3).all()
+    assert (table[table != 5] > 150).all()
+    assert len({tuple(np.flatnonzero(row == 5)) for row in table}) > 1, "everybody lacks the same labels"
+    np.testing.assert_allclose(holdings.count, 2000 * 7 / 10 + 15, rtol=0.05)
+    uncut = partition("scarce", labels, 4, 0, num_classes=10, samples_per_client=2000, scarce_labels=0)
+    assert uncut.count.tolist() == [2000] * 4
+    none_left = partition("scarce", labels, 4, 0, num_classes=10, samples_per_client=100, scarce_size=0)
+    assert ((count_labels(none_left, labels, 10) > 0).sum(axis=1) == 7).all()
+
+
 def test_quantity_skews_sizes_but_not_labels():
     labels = np.arange(20000) % 10
     holdings = partition("quantity", labels, 5, 0, num_classes=10, beta=0.5)
@@ -211,6 +228,9 @@ BAD = [
     ("dirichlet_a", {"min_size": 11}, "give num_clients <= 9 or a smaller min_size"),
     ("labels", {"labels_per_client": 6}, "there are 5 labels"),
     ("jiang", {"labels_per_client": 0}, "labels_per_client=0: expected a whole number of at least 1"),
+    ("scarce", {"samples_per_client": 11}, "num_clients * samples_per_client = 110, but there are 100 examples"),
+    ("scarce", {"samples_per_client": 10, "scarce_labels": 6}, "there are 5 labels; give at most as many"),
+    ("scarce", {"samples_per_client": 10, "scarce_size": -1}, "scarce_size=-1: expected a whole number of at least 0"),
     ("shards", {"shards_per_client": 11}, "110 shards of 100 examples"),
     ("shards_fedntd", {"shards_per_client": 11}, "22 shards of each label, but label 0 has 20 examples"),
     ("shards_fedntd", {"num_clients": 3, "shards_per_client": 1}, "3 shards, expected a multiple of the 5 labels"),

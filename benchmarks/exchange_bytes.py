@@ -1,0 +1,222 @@
+"""Every registered method on one federation: bytes up and down, accuracy, seconds, compilation, beside FedAvg.
+
+    python -m benchmarks.exchange_bytes
+    python -m benchmarks.exchange_bytes --algorithms=fedavg,fd,dsfl --alpha=0.1 --rounds=20
+
+100 clients share the embedded MNIST sample under Dirichlet(alpha). Proxy examples are held out of the training data of
+all methods, also of those that do not use them, so that all train on the same. Batch size, learning rate and local
+epochs are the same for all; what else a method has stays at its defaults. A method whose clients' models are in two
+parts has --model for them and --server_model on their features.
+
+Bytes are those of one client and round, mean over clients and rounds, of the arrays that were sent, or the coded bytes
+where the method counts these. Seconds of a round are those of a superstep after the last round, timed apart, without
+evaluation, compilation and what a method does once before the first round, which sends nothing that is counted.
+
+A method that fails is a row that says why; the others are printed all the same, and the exit code is 1.
+"""
+
+import contextlib
+import functools
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from absl import flags
+
+from benchmarks import cases
+from fdjax import experiment, hosts, program, report, settings
+from fdjax.algorithms import ALGORITHMS
+from fdjax.checkpoint import Checkpoints
+from fdjax.errors import InputError, unknown
+from fdjax.runner import InterruptedRun, Result
+
+REFERENCE = "fedavg"
+
+
+def main() -> None:
+    given = flags.FLAGS
+    names = given.algorithms or list(ALGORITHMS)
+    for name in names:
+        if name not in ALGORITHMS:
+            raise unknown("algorithm", name, ALGORITHMS)
+    _refuse_unused(names)
+    out = report.prepare(given.out, overwrite=given.overwrite)
+    results: dict[str, list[Result]] = {}
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            chosen = _settings(name)
+            results |= cases.run_seeds({name: [chosen]}, out)
+            seconds[name] = _seconds_of_a_round(chosen, cases.run_folder(out, name, chosen))
+        except InterruptedRun:
+            raise
+        except Exception as error:  # whatever it is, the other rows are worth having
+            if not isinstance(error, InputError):
+                traceback.print_exc()
+            failed[name] = _one_line(error)
+            results.pop(name, None)
+            print(f"{name} failed: {failed[name]}", file=sys.stderr, flush=True)
+    if not results:
+        raise InputError(next(iter(failed.values())))
+    _draw(out / "curves.png", {name: runs[0] for name, runs in results.items()})
+    reasons = "".join(f"\n\n{name} failed: {reason}" for name, reason in failed.items())
+    text = f"{_table(names, results, seconds, failed)}{reasons}\n\n{_notes(results)}"
+    cases.write(out, "benchmarks.exchange_bytes", text, results, {"seconds_per_round": seconds, "failed": failed})
+    if failed:
+        sys.exit(1)
+
+
+def _refuse_unused(names: list[str]) -> None:
+    """Raises InputError for an hparam or option that none of the methods has."""
+    understood = {n for name in names for n in (*ALGORITHMS[name].hparams, *ALGORITHMS[name].options)}
+    for entry in ALGORITHMS.values():
+        for name in (*entry.hparams, *entry.options):
+            if flags.FLAGS[name].present and name not in understood:
+                raise InputError(f"--{name} is of none of {', '.join(names)}; leave it out or name its method")
+
+
+def _settings(name: str) -> settings.Settings:
+    given = flags.FLAGS
+    models: dict[str, Any] = {}
+    if ALGORITHMS[name].split:
+        models = {"models": f"{given.model}:{given.num_clients}", "model": given.server_model}
+    return settings.from_flags(algorithm=name, **models, **cases.without_others(name))
+
+
+def _one_line(error: Exception) -> str:
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return kind + (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+def _seconds_of_a_round(chosen: settings.Settings, folder: Path) -> float:
+    """Of a superstep after the last round, whose state is in the checkpoint: by then all that is sent has been sent."""
+    built = experiment.build(chosen)
+    length = min(chosen.eval_every, chosen.rounds)
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        state = checkpoints.restore(built.simulation.init(chosen.seed, built.federation))
+    given, run = (state, built.federation, built.hparams), cast(Any, built.simulation.run)
+    if built.plan.kind == "loop":
+        superstep = functools.partial(run, *given, length)
+    else:  # compiled before the clock starts
+        superstep = functools.partial(run.lower(*given, length).compile(), *given)
+    began = time.perf_counter()
+    jax.block_until_ready(superstep())
+    return (time.perf_counter() - began) / length
+
+
+def sent(result: Result) -> tuple[float, float]:
+    """Bytes up and down of one client and round, mean over those that took part and over rounds."""
+    turns = result.settings.rounds * sum(result.traffic.participants)
+    return result.rounds["bytes_up"][-1] / turns, result.rounds["bytes_down"][-1] / turns
+
+
+def _measure(result: Result) -> tuple[str, str]:
+    """The metric that stands for the method, and whose it is."""
+    if ALGORITHMS[result.settings.algorithm].pooled:
+        return "central_accuracy", "all data pooled"
+    if "central_accuracy" not in result.final:
+        return "local_accuracy", "mean of clients"
+    return "central_accuracy", "ensemble" if result.settings.algorithm == "ensemble" else "central"
+
+
+def _table(
+    names: list[str], results: dict[str, list[Result]], seconds: dict[str, float], failed: dict[str, str]
+) -> str:
+    lines = []
+    reference = sum(sent(results[REFERENCE][0])) if REFERENCE in results else 0.0
+    for name in names:
+        if name in failed:
+            lines.append((name, *[""] * 3, "failed", *[""] * 5))
+            continue
+        result = results[name][0]
+        (up, down), (metric, whose) = sent(result), _measure(result)
+        lines.append(
+            (
+                name,
+                f"{up:,.0f}",
+                f"{down:,.0f}",
+                f"{reference / (up + down):,.3g}" if up + down and reference else "",
+                report.percent(result.final[metric]),
+                whose,
+                report.percent(result.final["local_accuracy"]),
+                report.percent(result.final["own_accuracy"]),
+                f"{seconds[name]:.3g}",
+                f"{result.compile_seconds:.0f}",
+            )
+        )
+    headers = ("", "bytes up", "bytes down", "FedAvg's bytes / these", "accuracy", "whose", "mean of clients",
+               "on own labels", "s a round", "s compiling")  # fmt: skip
+    return report.table(lines, headers)
+
+
+def _notes(results: dict[str, list[Result]]) -> str:
+    given, used = flags.FLAGS, next(iter(results.values()))[0].settings
+    split = [name for name in results if ALGORITHMS[name].split]
+    alpha = f" (alpha = {used.alpha:g})" if used.alpha is not None else ""
+    public = used.public()
+    parts = [
+        f"Accuracy in % on the full test set after {used.rounds} rounds, one seed. {used.dataset}, {used.num_clients} "
+        f"clients, {used.partition_name}{alpha}, {100 * used.participation:g} % of them in a round; {given.model}, "
+        f"B = {used.batch_size}, learning rate {public['learning_rate']:g}, local epochs {public['local_epochs']:g}; "
+        f"other settings are each method's defaults. {used.proxy_size:,} examples ({used.proxy}) are proxy data, which "
+        "no client of any method trains on as its own.",
+        "Bytes are of one client and round. Mean of clients: each client's own model, or the central one where it has "
+        "none, on the full test set; on own labels: on a part with the client's labels.",
+    ]
+    if split:
+        parts.append(
+            f"{', '.join(split)}: clients have {given.model} in two parts, the server {given.server_model} on the "
+            "features; the clients predict by way of the server."
+        )
+    return "\n\n".join(parts)
+
+
+def _draw(path: Path, results: dict[str, Result]) -> None:
+    """Accuracy against the bytes that a client has sent and received so far; free methods are lines across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    colors = matplotlib.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    for number, (name, result) in enumerate(results.items()):
+        metric, whose = _measure(result)
+        accuracy = [100 * value for value in result.evaluations[metric]]
+        color, label = colors[number % len(colors)], f"{name} ({whose})"
+        clients = sum(result.traffic.participants)
+        total = [
+            (result.rounds["bytes_up"][int(r) - 1] + result.rounds["bytes_down"][int(r) - 1]) / clients
+            for r in result.evaluations["round"]
+        ]
+        if total[-1] == 0:
+            axis.axhline(accuracy[-1], color=color, linestyle="--", linewidth=1, label=f"{label}: sends nothing")
+            continue
+        axis.plot(total, accuracy, color=color, marker=".", linewidth=1.2, label=label)
+        axis.plot(total[-1], accuracy[-1], color=color, marker="o")
+    used = next(iter(results.values())).settings
+    axis.set(
+        xscale="log", xlabel="bytes that a client has sent and received", ylabel="accuracy on the full test set, %"
+    )
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside right upper")
+    axis.set_title(f"{used.dataset}, {used.num_clients} clients, {used.partition_name}, {used.rounds} rounds")
+    if hosts.is_first():
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("algorithms", None, f"methods, default all: {', '.join(ALGORITHMS)}")
+    flags.DEFINE_string("server_model", "2nn", "the server's model on features, of methods with models in two parts")
+    settings.define_flags(
+        skip=("algorithm", "models", "local_eval"),
+        num_clients=100, partition="dirichlet_a", alpha=0.3, model="2nn", rounds=10, eval_every=2, batch_size=10,
+        learning_rate=0.05, local_epochs=2, proxy="held_out", proxy_size=500,
+    )  # fmt: skip
+    program.define_output_flags("runs/exchange_bytes")
+    program.start(main)
