@@ -4,6 +4,7 @@ Throughout: uploads are counted alike, since a client's weight is its own word; 
 that is not finite is as far out as can be; without any upload the summary is 0.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -78,8 +79,8 @@ def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -
         mu = mean of x_k;  (lambda, u) = top eigenpair of (1/S) sum_k (x_k - mu)(x_k - mu)'
         while lambda > threshold and fewer than floor(fraction S_0) are dropped: drop argmax_k ((x_k - mu) . u)^2
 
-    u is never formed: the projections are those of the S x S Gram matrix's top eigenvector, times sqrt(S lambda), and
-    where directions tie, those on all of them.
+    u is never formed: the projections are those of the S x S Gram matrix's top eigenvector, times sqrt(S lambda), or
+    with fewer coordinates than clients those on u u'. Where directions tie, those on all of them.
 
     Source: Diakonikolas et al. (2017), "Being robust (in high dimensions) can be practical", whose filter drops all
     that exceed a tail bound for a known covariance; we drop the worst and bound their number, as the covariance of
@@ -96,24 +97,42 @@ def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -
         # Around the median, because an outlier's square would swamp the others' in float32.
         centers = [_middle(x, there[..., None], _half) for x in parts]
         parts = [jnp.where(there[..., None], x - at[None], 0) for x, at in zip(parts, centers, strict=True)]
-        gram = sum(jnp.einsum("sgd,tgd->gst", x, x, precision=lax.Precision.HIGHEST) for x in parts)
-        kept = there.T & jnp.isfinite(jnp.diagonal(gram, axis1=1, axis2=2))
-        gram = jnp.where(_pairs(kept), gram, 0)
+        einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+        squares = [einsum("sgd,sgd->gs", x, x) for x in parts]
+        kept = there.T & jnp.isfinite(sum(squares[1:], squares[0]))
         allowed = _share(fraction, number)
+
+        if len(parts) == 1 and parts[0].shape[2] < len(there):
+            x = jnp.where(kept.T[..., None], parts[0], 0)
+
+            def by_covariance(kept, ones):
+                centered = jnp.where(kept.T[..., None], x - einsum("gs,sgd->gd", ones, x)[None], 0)
+                covariance = einsum("sgd,sge->gde", centered, centered)
+                top = _top_projector(covariance)
+                return einsum("sgd,gde,sge->gs", centered, top, centered), jnp.sum(top * covariance, axis=(1, 2))
+
+            project = by_covariance
+        else:
+            gram = jnp.where(_pairs(kept), sum(einsum("sgd,tgd->gst", x, x) for x in parts), 0)
+
+            def by_gram(kept, ones):
+                row = einsum("gst,gt->gs", gram, ones)
+                grand = jnp.sum(row * ones, axis=1)[:, None, None]
+                centered = jnp.where(_pairs(kept), gram - row[:, :, None] - row[:, None, :] + grand, 0)
+                top = _top_projector(centered)
+                return jnp.diagonal(top, axis1=1, axis2=2), jnp.sum(top * centered, axis=(1, 2))
+
+            project = by_gram
 
         def drop(_, kept):
             size = jnp.sum(kept, axis=1)
             ones = kept / jnp.maximum(size, 1)[:, None]
-            row = jnp.einsum("gst,gt->gs", gram, ones, precision=lax.Precision.HIGHEST)
-            grand = jnp.sum(row * ones, axis=1)[:, None, None]
-            centered = jnp.where(_pairs(kept), gram - row[:, :, None] - row[:, None, :] + grand, 0)
-            top = _top_projector(centered)
-            worst = jnp.argmax(jnp.where(kept, jnp.diagonal(top, axis1=1, axis2=2), -1), axis=1)
-            spread = jnp.sum(top * centered, axis=(1, 2)) / jnp.maximum(size, 1) > threshold
-            wrong = (spread & (number - size < allowed))[:, None] & (jnp.arange(kept.shape[1])[None] == worst[:, None])
-            return kept & ~wrong
+            along, spread = project(kept, ones)
+            worst = jnp.argmax(jnp.where(kept, along, -1), axis=1)
+            wide = (spread / jnp.maximum(size, 1) > threshold) & (number - size < allowed)
+            return kept & ~(wide[:, None] & (jnp.arange(kept.shape[1])[None] == worst[:, None]))
 
-        kept = lax.fori_loop(0, _share(fraction, gram.shape[-1]), drop, kept).T
+        kept = lax.fori_loop(0, _share(fraction, len(there)), drop, kept).T
         share = kept / jnp.maximum(jnp.sum(kept, axis=0, keepdims=True), 1)
         return [_combine(share, x) + at for x, at in zip(parts, centers, strict=True)]
 
