@@ -175,7 +175,7 @@ def _check_hparam(name: str, value: float) -> None:
         raise InputError(f"--{name}={value}: expected a finite number above 0")
     if name == "weight" and not 0 <= value <= 1:
         raise InputError(f"--{name}={value}: expected a number in [0, 1]")
-    if name.endswith(("learning_rate", "gamma", "era_beta")) and not 0 <= value < float("inf"):
+    if name.endswith(("learning_rate", "gamma", "era_beta", "mu")) and not 0 <= value < float("inf"):
         raise InputError(f"--{name}={value}: expected a finite number of at least 0")
 
 

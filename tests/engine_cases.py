@@ -194,13 +194,16 @@ class Logistic:
     def params(self):
         return {"Dense_0": {"kernel": self.W, "bias": self.b}}
 
-    def fit(self, x, y, orders, batch_size, learning_rate, momentum=0.0, teacher=None, temperature=1.0, weight=0.0):
+    def fit(
+        self, x, y, orders, batch_size, learning_rate, momentum=0.0, teacher=None, temperature=1.0, weight=0.0, mu=0.0
+    ):
         """One epoch for each of `orders`, on batches of `batch_size` and what is left; returns the last epoch's loss.
 
         l = (1 - weight) CE(softmax(z), y) + weight T^2 KL(softmax(teacher / T) || softmax(z / T)), so
         dl/dz = (1 - weight) (softmax(z) - e_y) + weight T (softmax(z / T) - softmax(teacher / T)).
+        With `mu`, (mu / 2) (|W - W_0|^2 + |b - b_0|^2) more, W_0 and b_0 those at the start.
         """
-        T = temperature
+        T, W_0, b_0 = temperature, self.W, self.b
         velocity_W, velocity_b, means = np.zeros_like(self.W), np.zeros_like(self.b), []
         for order in orders:
             means = []
@@ -212,9 +215,9 @@ class Logistic:
                     soft = teacher(x[batch])
                     loss = loss + weight * T**2 * kl_divergence(soft, z, T)
                     slope = slope + weight * T * (softmax(z / T) - softmax(soft / T))
-                means.append(loss.mean())
-                velocity_W = momentum * velocity_W + x[batch].T @ slope / len(batch)
-                velocity_b = momentum * velocity_b + slope.mean(0)
+                means.append(loss.mean() + mu / 2 * (np.sum((self.W - W_0) ** 2) + np.sum((self.b - b_0) ** 2)))
+                velocity_W = momentum * velocity_W + x[batch].T @ slope / len(batch) + mu * (self.W - W_0)
+                velocity_b = momentum * velocity_b + slope.mean(0) + mu * (self.b - b_0)
                 self.W, self.b = self.W - learning_rate * velocity_W, self.b - learning_rate * velocity_b
         return np.mean(means) if means else 0.0
 
@@ -233,14 +236,14 @@ def weighted_average(params, weights):
     return jax.tree.map(lambda *w: sum(n * x for n, x in zip(weights, w, strict=True)) / sum(weights), *params)
 
 
-def fedavg_round(server, federation, key, *, participants, batch_size, epochs, learning_rate):
-    """McMahan et al. (2017), Algorithm 1. Returns (server, mean training loss)."""
+def fedavg_round(server, federation, key, *, participants, batch_size, epochs, learning_rate, mu=0.0):
+    """McMahan et al. (2017), Algorithm 1; with `mu`, Li et al. (2020), equation 2. Returns (server, mean loss)."""
     clients, uploads, losses, weights = clients_of(federation), [], [], []
     for row in participants_of(key, len(clients), participants):
         i, x, y = clients[row]
         mine, local = Logistic(server), keys.stream(key, "client", i)
         orders = [epoch_order(local, e, len(y)) for e in range(epochs)]
-        losses.append(mine.fit(x, y, orders, batch_size, learning_rate))
+        losses.append(mine.fit(x, y, orders, batch_size, learning_rate, mu=mu))
         uploads.append(mine.params())
         weights.append(len(y))
     return weighted_average(uploads, weights), np.average(losses, weights=weights)

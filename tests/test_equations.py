@@ -42,6 +42,25 @@ def test_fedavg(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", BATCHES.values(), ids=BATCHES)
+def test_fedprox(batch_size):
+    start, state, metrics = simulate_rounds("fedprox", batch_size, mu=0.8)
+    server, losses = start.server, []
+    for r in range(ROUNDS):
+        server, loss = cases.fedavg_round(
+            server, cases.federation(), cases.round_key(0, r), **common(batch_size), mu=0.8
+        )
+        losses.append(loss)
+    chex.assert_trees_all_close(state.server, server, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["train_loss"], losses, rtol=1e-5)
+
+
+def test_fedprox_of_no_mu_is_fedavg():
+    _, near, _ = simulate_rounds("fedprox", 4, mu=0.0)
+    _, averaged, _ = simulate_rounds("fedavg", 4)
+    chex.assert_trees_all_close(near.server, averaged.server, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("batch_size", BATCHES.values(), ids=BATCHES)
 def test_feddistill(batch_size):
     start, state, metrics = simulate_rounds("feddistill", batch_size, temperature=TEMPERATURE, weight=WEIGHT)
     server, teachers, losses = start.server, rows_of(start.clients[0]), []

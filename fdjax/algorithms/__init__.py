@@ -4,7 +4,20 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fdjax.algorithms import baselines, cfd, cronus, dsfl, fd, fedavg, feddf, feddistill, fedgems, fedgkt, fedmd
+from fdjax.algorithms import (
+    baselines,
+    cfd,
+    cronus,
+    dsfl,
+    fd,
+    fedavg,
+    feddf,
+    feddistill,
+    fedgems,
+    fedgkt,
+    fedmd,
+    fedprox,
+)
 from fdjax.local import Task
 from fdjax.types import Algorithm
 
@@ -24,6 +37,7 @@ class Entry(NamedTuple):
 
 ALGORITHMS: dict[str, Entry] = {
     "fedavg": Entry(fedavg.fedavg, fedavg.HPARAMS, "FedAvg (McMahan et al. 2017): parameters, averaged"),
+    "fedprox": Entry(fedprox.fedprox, fedprox.HPARAMS, "FedProx (Li et al. 2020): FedAvg near the start"),
     "feddistill": Entry(
         feddistill.feddistill,
         feddistill.HPARAMS,
