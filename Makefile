@@ -32,7 +32,7 @@ run: $(VENV)/.installed ## federated distillation on the embedded MNIST sample: 
 	@$(VENV)/bin/python -m benchmarks.feddistill_table1 --preset=quick --out=runs/table1_quick --overwrite
 
 test: $(VENV)/.installed ## all tests, two at a time
-	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_FLAGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed ## ruff: rules and format
 	@$(VENV)/bin/ruff check .

@@ -80,7 +80,7 @@ def _revision() -> str | None:
 def bytes_of_one_client(result: Result, way: str) -> tuple[int, ...] | float:
     """Bytes of a round and a client of each cohort; the mean over all where what is sent is coded or ragged."""
     traffic, sent = result.traffic, result.rounds[f"bytes_{way}"]
-    if sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
+    if not len(sent) or sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
         return getattr(traffic, way)
     return sent[-1] / len(sent) / sum(traffic.participants)
 
