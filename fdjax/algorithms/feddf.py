@@ -14,7 +14,7 @@ The mean is of logits, over the clients of all prototypes; no temperature, no T^
 Sent: x^p down and x_k up, 4P(p) bytes each way. Proxy data stay on the server, which applies every x_k to them.
 
 Clients of few examples teach less than their average knows: with 100 each, Dirichlet(0.1) and E = 20, FedDF is behind
-FedAvg, with 400 each level, where the paper, of 2,500 each and larger nets, is ahead (`tests/test_server_learning.py`).
+FedAvg, with 550 each level, where the paper, of 2,500 each and larger nets, is ahead (`tests/test_server_learning.py`).
 
 Options: `weighting` of line 6, by examples (the text) or uniform (its code). `drop_worst`: clients near or below a
 random guess, here an accuracy of at most 1.1 / K on the (labelled) proxy data, count in no mean; if all are, all count.
