@@ -23,8 +23,11 @@ LIFTINGS = [
     ("loop", 1, 1),
 ]
 
-# A pooled method is another one, on data that the experiment has merged.
-pytestmark = pytest.mark.parametrize("name", [name for name, entry in ALGORITHMS.items() if not entry.pooled])
+# A pooled method is another one, on data that the experiment has merged. One process a method, to compile it once.
+pytestmark = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name, entry in ALGORITHMS.items() if not entry.pooled],
+)
 
 
 def run(name, seed=0, federation=None, **layout):
