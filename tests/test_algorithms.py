@@ -15,8 +15,7 @@ from fdjax.settings import known_hparams
 
 ROUNDS = 2
 LIFTINGS = [
-    ("chunk", 1, 1),
-    ("shard_map", 3, 1),
+    ("chunk", 3, 1),
     ("shard_map", 1, 2),
     ("shard_map", 2, 4),
     ("pmap", 2, 2),
