@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax import coding, keys, local, losses, reductions
+from fdjax.algorithms import exchange
 from fdjax.types import Algorithm, Examples
 
 HPARAMS: dict[str, float | str] = {
@@ -100,15 +101,10 @@ def cfd(task: local.Task) -> Algorithm:
         }
         return jax.tree.map(lambda x, y: jnp.where(there, x, y), new, state), upload, metrics
 
-    def draw(key):
-        if number == size:
-            return jnp.arange(size, dtype=jnp.int32)
-        return jax.random.permutation(key, size)[:number].astype(jnp.int32)
-
     def init_server(key):
         return {
             "params": task.model.init(keys.stream(key, "model")),
-            "ids": draw(keys.stream(key, "subset")),
+            "ids": exchange.subset(task, keys.stream(key, "subset")),
             "symbols": jnp.zeros((number, task.classes), jnp.uint8),
         }
 
@@ -116,7 +112,7 @@ def cfd(task: local.Task) -> Algorithm:
         targets = local.Targets(proxy, state["ids"], mean)
         distill_key, apply = keys.stream(key, "distill"), task.model.apply
         params, loss = distil(apply, state["params"], targets, hparams, distill_key, hparams["distill_epochs"])
-        ids = draw(keys.stream(key, "subset"))
+        ids = exchange.subset(task, keys.stream(key, "subset"))
         return {"params": params, "ids": ids, "symbols": label(apply, params, proxy, ids, down)}, {"server_loss": loss}
 
     return Algorithm(

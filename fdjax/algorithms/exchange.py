@@ -41,12 +41,12 @@ def first(task: local.Task, key: jax.Array) -> Exchange:
     """No targets yet."""
     n = task.proxy_per_round
     nothing = () if n == task.proxy_size else jnp.zeros(n, jnp.int32)
-    return Exchange(jnp.zeros((n, task.classes)), nothing, _draw(task, key))
+    return Exchange(jnp.zeros((n, task.classes)), nothing, _wanted(task, key))
 
 
 def following(task: local.Task, exchange: Exchange, targets: jax.Array, key: jax.Array) -> Exchange:
     """`targets` for the examples that were wanted, and others wanted next; the key is consumed."""
-    return Exchange(targets, exchange.wanted, _draw(task, key))
+    return Exchange(targets, exchange.wanted, _wanted(task, key))
 
 
 def predict(model: Model, params: PyTree, proxy: Examples, exchange: Exchange) -> jax.Array:
@@ -61,10 +61,15 @@ def epochs(number: Array, exchange: Exchange, data: local.ClientData) -> jax.Arr
     return jnp.where(exchange.is_on() & (jnp.asarray(data.count) > 0), number, 0)
 
 
-def _draw(task: local.Task, key: jax.Array) -> Any:
-    if task.proxy_per_round == task.proxy_size:
-        return ()
-    return jax.random.choice(key, task.proxy_size, (task.proxy_per_round,), replace=False).astype(jnp.int32)
+def subset(task: local.Task, key: jax.Array) -> jax.Array:
+    """Ids [n] int32 of the proxy examples of a round; all, in order, where n = M. The key is consumed."""
+    n, size = task.proxy_per_round, task.proxy_size
+    drawn = jnp.arange(size) if n == size else jax.random.choice(key, size, (n,), replace=False)
+    return drawn.astype(jnp.int32)
+
+
+def _wanted(task: local.Task, key: jax.Array) -> Any:
+    return () if task.proxy_per_round == task.proxy_size else subset(task, key)
 
 
 def _all(proxy: Examples) -> jax.Array:

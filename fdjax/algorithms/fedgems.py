@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax import keys, local, losses, reductions
+from fdjax.algorithms import exchange
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {
@@ -90,15 +91,10 @@ def fedgems(task: local.Task) -> Algorithm:
         right = losses.correct(z, proxy.y[upload["ids"]])
         return reductions.Weighted(z, jnp.exp(right / jnp.maximum(entropy, 1 / _CERTAINTY))[:, None])
 
-    def draw(key):
-        if number == size:
-            return jnp.arange(size, dtype=jnp.int32)
-        return jax.random.permutation(key, size)[:number].astype(jnp.int32)
-
     def init_server(key):
         return {
             "params": task.model.init(keys.stream(key, "model")),
-            "ids": draw(keys.stream(key, "subset")),
+            "ids": exchange.subset(task, keys.stream(key, "subset")),
             "logits": jnp.zeros((number, classes)),
             "memory": jnp.zeros((size, classes)),
             "known": jnp.zeros(size),
@@ -115,7 +111,7 @@ def fedgems(task: local.Task) -> Algorithm:
             apply, state["params"], proxy, ids, teacher, hparams["weight"] * (1 - right), hparams,
             "server_learning_rate", keys.stream(key, "train"), hparams["server_epochs"],
         )  # fmt: skip
-        following = draw(keys.stream(key, "subset"))
+        following = exchange.subset(task, keys.stream(key, "subset"))
         new = {
             "params": params,
             "ids": following,

@@ -24,7 +24,6 @@ Deviations:
   stages but for `digest_learning_rate`.
 """
 
-import jax
 import jax.numpy as jnp
 
 from fdjax import keys, local, losses, reductions
@@ -82,13 +81,10 @@ def fedmd(task: local.Task) -> Algorithm:
     def server(state, consensus, proxy, hparams, key):
         return exchange.following(task, state, consensus, key), {}
 
-    def init_server(key: jax.Array) -> exchange.Exchange:
-        return exchange.first(task, key)
-
     return Algorithm(
         name="fedmd",
         hparams=HPARAMS,
-        init_server=init_server,
+        init_server=lambda key: exchange.first(task, key),
         init_client=lambda model, key: model.init(key),
         broadcast=lambda state, cohort: state,
         client=client,

@@ -14,10 +14,10 @@ released code draw uniformly and weight by n_k, as here. Stragglers of partial w
 runs E epochs), and mu does not adapt. The client's step is any optax transformation (plain SGD by default).
 """
 
-import jax
-import jax.numpy as jnp
+import optax
 
-from fdjax import local, losses, reductions
+from fdjax import local, losses
+from fdjax.algorithms import fedavg
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "mu": 0.1}
@@ -28,28 +28,15 @@ def fedprox(task: local.Task) -> Algorithm:
 
     The metric `train_loss` is the mean of h over the last epoch's batches, proximal term and all.
     """
-    model, training = task.model, task.training
 
     def client(model, received, state, data, proxy, hparams, key):
         def loss(params, x, y):
-            apart = jax.tree.map(lambda w, w_0: jnp.sum((w - w_0) ** 2), params, received)
-            return losses.cross_entropy(model.apply(params, x), y) + hparams["mu"] / 2 * sum(jax.tree.leaves(apart))
+            apart = optax.tree.norm(optax.tree.sub(params, received), squared=True)
+            return losses.cross_entropy(model.apply(params, x), y) + hparams["mu"] / 2 * apart
 
-        params, train_loss = local.fit(training, loss, received, data, hparams, key, epochs=hparams["local_epochs"])
+        params, train_loss = local.fit(
+            task.training, loss, received, data, hparams, key, epochs=hparams["local_epochs"]
+        )
         return state, params, {"train_loss": train_loss}
 
-    def server(params, mean, proxy, hparams, key):
-        return mean, {}
-
-    return Algorithm(
-        name="fedprox",
-        hparams=HPARAMS,
-        init_server=model.init,
-        init_client=lambda model, key: (),
-        broadcast=lambda params, cohort: params,
-        client=client,
-        reduction=reductions.weighted_mean(),
-        server=server,
-        central=(model, lambda params: params),
-        cohorts=1,
-    )
+    return fedavg.fedavg(task)._replace(name="fedprox", hparams=HPARAMS, client=client)
