@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from fdjax.layout import Layout
 from fdjax.local import Task, Training
 from fdjax.models.split import Split, build_split
 from fdjax.settings import Settings
-from fdjax.types import Cohort, Federation, Holdings, HParams, Model, Source
+from fdjax.types import Algorithm, Cohort, Federation, Holdings, HParams, Model, Source
 
 # What a compiled round does not depend on: runs that differ only here share their compilations.
 _NOT_COMPILED = (
@@ -32,6 +32,8 @@ _NOT_COMPILED = (
 _PARTITIONING = (
     "alpha", "beta", "shards_per_client", "labels_per_client", "min_size", "scarce_labels", "scarce_size", "merge",
 )  # fmt: skip
+# Of these, what makes other data, which a batch of trials may differ in.
+DATA = frozenset(_NOT_COMPILED[: _NOT_COMPILED.index("lifting")]) - {"hparams", "eval_every"} | {"proxy", "proxy_size"}
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Settings) if f.name in _NOT_COMPILED}
 
 
@@ -42,11 +44,14 @@ class Experiment(NamedTuple):
     source: Source
     holdings: Holdings
     federation: Federation
+    algorithm: Algorithm
     simulation: simulate.Simulation
     hparams: HParams
     layout: Layout
     plan: plan.Plan
     rechunked: Callable[[int], "Experiment"]  # the same, lifted in other chunks
+    signature: tuple[Any, ...]  # what is static about it: experiments of one signature can share a simulation
+    shapes: "_Shapes"
 
 
 def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
@@ -200,9 +205,26 @@ def build(settings: Settings, held: Callable[[Holdings], Holdings] | None = None
     def rechunked(chunk: int) -> Experiment:
         narrow = plan.narrower(steps, participants, chunk, chosen.mesh) if chosen.narrow else ()
         _, simulation, layout = _simulation(static, shapes, chosen.kind, chosen.mesh, chunk, narrow)
-        return Experiment(settings, source, holdings, federation, simulation, hparams, layout, chosen, rechunked)
+        return made._replace(simulation=simulation, layout=layout)
 
-    return Experiment(settings, source, holdings, federation, simulation, hparams, layout, chosen, rechunked)
+    own = shapes._replace(largest=0, own_batch=0)
+    arrays = tuple(leaf.shape for leaf in jax.tree.leaves(federation))
+    signature = static, own, arrays, settings.rounds, settings.eval_every, chosen.chunk
+    made = Experiment(
+        settings, source, holdings, federation, algorithm, simulation, hparams, layout, chosen, rechunked, signature,
+        shapes,
+    )  # fmt: skip
+    return made
+
+
+def common(like: Sequence[Experiment]) -> Experiment:
+    """The first of experiments of one signature, with a simulation that can run all of them."""
+    first = like[0]
+    largest, own_batch = (max(getattr(e.shapes, name) for e in like) for name in ("largest", "own_batch"))
+    shapes, layout = first.shapes._replace(largest=largest, own_batch=own_batch), first.layout
+    static, *_ = first.signature
+    algorithm, simulation, layout = _simulation(static, shapes, layout.kind, layout.mesh, layout.chunk, layout.narrow)
+    return first._replace(algorithm=algorithm, simulation=simulation, layout=layout, shapes=shapes)
 
 
 class _Shapes(NamedTuple):

@@ -56,7 +56,7 @@ def choose(
     each = -(-most // mesh.size)
     if chunk > most:
         raise InputError(f"--chunk={chunk}, but a round has {most} participants; give at most {most}, or 0")
-    size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
+    size = largest(models)
     platform = mesh.devices.flat[0].platform
     given = chunk if ordered else min(each, chunk)
     chosen = given if chunk else automatic_chunk(models, mesh, most)
@@ -79,12 +79,17 @@ def choose(
     return Plan(picked, mesh, most if picked == "vmap" else chosen, narrow, automatic, why)
 
 
+def largest(models: Sequence[Model]) -> int:
+    """Bytes of the parameters of the largest of them."""
+    return max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
+
+
 def automatic_chunk(models: Sequence[Model], mesh: Mesh, participants: int) -> int:
     """Clients to vmap together: on a CPU as many as keep their parameters in a core's cache, elsewhere many.
 
     Evened out over the turns that a device takes, so that the last one has few empty places.
     """
-    size = max(communication.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
+    size = largest(models)
     cpu = mesh.devices.flat[0].platform == "cpu"
     widest = max(1, min(WIDEST, CACHE_BYTES // (COPIES * size))) if cpu else WIDEST
     each = -(-participants // mesh.size)

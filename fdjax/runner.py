@@ -81,13 +81,7 @@ def run(
         progress = progress and hosts.is_first()
         if progress:
             tqdm.write(f"lifting: {experiment.plan.why}{needed}", file=sys.stderr)
-        record: dict[str, Any] = {
-            "rounds": {},
-            "evaluations": {},
-            "clients": {},
-            "seconds": 0.0,
-            "compile_seconds": 0.0,
-        }
+        record = empty_record()
         if checkpoints and done:
             state, record = checkpoints.restore(state), checkpoints.record()
         elif simulation.setup is not None:
@@ -102,7 +96,7 @@ def run(
             length = min(settings.eval_every, settings.rounds - done)
             state, metrics = simulation.run(state, federation, experiment.hparams, length)
             done += length
-            _extend(record, done, experiment, metrics, *simulation.evaluate(state, federation))
+            extend(record, done, experiment, metrics, *simulation.evaluate(state, federation))
             kind = "central" if "central_accuracy" in record["evaluations"] else "local"
             bar.set_postfix_str(f"{kind} {100 * record['evaluations'][f'{kind}_accuracy'][-1]:.2f} %")
             bar.update(length)
@@ -118,18 +112,22 @@ def run(
             if stopping and done < settings.rounds:
                 raise InterruptedRun(done, out)
         record = time_spent.stamp(record)
+    return result(settings, record, traffic)
+
+
+def empty_record() -> dict[str, Any]:
+    """What a run keeps on the host, before its first round."""
+    return {"rounds": {}, "evaluations": {}, "clients": {}, "seconds": 0.0, "compile_seconds": 0.0}
+
+
+def result(settings: Settings, record: dict[str, Any], traffic: Traffic) -> Result:
+    """A run's record with the bytes of its rounds, as far as it went."""
+    done = int(record["evaluations"]["round"][-1])
+    rounds = dict(record["rounds"])
     for way, fixed in (("bytes_up", traffic.round_up), ("bytes_down", traffic.round_down)):
-        sent = record["rounds"].get(way, [fixed] * settings.rounds)  # coded bytes, if the method counts them
-        record["rounds"][way] = np.cumsum(sent).tolist()
-    return Result(
-        settings,
-        record["rounds"],
-        record["evaluations"],
-        record["clients"],
-        traffic,
-        record["seconds"],
-        record["compile_seconds"],
-    )
+        rounds[way] = np.cumsum(rounds.get(way, [fixed] * done)).tolist()  # coded bytes, if the method counts them
+    times = {name: record[name] for name in ("seconds", "compile_seconds")}
+    return Result(settings, rounds, record["evaluations"], record["clients"], traffic, **times)
 
 
 def _rounds_done(checkpoints: Checkpoints, settings: Settings, resume: bool) -> int:
@@ -154,13 +152,14 @@ def _rounds_done(checkpoints: Checkpoints, settings: Settings, resume: bool) -> 
     return latest
 
 
-def _extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, scalars, clients) -> None:
+def extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, scalars, clients, who: str = "") -> None:
     """Append one superstep, fetched from the device, to the record."""
     metrics, scalars, clients = jax.device_get((metrics, scalars, clients))
+    metrics = dict(metrics)
     bad, leaf = metrics.pop(BAD_CLIENT), metrics.pop(BAD_LEAF)
     before = sum(record["rounds"].get(BAD_CLIENTS, []))
     if metrics[BAD_CLIENTS].any() and not before:
-        _name_the_bad(experiment, done - len(bad), metrics[BAD_CLIENTS], bad, leaf)
+        _name_the_bad(experiment, done - len(bad), metrics[BAD_CLIENTS], bad, leaf, who)
     for name, values in metrics.items():
         record["rounds"].setdefault(name, []).extend(values.astype(float).tolist())
     evaluations = record["evaluations"]
@@ -171,12 +170,12 @@ def _extend(record: dict[str, Any], done: int, experiment: Experiment, metrics, 
     losses = evaluations.get(f"{kind}_loss", [0.0])
     if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
         text = f"the {kind} loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates"
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        tqdm.write(f"warning: {who}{text}", file=sys.stderr)
     in_order_of_ids = np.argsort(np.asarray(experiment.federation.client))
     record["clients"] = {name: values[in_order_of_ids].astype(float).tolist() for name, values in clients.items()}
 
 
-def _name_the_bad(experiment: Experiment, before: int, counts, clients, leaves) -> None:
+def _name_the_bad(experiment: Experiment, before: int, counts, clients, leaves, who: str) -> None:
     """Say whose numbers stopped being finite first, and in what."""
     first = int(np.argmax(counts > 0))
     client = int(clients[first])
@@ -190,7 +189,8 @@ def _name_the_bad(experiment: Experiment, before: int, counts, clients, leaves) 
         else "nor is what is made of it then; lower the learning rates, or leave such clients out by --drop_nonfinite"
     )
     tqdm.write(
-        f"warning: client {client}: {name} is not finite in round {before + first + 1}{more}; {what}", file=sys.stderr
+        f"warning: {who}client {client}: {name} is not finite in round {before + first + 1}{more}; {what}",
+        file=sys.stderr,
     )
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("lift",),
     ("algorithms",),
     ("layout", "evaluate", "plan", "hosts", "simulate", "checkpoint", "communication", "settings"),
-    ("experiment", "runner"),
+    ("experiment", "runner", "trials"),
     ("report", "program"),
     ("__init__", "__main__"),
 )
