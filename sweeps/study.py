@@ -1,0 +1,151 @@
+"""A study: which question is asked of which settings. A study file holds one, named STUDY."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+import fdjax
+from fdjax import settings
+from fdjax.algorithms import ALGORITHMS
+from fdjax.errors import InputError, unknown
+from fdjax.settings import Settings
+
+SEARCHES = ("grid", "random", "tpe")
+SEEDS = ("seed", "partition_seed")  # what the report takes the mean and std over
+
+
+class Study(NamedTuple):
+    """What is asked, of what, and how it is searched.
+
+    `fixed` and `space` name settings, options and hparams as the flags of `python -m fdjax` do. A dimension of `space`
+    is a sequence of values, or for random and TPE searches one of Optuna's distributions.
+    """
+
+    name: str
+    paper: str  # whose method or claim
+    question: str
+    runtime: str  # of the whole study, and where
+    fixed: Mapping[str, Any]
+    space: Mapping[str, Sequence[Any] | BaseDistribution]
+    objective: str = "central_accuracy"  # of the last evaluation
+    direction: str = "maximize"
+    search: str = "grid"
+    trials: int = 0  # of random and TPE searches
+    batch: int = 0  # trials asked for at once; 0: all that are left, for TPE 8
+    pruner: optuna.pruners.BasePruner | None = None
+    smoke: Mapping[str, Any] = MappingProxyType({})  # fields in place of these, for a run of seconds
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The space in Optuna's words."""
+        return {
+            name: d if isinstance(d, BaseDistribution) else CategoricalDistribution(tuple(d))
+            for name, d in self.space.items()
+        }
+
+    @property
+    def total(self) -> int:
+        """Trials of the whole study."""
+        return math.prod(len(values) for values in self._values()) if self.search == "grid" else self.trials
+
+    def _values(self) -> list[Sequence[Any]]:
+        return [d.choices for d in self.distributions.values() if isinstance(d, CategoricalDistribution)]
+
+    def point(self, number: int) -> dict[str, Any]:
+        """Params of trial `number` of a grid or random search: the same whoever asks, and whenever."""
+        if self.search == "grid":
+            return dict(zip(self.space, next(itertools.islice(itertools.product(*self._values()), number, None))))
+        return {name: self._drawn(name, number) for name in self.space}
+
+    def _drawn(self, name: str, number: int) -> Any:
+        seed = int.from_bytes(hashlib.sha256(f"{self.name} {name} {number}".encode()).digest()[:4])
+        sampler: Any = optuna.samplers.RandomSampler(seed)
+        return sampler.sample_independent(None, None, name, self.distributions[name])
+
+    def settings(self, params: Mapping[str, Any]) -> Settings:
+        """What a trial runs. Raises InputError as `Settings.check` does, and for a name that nothing has."""
+        given = {**self.fixed, **params}
+        entry = ALGORITHMS.get(given.get("algorithm", "fedavg"))
+        hparams = {name: float(given.pop(name)) for name in [*given] if entry and name in entry.hparams}
+        options = {name: str(given.pop(name)) for name in [*given] if entry and name in entry.options}
+        fields = Settings.__dataclass_fields__
+        for name in given:
+            if entry and (name not in fields or name in ("hparams", "options")):
+                raise unknown(f"hparam of {given['algorithm']}", name, entry.hparams)
+        return settings.make(hparams, options, **given)
+
+    def smaller(self) -> "Study":
+        """The smoke variant, a study of its own."""
+        smoke = dict(self.smoke)
+        fixed = {**self.fixed, **smoke.pop("fixed", {})}
+        return self._replace(name=f"{self.name}_smoke", fixed=fixed, **smoke)
+
+    def check(self) -> "Study":
+        """Self. Raises InputError for what cannot be searched or run."""
+        if self.search not in SEARCHES:
+            raise unknown("search", self.search, SEARCHES)
+        if self.direction not in ("maximize", "minimize"):
+            raise unknown("direction", self.direction, ("maximize", "minimize"))
+        for name, values in self.space.items():
+            if self.search == "grid" and isinstance(values, BaseDistribution):
+                raise InputError(f"study {self.name}: a grid needs values of {name}, not a distribution; list them")
+            if not isinstance(values, BaseDistribution) and not len(values):
+                raise InputError(f"study {self.name}: {name} has no values; give one at least")
+            if name in self.fixed:
+                raise InputError(f"study {self.name}: {name} is both fixed and searched; leave one of them out")
+        if self.total < 1:
+            raise InputError(f"study {self.name}: a {self.search} search of {self.trials} trials; give trials=...")
+        ends = {name: _ends(distribution) for name, distribution in self.distributions.items()}
+        for name, values in ends.items():
+            for value in values:
+                self.settings({other: them[0] for other, them in ends.items()} | {name: value})
+        return self
+
+    def description(self) -> dict[str, Any]:
+        """What makes it this study, as plain JSON values."""
+        space = {n: json.loads(optuna.distributions.distribution_to_json(d)) for n, d in self.distributions.items()}
+        return {
+            "fixed": dict(self.fixed), "space": space, "objective": self.objective, "direction": self.direction,
+            "search": self.search, "pruner": repr(self.pruner and vars(self.pruner)),
+        }  # fmt: skip
+
+
+def _ends(distribution: BaseDistribution) -> tuple[Any, ...]:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    return getattr(distribution, "low"), getattr(distribution, "high")  # noqa: B009
+
+
+def load(path: str) -> Study:
+    """The study of a file. Raises InputError if there is none."""
+    file = Path(path)
+    if not file.is_file():
+        shipped = ", ".join(sorted(str(f) for f in Path("sweeps").glob("*.py") if "\nSTUDY = " in f.read_text()))
+        raise InputError(f"--study={path}: no such file; a study file defines STUDY. Shipped here: {shipped}")
+    spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise InputError(f"--study={path} defines no STUDY; it must be a sweeps.study.Study")
+    return study
+
+
+def fingerprint_of_code() -> str:
+    """A hash of fdjax's sources: trials of other code would not be of one study."""
+    folder = Path(fdjax.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
