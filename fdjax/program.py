@@ -46,9 +46,10 @@ def start(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save at level info
         given = flags.FLAGS
-        if given.resume and given.overwrite:
+        resume = "resume" in given and given.resume
+        if resume and given.overwrite:
             sys.exit(_complain("--resume and --overwrite exclude each other; give one of them"))
-        if given.resume and not given.out:
+        if resume and not given.out:
             sys.exit(_complain("--resume needs the --out of the run that is to go on"))
         use_all_cores()
         try:
