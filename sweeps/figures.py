@@ -94,8 +94,8 @@ def _curves(made: Outcome, out: Path) -> list[Figure | str]:
         chosen[f"row {len(made.rows)}{_label(made, made.rows[-1])}"] = made.rows[-1]
     drawn = {label: curve(row, made.objective) for label, row in chosen.items()}
     drawn = {label: one for label, one in drawn.items() if len(one[0])}
-    if not drawn:
-        return ["No curves: the trials kept no evaluations."]
+    if max((len(one[0]) for one in drawn.values()), default=0) < 2:
+        return ["No curves: the trials kept fewer than two evaluations."]
     if len(made.rows) == 1:
         which = "The only configuration."
     else:

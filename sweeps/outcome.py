@@ -254,7 +254,6 @@ def records(made: Outcome) -> list[dict[str, Any]]:
             | {
                 "tail_evaluations": "-".join(map(str, tail_sizes([row], made.objective))),
                 "bytes": bytes_sent if np.isfinite(bytes_sent) else "",
-                "seconds": sum(trial.user_attrs.get("seconds") or 0.0 for trial in row.trials),
                 "trials": " ".join(str(trial.number) for trial in row.trials),
             }
         )

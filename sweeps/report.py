@@ -95,11 +95,12 @@ def _note(made: Outcome) -> str:
 
 
 def _lead(made: Outcome) -> dict[str, str]:
-    seconds = [trial.user_attrs.get("seconds") or 0.0 for trial in made.finished]
-    compiling = [trial.user_attrs.get("compile_seconds") or 0.0 for trial in made.finished]
-    measured = (
-        f"{sum(seconds):.0f} s of finished trials, {sum(compiling):.0f} s of it compilation" if any(seconds) else ""
-    )
+    # A trial has the seconds of its whole batch, which count once.
+    batches = {
+        tuple(trial.user_attrs.get(n) for n in ("worker", "seconds", "compile_seconds")) for trial in made.finished
+    }
+    seconds, compiling = [sum(batch[i] or 0.0 for batch in batches) for i in (1, 2)]
+    measured = f"{seconds:.0f} s of finished trials, {compiling:.0f} s of it compilation" if seconds else ""
     runtime = made.attributes.get("runtime", made.study.runtime)
     return {
         "Question": made.attributes.get("question", made.study.question),

@@ -53,8 +53,8 @@ def finished(params, values, distributions, metric="central_accuracy", **more):
         value=float(values[-1]), params=params, distributions=distributions,
         intermediate_values=dict(enumerate(map(float, values), 1)),
         user_attrs={
-            "evaluations": kept, "bytes": (1e6 * ROUNDS[: len(values)]).tolist(), "seconds": 2.0, "worker": "w",
-            "settings": {"model": "2nn", "data_dir": "/somewhere"},
+            "evaluations": kept, "bytes": (1e6 * ROUNDS[: len(values)]).tolist(), "worker": f"w{params.get('seed')}",
+            "seconds": 2.0, "compile_seconds": 0.5, "settings": {"model": "2nn", "data_dir": "/somewhere"},
         },
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_everything_is_written_and_the_page_needs_no_other_file(tmp_path, capsys
     assert [base64.b64decode(image) for image in images] == [(tmp_path / name).read_bytes() for name in pictures]
     assert len(re.findall(r"<img|<script|<link|<iframe", page)) == len(images)
     assert not re.search(r"https?:|href=|url\(|@import", page)
-    for text in ("Which?", "A. &amp; B. &lt;2020&gt;", "3 min; 36 s of finished trials", "jax 9.9.9", "abcdef123456",
+    for text in ("Which?", "A. &amp; B. &lt;2020&gt;", "3 min; 6 s of finished trials", "jax 9.9.9", "abcdef123456",
                  "18 of 18 trials are complete", "--study=made_up.py", "model=2nn", "mnist_sample"):  # fmt: skip
         assert text in page, text
     assert "/somewhere" not in page
@@ -220,7 +220,7 @@ def test_twenty_configurations_are_printed_and_all_are_in_the_files(tmp_path, ca
 def test_a_search_has_a_history_and_few_trials_no_importance(tmp_path):
     space = {"temperature": FloatDistribution(1, 10, log=True), "weight": FloatDistribution(0, 1)}
     made = study(space=space, search="random", trials=9)
-    trials = [finished(made.point(n), [0.1 * n], made.distributions) for n in range(9)]
+    trials = [finished(made.point(n), [0.0, 0.1 * n], made.distributions) for n in range(9)]
     drawn, missing = figures.draw(read(made, trials), tmp_path)
     assert [figure.path.name for figure in drawn] == ["curves.png", "bytes.png", "history.png"]
     assert missing[0] == "No heatmap: 9 configurations are too few for 9 x 9 cells."
