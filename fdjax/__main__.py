@@ -53,6 +53,7 @@ def summary(result: Result) -> str:
         "worst_client": "worst client, own label distribution, %",
         "quantile_10": "10 % quantile of clients, %",
         "client_std": "std across clients, %",
+        "validation_accuracy": "accuracy on the validation split, %",
     }
     rows = [(text, report.percent(final[name])) for name, text in names.items() if name in final]
     rows += [

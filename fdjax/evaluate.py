@@ -18,7 +18,8 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
 
     Central: the central model, or the ensemble, on the test set. Local: the mean over clients of their own model there.
     Own: the client's model (the central one for methods without personal ones) on the client's own test part. For a
-    method with `predict` that is a client's own model.
+    method with `predict` that is a client's own model. Validation, where the federation has such examples: the central
+    model or the ensemble on them, or else the mean over clients of their own model.
     """
     personal, predict = algorithm.personal, algorithm.predict
     has_own = personal is not None or predict is not None
@@ -75,46 +76,71 @@ def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
 
     owns, fulls = ([of(j, cohort) for j, cohort in enumerate(layout.cohorts)] for of in (own_of, full_of))
 
+    def central_on(state, examples):
+        assert algorithm.central is not None
+        central = algorithm.central[1](state.server)
+        batches = _split(len(examples.y), layout.eval_batch)
+        by_batch = alike._replace(chunk=1, kind="chunk" if lifting.kind == "vmap" else lifting.kind)
+        _, score = lift.over_clients(central_turn, (central, examples), batches, by_batch, stage="central evaluation")
+        return score.mean()
+
+    def each_on(state, server, federation, trained, examples):
+        """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's sums."""
+        scores, votes = [], []
+        for j, part in enumerate(slices):
+            rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
+            names = {"stage": "evaluation", "names": rows.client}
+            score, vote = lift.over_clients(fulls[j], (server, examples), (rows, trained[part]), alike, **names)
+            scores.append(score)
+            votes.append(vote)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean(), jax.tree.map(
+            lambda *x: sum(x[1:], x[0]), *votes
+        )
+
     @compiler(layout)
     def evaluate(state, federation):
-        test, scalars, per_client = federation.test, {}, {}
+        test, validation, scalars, per_client = federation.test, federation.validation, {}, {}
         # Only what clients predict with: not the server's whole state to every device.
         server = state.server if predict is not None or personal is None else ()
         if algorithm.central is not None:
-            central = algorithm.central[1](state.server)
-            batches = _split(len(test.y), layout.eval_batch)
-            by_batch = alike._replace(chunk=1, kind="chunk" if lifting.kind == "vmap" else lifting.kind)
-            _, score = lift.over_clients(central_turn, (central, test), batches, by_batch, stage="central evaluation")
-            scalars["central_accuracy"], scalars["central_loss"] = score.mean()
+            scalars["central_accuracy"], scalars["central_loss"] = central_on(state, test)
         trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
-        own, full, votes = [], [], []
+        own = []
         for j, part in enumerate(slices):
             rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
             names = {"stage": "evaluation", "names": rows.client}
             own.append(lift.over_clients(owns[j], (server, federation), rows, lifting, **names)[0])
-            if has_own and layout.full_eval:
-                score, vote = lift.over_clients(fulls[j], (server, test), (rows, trained[part]), alike, **names)
-                full.append(score)
-                votes.append(vote)
         own_accuracy, own_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *own).mean()
         per_client |= {"own_accuracy": own_accuracy, "own_loss": own_loss}
         if not has_own:
             scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
         elif layout.full_eval:
-            accuracy, loss = jax.tree.map(lambda *x: jnp.concatenate(x), *full).mean()
+            (accuracy, loss), votes = each_on(state, server, federation, trained, test)
             per_client |= {"local_accuracy": accuracy, "local_loss": loss}
             scalars["local_accuracy"] = losses.weighted_mean(accuracy, trained)
             scalars["local_loss"] = losses.weighted_mean(loss, trained)
-        if algorithm.ensemble:
-            votes, count = jax.tree.map(lambda *x: sum(x[1:], x[0]), *votes)
-            logits = jnp.log(jnp.maximum(votes / jnp.maximum(count, 1), 1e-30))
-            scalars["central_accuracy"] = jnp.mean(losses.correct(logits, test.y))
-            scalars["central_loss"] = jnp.mean(losses.cross_entropy(logits, test.y))
+            if algorithm.ensemble:
+                scalars["central_accuracy"], scalars["central_loss"] = _ensemble(votes, test.y)
+        if validation is not None:
+            if algorithm.central is not None:
+                score = central_on(state, validation)
+            else:
+                each, votes = each_on(state, server, federation, trained, validation)
+                mean = [losses.weighted_mean(x, trained) for x in each]
+                score = _ensemble(votes, validation.y) if algorithm.ensemble else mean
+            scalars["validation_accuracy"], scalars["validation_loss"] = score
         tested = federation.test_holdings.count > 0
         scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
         return scalars, per_client
 
     return evaluate
+
+
+def _ensemble(votes, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Accuracy and loss of the mean of softmax outputs; `votes`: their sum [M, K], and of how many."""
+    total, count = votes
+    logits = jnp.log(jnp.maximum(total / jnp.maximum(count, 1), 1e-30))
+    return jnp.mean(losses.correct(logits, y)), jnp.mean(losses.cross_entropy(logits, y))
 
 
 def _split(size: int, batch: int) -> tuple[jax.Array, jax.Array]:

@@ -25,7 +25,7 @@ from fdjax.types import Algorithm, Cohort, Federation, Holdings, HParams, Model,
 # What a compiled round does not depend on: runs that differ only here share their compilations.
 _NOT_COMPILED = (
     "seed", "partition_seed", "hparams", "eval_every", "dataset", "data_dir", "cache_dir", "writers", "standardize",
-    "train_fraction",
+    "train_fraction", "validation_fraction",
     "partition", "alpha", "beta", "iid", "samples_per_client", "shards_per_client", "labels_per_client", "min_size",
     "scarce_labels", "scarce_size", "merge", "lifting", "chunk", "devices", "memory_limit", "proxy", "proxy_size",
 )  # fmt: skip
@@ -90,6 +90,7 @@ def load(settings: Settings) -> tuple[Source, Holdings, data.Proxy | None]:
                 f"{what} needs labelled proxy data, but --proxy={settings.proxy} has none of the {source.num_classes} "
                 "labels; give --proxy=held_out, or a data set of the same classes"
             )
+    source = data.take_validation(source, settings.validation_fraction, seed)
     name = settings.partition_name
     if clients is None and name not in ("writer", "natural"):
         clients = 30 if settings.dataset == "synthetic" else 10

@@ -59,6 +59,7 @@ def federate(
         train_holdings=rows(train, len(source.train_y)),
         test_holdings=rows(test, len(source.test_y) + clients),
         proxy=None if proxy is None else examples(*proxy, source),
+        validation=None if source.validation is None else examples(*source.validation, source),
     )
     return jax.device_put(federation, replicated(mesh))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tabulate import tabulate
 
 from fdjax import hosts
@@ -141,7 +142,8 @@ def byte_size(count: float) -> str:
     raise AssertionError
 
 
-Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
+Curve = tuple[str, Sequence[float], Sequence[float]] | tuple[str, Sequence[float], Sequence[float], Sequence[float]]
+# label, x, y, and half the width of a band around y
 Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
 
 
@@ -155,8 +157,11 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
-        for label, x, y in curves:
-            axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)
+        for label, x, y, *band in curves:
+            (line,) = axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)
+            for half in band:
+                low, high = np.subtract(y, half), np.add(y, half)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
         if x_label == "round":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))

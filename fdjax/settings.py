@@ -54,6 +54,9 @@ class Settings:
     merge: bool | None = _field(None, "partition writer: several writers to a client", bool)
     standardize: bool = _field(True, "inputs to mean 0 and std 1 per channel; else images are in [0, 1]")
     train_fraction: float = _field(1.0, "fraction of the training examples that is used, drawn by partition_seed")
+    validation_fraction: float = _field(
+        0.0, "fraction of these, less proxy data, that nobody trains on and every evaluation tests too; 0: none"
+    )
 
     model: str = _field("2nn", f"the central (student) model. {_table(MODELS)}")
     models: str | None = _field(
@@ -137,6 +140,8 @@ class Settings:
         for name in ("participation", "train_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"--{name}={getattr(self, name)}: expected a fraction above 0 and at most 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"--validation_fraction={self.validation_fraction}: expected 0 or a fraction below 1")
         for name, value in self.hparams:
             _check_hparam(name, value)
         needed = ALGORITHMS[self.algorithm].proxy

@@ -30,6 +30,7 @@ class Source(NamedTuple):
     std: tuple[float, ...] = (1.0,)
     train_owner: np.ndarray | None = None  # [N] int32: the natural client (writer, device) of each example
     test_owner: np.ndarray | None = None  # [M] int32
+    validation: tuple[np.ndarray, np.ndarray] | None = None  # x and y held out of training, to choose rounds by
 
 
 class Holdings(NamedTuple):
@@ -61,6 +62,7 @@ class Federation(NamedTuple):
     train_holdings: Holdings  # rows as in `client`
     test_holdings: Holdings  # each client's own test part, of its own label distribution
     proxy: Examples | None = None
+    validation: Examples | None = None  # nobody trains on them
 
 
 class Model(NamedTuple):

@@ -1,5 +1,6 @@
 """Data sets on the host and how clients share them; nothing here touches a device."""
 
+from fdjax.data.held_out import take_validation
 from fdjax.data.holdings import count_labels
 from fdjax.data.own_test import own_test_part
 from fdjax.data.partitions import PARTITIONS, partition
@@ -10,5 +11,5 @@ from fdjax.data.sources import SOURCES, load
 
 __all__ = [
     "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "count_labels", "draw_partition", "load", "own_test_part", "partition",
-    "take_proxy",
+    "take_proxy", "take_validation",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from fdjax.data.held_out import hold_out
 from fdjax.data.sources import SOURCES, load
 from fdjax.errors import InputError, unknown
 from fdjax.types import Source
@@ -37,11 +38,8 @@ def take_proxy(source: Source, kind: str, size: int, seed: int, **where) -> tupl
         have = len(source.train_y)
         if not 0 < size < have:
             raise InputError(f"--proxy_size={size}: expected 1 to {have - 1} of the {have} training examples")
-        chosen = np.sort(rng.choice(have, size, replace=False))
-        rest = np.setdiff1d(np.arange(have), chosen)
-        owner = None if source.train_owner is None else source.train_owner[rest]
-        kept = source._replace(train_x=source.train_x[rest], train_y=source.train_y[rest], train_owner=owner)
-        return kept, Proxy(source.train_x[chosen], source.train_y[chosen], True)
+        kept, x, y = hold_out(source, size, rng)
+        return kept, Proxy(x, y, True)
     if kind in ("noise", "generated"):
         unlabelled = np.full(size, _UNKNOWN, np.int32)
         if not image:
