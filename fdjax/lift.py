@@ -181,8 +181,8 @@ def what_varies(one: Callable[..., PyTree], args: tuple[PyTree, ...], varies: tu
         found.append(batched[0])
         return out, batched[0]
 
-    jax.eval_shape(jax.vmap(lambda *args: probe(one(*args)), in_axes=trial_axes(varies)), *args)
-    return found[0] if found else jax.tree.map(lambda _: False, jax.eval_shape(one, *args))
+    out = jax.eval_shape(jax.vmap(lambda *args: probe(one(*args)), in_axes=trial_axes(varies)), *args)
+    return found[0] if found else jax.tree.map(lambda _: False, out)
 
 
 def over_trials(

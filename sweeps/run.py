@@ -168,7 +168,7 @@ def _prune(study: Study, trial: optuna.Trial, done: int, record: dict[str, Any])
         patiently(lambda: storage.set_trial_intermediate_value(number, done, value))
     except optuna.exceptions.UpdateFinishedTrialError:
         return True
-    return not np.isfinite(value) or trial.should_prune()
+    return not np.isfinite(value) or trial.study.pruner.prune(trial.study, storage.get_trial(number))
 
 
 def _tell(study: Study, trial: optuna.Trial, result: Result) -> None:
