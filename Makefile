@@ -31,8 +31,8 @@ venv: $(VENV)/.installed ## make or update .venv with the pinned packages
 run: $(VENV)/.installed ## federated distillation on the embedded MNIST sample: a table in minutes
 	@$(VENV)/bin/python -m benchmarks.feddistill_table1 --preset=quick --out=runs/table1_quick --overwrite
 
-test: $(VENV)/.installed ## all tests, two at a time
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_FLAGS)
+test: $(VENV)/.installed ## all tests, two files at a time
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed ## ruff: rules and format
 	@$(VENV)/bin/ruff check .

@@ -10,11 +10,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import jax
 import numpy as np
+import programs
 import pytest
+
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = programs.quick(_given)
 
 import fdjax  # noqa: F401  sets XLA flags, which count only before JAX starts
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every lifting meets more than one device
+jax.devices()  # XLA reads its flags now, and processes that tests start compile as in use
+os.environ["XLA_FLAGS"] = _given
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes any first example slow; the same examples every time keep a failure reproducible.

@@ -9,9 +9,10 @@ from fdjax import experiment, settings
 from fdjax.algorithms import ALGORITHMS
 
 SEEDS = (0, 1, 2)
+# One client at a time, which compiles once for all seeds; the chunks of choice follow a partition's sizes.
 FEW_LABELS = {
     "dataset": "mnist_sample", "train_fraction": 0.25, "partition": "dirichlet_a", "alpha": 0.1, "num_clients": 10,
-    "model": "2nn", "rounds": 10, "eval_every": 10, "devices": 2,
+    "model": "2nn", "rounds": 10, "eval_every": 10, "devices": 2, "chunk": 1,
 }  # fmt: skip
 HELD_OUT = {"proxy": "held_out", "proxy_size": 500}  # of the 1,500 images, so that 1,000 are left to the clients
 

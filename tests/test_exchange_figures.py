@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 
 from benchmarks import dsfl_era, fedmd_figure2
@@ -15,18 +13,10 @@ from fdjax import runner, settings
 from fdjax.data.holdings import from_counts
 from fdjax.data.sources import load
 
-pytestmark = pytest.mark.xdist_group("figures")  # one process makes what they share
-ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "dataset": "mnist_sample", "train_fraction": 0.1, "partition": "dirichlet_a", "alpha": 1.0, "min_size": 1,
     "num_clients": 3, "model": "mclr", "proxy": "held_out", "proxy_size": 20, "proxy_per_round": 10, "devices": 1,
 }  # fmt: skip
-
-
-def program(name, *flags):
-    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +34,9 @@ def fashion(tmp_path_factory):
 def era(fashion, tmp_path_factory):
     out = tmp_path_factory.mktemp("era")
     flags = [f"--{name}={value}" for name, value in TINY.items() if name != "dataset"]
-    done = program(
-        "dsfl_era", *flags, f"--out={out}", f"--fashion_dir={fashion}", "--rounds=3", "--seeds=1", "--eval_every=3",
-        "--budgets=0.01,0.1", "--target_mnist=1",
+    done = programs.run(
+        "benchmarks.dsfl_era", *flags, f"--out={out}", f"--fashion_dir={fashion}", "--rounds=3", "--seeds=1",
+        "--eval_every=3", "--budgets=0.01,0.1", "--target_mnist=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out, json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
@@ -99,7 +89,9 @@ def test_accuracy_within_bytes_and_bytes_to_accuracy():
 def test_without_fashion_mnist_the_other_half_is_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     flags = [f"--{name}={value}" for name, value in TINY.items() if name != "dataset"]
-    done = program("dsfl_era", *flags, f"--out={tmp_path}", "--rounds=1", "--seeds=1", "--methods=fedavg")
+    done = programs.run(
+        "benchmarks.dsfl_era", *flags, f"--out={tmp_path}", "--rounds=1", "--seeds=1", "--methods=fedavg"
+    )
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("Fashion-MNIST is left out")]
     assert "apt-get install dataset-fashion-mnist" in line
@@ -109,8 +101,8 @@ def test_without_fashion_mnist_the_other_half_is_printed(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def figure(tmp_path_factory):
     out = tmp_path_factory.mktemp("figure")
-    done = program(
-        "fedmd_figure2", f"--out={out}", "--models=mclr:2,2nn:1", "--train_fraction=0.05", "--proxy_size=60",
+    done = programs.run(
+        "benchmarks.fedmd_figure2", f"--out={out}", "--models=mclr:2,2nn:1", "--train_fraction=0.05", "--proxy_size=60",
         "--pretrain_epochs=1", "--private_epochs=1", "--rounds=3", "--eval_every=2", "--seeds=2", "--devices=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -165,7 +157,7 @@ def test_everything_for_everyone():
     ],
 )
 def test_what_cannot_work_is_one_line(name, given, message, tmp_path):
-    done = program(name, f"--out={tmp_path}", "--seeds=1", "--rounds=1", *given)
+    done = programs.run(f"benchmarks.{name}", f"--out={tmp_path}", "--seeds=1", "--rounds=1", *given)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in line
@@ -174,6 +166,6 @@ def test_what_cannot_work_is_one_line(name, given, message, tmp_path):
 
 def test_a_figure_is_not_written_over(figure):
     out, _, _ = figure
-    done = program("fedmd_figure2", f"--out={out}", "--models=mclr:2")
+    done = programs.run("benchmarks.fedmd_figure2", f"--out={out}", "--models=mclr:2")
     assert done.returncode == 2
     assert "use --overwrite" in done.stderr

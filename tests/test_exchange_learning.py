@@ -1,11 +1,6 @@
 """What exchange is worth where clients hold few labels, measured against the same training without it."""
 
-import functools
-import itertools
-
-import chex
 import engine_cases as cases
-import jax
 import numpy as np
 import pytest
 from learning_cases import SEEDS, alone, run
@@ -20,6 +15,7 @@ FLOATS = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "m
 # Which accuracy, how far above that of `local` for every seed, and how far for seeds 0, 1, 2 when it was measured.
 BETTER = {
     "fedavg": ("central", 0.45, (0.568, 0.515, 0.593)),
+    "fedprox": ("central", 0.45, (0.566, 0.512, 0.591)),
     "feddistill": ("central", 0.45, (0.558, 0.540, 0.571)),
     "ensemble": ("central", 0.2, (0.343, 0.249, 0.343)),
     "centralized": ("central", 0.6, (0.678, 0.666, 0.666)),
@@ -27,7 +23,7 @@ BETTER = {
     "cronus": ("local", 0.03, (0.124, 0.046, 0.063)),
     "dsfl": ("local", 0.25, (0.382, 0.349, 0.375)),
     "feddf": ("central", 0.45, (0.585, 0.550, 0.560)),
-    "cfd": ("central", 0.15, (0.367, 0.234, 0.370)),
+    "cfd": ("central", 0.15, (0.365, 0.253, 0.311)),
     "fedgems": ("local", 0.5, (0.638, 0.632, 0.622)),
 }
 CHOSEN = {
@@ -74,6 +70,22 @@ def test_dsfl_central_model_beats_the_mean_of_models_alone():
         assert run("dsfl", seed)[0]["central_accuracy"] > alone(seed) + 0.3
 
 
+def test_cfd_sends_a_thirtieth_of_its_symbols():
+    """And less than a code without deltas could: one of 10 labels an example is log2(10) bits."""
+    for seed in SEEDS:
+        _, metrics, traffic = run("cfd", seed, CHOSEN["cfd"])
+        assert metrics["bytes_up"].max() < traffic.round_up / 30  # which is 1 byte a symbol, 5 kB a client
+        assert metrics["bytes_up"][1:].mean() < 10 * 500 * np.log2(10) / 8 / 1.5
+
+
+def test_fedgems_server_learns_more_than_it_knew():
+    """Measured 0.877, 0.893, 0.880 for the server, whose proxy labels alone are worth much of it."""
+    for seed in SEEDS:
+        scalars, metrics, _ = run("fedgems", seed, CHOSEN["fedgems"])
+        assert scalars["central_accuracy"] > 0.8
+        assert metrics["server_known"][-1] > metrics["server_known"][0]
+
+
 def test_baselines_are_in_order():
     """Pooled above together above alone; measured 0.923, 0.588, 0.245 for seed 0."""
     for seed in SEEDS:
@@ -91,56 +103,6 @@ def test_centralized_is_one_client_that_holds_everything():
     assert len(apart.holdings.order) == everything > 60
     assert sorted(built.holdings.order.tolist()) == sorted(apart.holdings.order.tolist())
     assert built.simulation.traffic(built.federation).round_up == 0
-
-
-IMAGES = (8, 8, 1)
-MIXED = (("cnn", 3), ("2nn", 2), ("wide", 2))
-LIFTINGS = [
-    ("chunk", 2, 1),
-    ("shard_map", 2, 1),
-    ("shard_map", 1, 2),
-    ("shard_map", 1, 4),
-    ("pmap", 1, 2),
-    ("loop", 1, 1),
-]
-# All liftings for the one that compiles fastest, which gathers and addresses; two devices for the others.
-UNDER = [
-    *(("fd", *lifting) for lifting in LIFTINGS),
-    *((name, "shard_map", 1, 2) for name in ("fedmd", "cronus", "dsfl")),
-]
-
-
-@functools.cache
-def mixed(name):
-    """Start and (end, metrics, evaluation), on the host, of three architectures under vmap; one is convolutional."""
-    _, simulation, federation, hparams = mixed_start(name, "vmap", 1, 1)
-    state = cases.begin(simulation, federation, hparams)
-    start = jax.device_get(state)
-    end = simulation.run(state, federation, hparams, 2)
-    return start, jax.device_get((*end, simulation.evaluate(end[0], federation)))
-
-
-def mixed_start(name, kind, chunk, devices):
-    layout = {"participants": (2, 2, 1), "devices": devices, "chunk": chunk, "kind": kind}
-    algorithm, simulation = cases.simulation(name, cohorts=MIXED, shape=IMAGES, **layout)
-    federation = cases.federation(devices=devices, cohort_sizes=(3, 2, 2), shape=IMAGES)
-    start = cases.replicated(mixed(name)[0], federation) if kind != "vmap" else None
-    return start, simulation, federation, cases.hparams_of(algorithm, learning_rate=0.05)
-
-
-@pytest.mark.parametrize(("name", "kind", "chunk", "devices"), UNDER, ids=str)
-def test_three_architectures_under_every_lifting(name, kind, chunk, devices):
-    before, (state, metrics, evaluation) = mixed(name)
-    assert cases.all_finite((state, metrics, evaluation))
-    shapes = [jax.tree.map(np.shape, cohort) for cohort in state.clients]
-    assert not any(a == b for a, b in itertools.combinations(shapes, 2))
-    for a, b in zip(before.clients, state.clients, strict=True):  # every architecture learns
-        assert max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)) > 1e-3
-    start, simulation, federation, hparams = mixed_start(name, kind, chunk, devices)
-    other, other_metrics = simulation.run(start, federation, hparams, 2)
-    if (kind, devices) == ("shard_map", 2):  # elsewhere no need to compile it anew
-        chex.assert_trees_all_close(simulation.evaluate(other, federation), evaluation, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(jax.device_get((other, other_metrics)), (state, metrics), rtol=1e-5, atol=1e-5)
 
 
 BAD = [

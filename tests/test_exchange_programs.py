@@ -1,12 +1,9 @@
 """benchmarks.fd_table1 and benchmarks.exchange_bytes: exact bits and bytes, every row, the files, one-line errors."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 
 from benchmarks import cases, fd_table1
@@ -14,16 +11,9 @@ from fdjax import experiment, settings
 from fdjax.algorithms import ALGORITHMS
 from fdjax.runner import Result
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = ["--model=mclr", "--clients=2", "--samples_per_client=60", "--iterations=3", "--batch_size=16"]
 EXCHANGE = ["--model=mclr", "--num_clients=6", "--train_fraction=0.1", "--min_size=1", "--proxy_size=50", "--rounds=2"]
 MCLR = 784 * 10 + 10
-
-
-def program(name, *flags):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def rows(folder):
@@ -33,7 +23,7 @@ def rows(folder):
 
 
 def test_a_tiny_table_of_fd_is_complete_and_its_payload_exact(tmp_path):
-    done = program("fd_table1", *TABLE, "--eval_every=16", f"--out={tmp_path}")
+    done = programs.run("benchmarks.fd_table1", *TABLE, "--eval_every=16", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     table = {(row[0], row[1]): row for row in rows(tmp_path)}
     assert len(table) == 4 * 5
@@ -60,7 +50,7 @@ def test_a_tiny_table_of_fd_is_complete_and_its_payload_exact(tmp_path):
     assert "mnist_sample in place of MNIST" in text
     assert "60 images a device in place of 2,000" in text
     assert "FAug is not built" in text
-    again = program("fd_table1", *TABLE, "--eval_every=16", f"--out={tmp_path}")
+    again = programs.run("benchmarks.fd_table1", *TABLE, "--eval_every=16", f"--out={tmp_path}")
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
 
@@ -84,7 +74,7 @@ def test_the_papers_payload_is_counted_for_sixteen_rounds_whatever_is_run(algori
 
 def test_one_federation_for_all_methods_and_a_row_that_fails_is_only_a_row(tmp_path):
     chosen = "--algorithms=fedavg,fedgkt,fd,dsfl,local,centralized"
-    done = program("exchange_bytes", *EXCHANGE, chosen, f"--out={tmp_path}")
+    done = programs.run("benchmarks.exchange_bytes", *EXCHANGE, chosen, f"--out={tmp_path}")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "fedgkt failed: model 'mclr' has no method 'features'" in (tmp_path / "table.md").read_text()
@@ -111,7 +101,9 @@ def test_one_federation_for_all_methods_and_a_row_that_fails_is_only_a_row(tmp_p
 
 def test_coded_bytes_and_a_net_in_two_parts(tmp_path):
     flags = ["--model=2nn", "--server_model=mclr", "--server_epochs=1", "--local_epochs=1", "--rounds=2"]
-    done = program("exchange_bytes", *EXCHANGE[1:-1], *flags, "--algorithms=cfd,fedgkt", f"--out={tmp_path}")
+    done = programs.run(
+        "benchmarks.exchange_bytes", *EXCHANGE[1:-1], *flags, "--algorithms=cfd,fedgkt", f"--out={tmp_path}"
+    )
     assert done.returncode == 0, done.stderr
     table = {row[0]: row for row in rows(tmp_path)}
     raw = 50 * 10 * 4
@@ -143,7 +135,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "given", "message"), BAD, ids=[given[-1] for _, given, _ in BAD])
 def test_bad_flags_are_one_line(name, given, message, tmp_path):
-    done = program(name, *given, f"--out={tmp_path}")
+    done = programs.run(f"benchmarks.{name}", *given, f"--out={tmp_path}")
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in line

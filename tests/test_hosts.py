@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 
 from fdjax import hosts
@@ -23,7 +24,7 @@ FLAGS = (
 def start(folder, *flags, devices=1):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": programs.quick(os.environ.get("XLA_FLAGS", "")),
     }  # fmt: skip
     command = [sys.executable, "-m", "fdjax", *FLAGS, *flags]
     pipe = subprocess.PIPE

@@ -14,7 +14,7 @@ from fdjax.local import Training
 ROUNDS, RATE, BATCH = 6, 0.1, 32
 NON_IID = {
     "dataset": "mnist_sample", "partition": "dirichlet_a", "alpha": 0.5, "num_clients": 10, "model": "2nn",
-    "batch_size": BATCH, "rounds": ROUNDS, "eval_every": ROUNDS, "local_eval": "own", "devices": 2,
+    "batch_size": BATCH, "rounds": ROUNDS, "eval_every": ROUNDS, "local_eval": "own", "devices": 2, "chunk": 1,
 }  # fmt: skip
 
 

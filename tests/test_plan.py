@@ -116,7 +116,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts():
 
 def test_the_chunk_shrinks_to_what_fits(capsys):
     """The estimate that the compiler makes grows with the chunk, so a limit between two chunks picks the smaller."""
-    built = experiment.build(settings.make(**SMALL | {"num_clients": 64}, devices=1, lifting="chunk"))
+    made = SMALL | {"algorithm": "fedavg", "num_clients": 16, "devices": 1, "lifting": "chunk"}
+    built = experiment.build(settings.make(**made))
     state = built.simulation.init(0, built.federation)
 
     def needed(chunk):
@@ -127,14 +128,12 @@ def test_the_chunk_shrinks_to_what_fits(capsys):
         )
         return max(plan.needed_bytes(call.compile()) for call in calls)
 
-    small, large = needed(1), needed(64)
+    small, large = needed(1), needed(16)
     assert small < large
     limit = (small + large) / 2e9
-    result = runner.run(
-        settings.make(**SMALL | {"num_clients": 64}, devices=1, lifting="chunk", memory_limit=limit), progress=True
-    )
+    result = runner.run(settings.make(**made, memory_limit=limit), progress=True)
     said = capsys.readouterr().err
-    assert "because 64 does not fit" in said
+    assert "because 16 does not fit" in said
     assert np.isfinite(result.final["central_loss"])
 
 

@@ -4,13 +4,11 @@ The peers themselves live in an environment of their own; here a NumPy loop in f
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from benchmarks import speed_suites
@@ -90,14 +88,10 @@ def test_programs_stay_small(path):
     assert len(path.read_text().splitlines()) < (151 if path.name.endswith("_worker.py") else 400)
 
 
-def speed(*flags):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "benchmarks.speed", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_a_tiny_run_writes_its_files(tmp_path):
-    done = speed("--suite=logistic,distill,scale,gpu", "--smoke", "--peers=", f"--out={tmp_path}")
+    done = programs.run(
+        "benchmarks.speed", "--suite=logistic,distill,scale,gpu", "--smoke", "--peers=", f"--out={tmp_path}"
+    )
     assert done.returncode == 0, done.stderr
     assert "gpu: skipped, JAX's backend here is 'cpu'" in done.stdout
     for name, cases in {"logistic": 1, "distill": 1, "scale": 2}.items():
@@ -127,7 +121,7 @@ def test_a_tiny_run_writes_its_files(tmp_path):
     ],
 )
 def test_what_cannot_work_is_one_line(given, message):
-    done = speed(*given, "--smoke")
+    done = programs.run("benchmarks.speed", *given, "--smoke")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in line
