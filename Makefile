@@ -57,7 +57,7 @@ clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(call make_venv,$(VENV))
 	@echo "installing the pinned packages into $(VENV): about a minute, 1.2 GB" >&2
-	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev]'
+	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev,sweeps]'
 	@touch $@
 
 $(VENV_BENCH)/.installed: constraints-bench.txt

@@ -19,7 +19,7 @@ from fdjax import hosts
 from fdjax.errors import InputError
 from fdjax.runner import Result
 
-_VERSIONS = ("fdjax", "jax", "jaxlib", "flax", "optax", "numpy")
+_VERSIONS = ("fdjax", "jax", "jaxlib", "flax", "optax", "numpy", "optuna")
 
 
 def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:

@@ -10,7 +10,7 @@ STUDY = Study(
     name="dsfl_temperature_alpha",
     paper="Itahara, Nishio, Koda, Morikura, Yamamoto, DS-FL (2021)",
     question="Which temperature of ERA makes the best central model, from very unlike clients to like ones?",
-    runtime="",
+    runtime="36 trials: two minutes on two cores",
     fixed={
         "algorithm": "dsfl", "dataset": "mnist_sample", "partition": "dirichlet_a", "num_clients": 10, "model": "2nn",
         "batch_size": 32, "learning_rate": 0.1, "rounds": 20, "eval_every": 2, "proxy": "held_out", "proxy_size": 1000,

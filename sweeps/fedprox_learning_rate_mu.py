@@ -10,7 +10,7 @@ STUDY = Study(
     name="fedprox_learning_rate_mu",
     paper="Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, FedProx (2020), section 5",
     question="Is a proximal term worth more than another learning rate?",
-    runtime="",
+    runtime="45 trials: 72 seconds on two cores",
     fixed={
         "algorithm": "fedprox", "dataset": "synthetic", "alpha": 1.0, "beta": 1.0, "num_clients": 30, "model": "mclr",
         "participation": 1 / 3, "batch_size": 10, "local_epochs": 20, "rounds": 100, "eval_every": 10,

@@ -71,7 +71,8 @@ def open_study(study: Study, url: str) -> optuna.Study:
                     f"study {study.name} in {url} was begun with other {what}{_difference(then[name], now[name])}; "
                     "give the new one another --name"
                 )
-    more = {name: getattr(study, name) for name in ("paper", "question", "runtime")}
+    more: dict[str, Any] = {name: getattr(study, name) for name in ("paper", "question", "runtime")}
+    more["command"] = " ".join(["python -m sweeps.run", *sys.argv[1:]])
     for name, value in (now | more | {"environment": report.environment()}).items():
         if name not in then:
             patiently(lambda name=name, value=value: made.set_user_attr(name, value))
@@ -95,7 +96,7 @@ def work(study: Study, shared: optuna.Study, size: int) -> None:
             mine = _ask(study, worker, everything, size)
             if mine:
                 try:
-                    _run(study, mine, size, batches)
+                    _run(study, mine, size, batches, bar)
                 except BaseException:
                     for trial in mine:
                         if not trial.study._storage.get_trial(trial._trial_id).state.is_finished():
@@ -123,7 +124,7 @@ def _ask(study: Study, worker: Worker, everything: list[FrozenTrial], size: int)
     return wanted
 
 
-def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[Any, trials.Batch]) -> None:
+def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[Any, trials.Batch], bar: tqdm) -> None:
     """Run trials, those of one signature as one batch."""
     groups: dict[Any, list[tuple[optuna.Trial, Experiment]]] = {}
     for trial, experiment in zip(mine, _experiments(study, mine), strict=True):
@@ -136,6 +137,7 @@ def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[An
             tqdm.write(batches[signature].why, file=sys.stderr)
 
         def watch(done, records, asked=asked):
+            bar.set_postfix_str(f"{len(records)} trials at round {done}")
             return [n for n, record in records.items() if _prune(study, asked[n], done, record)]
 
         for trial, result in zip(asked, batches[signature].run(like, watch), strict=True):
