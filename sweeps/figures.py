@@ -9,7 +9,6 @@ import optuna
 
 from fdjax import report
 from sweeps.outcome import Outcome, Row, curve, last, word
-from sweeps.study import SEEDS
 
 CURVES = 5  # configurations, the best ones
 _FEWEST = 10  # finished trials, for the importance of params
@@ -136,7 +135,7 @@ def importances(made: Outcome) -> dict[str, float] | str:
         return "No importance of params: fewer than two vary besides seeds."
     if len(made.finished) < _FEWEST:
         return f"No importance of params: {len(made.finished)} finished trials are too few, of at least {_FEWEST}."
-    seeds = [n for n in SEEDS if len({repr(trial.params.get(n)) for trial in made.finished}) > 1]
+    seeds = [n for n in made.study.seeds if len({repr(trial.params.get(n)) for trial in made.finished}) > 1]
     study = optuna.create_study(direction="maximize" if made.maximize else "minimize")
     study.add_trials(made.finished)
     try:
@@ -157,12 +156,14 @@ def _importance(made: Outcome, out: Path) -> list[Figure | str]:
     plt = _pyplot()
     names = sorted(found, key=lambda n: found[n])
     figure, axis = plt.subplots(figsize=(6.5, 1.1 + 0.35 * len(names)), layout="constrained")
-    bars = axis.barh(names, [found[n] for n in names], color=["silver" if n in SEEDS else "tab:blue" for n in names])
+    bars = axis.barh(
+        names, [found[n] for n in names], color=["silver" if n in made.study.seeds else "tab:blue" for n in names]
+    )
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set(xlim=(0, 1.1 * max(found.values())), xlabel="share of the importance of all")
     axis.grid(axis="x", alpha=0.3)
     caption = "Importance of params for being among the best tenth of all trials (PED-ANOVA, Optuna's default)"
-    caption += ". The seed's is noise." if any(n in SEEDS for n in names) else "."
+    caption += ". The seed's is noise." if any(n in made.study.seeds for n in names) else "."
     return [Figure(_save(figure, out / "importance.png"), caption)]
 
 

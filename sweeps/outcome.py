@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fdjax import report
 from fdjax.errors import InputError
-from sweeps.study import SEEDS, Study
+from sweeps.study import Study
 
 TAIL = 10  # evaluations, whose mean stands beside the last one
 SPLIT = "validation_accuracy"
@@ -21,7 +21,7 @@ _FRACTIONS = ("worst_client", "quantile_10", "client_std")  # and all accuracies
 class Row(NamedTuple):
     """One configuration: what its trials have in common, and those that finished, one for each seed."""
 
-    params: dict[str, Any]  # without SEEDS
+    params: dict[str, Any]  # without the seeds
     trials: tuple[FrozenTrial, ...]
     pruned: int  # seeds that were stopped early, which no mean has
 
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     reasons: dict[str, list[int]]  # of failures: numbers of the trials
     repeated: int  # finished trials of params that another one has too
     finished: tuple[FrozenTrial, ...]  # in the order of their numbers, without those
-    names: tuple[str, ...]  # of params other than SEEDS
+    names: tuple[str, ...]  # of params other than seeds
     varying: tuple[str, ...]  # those of more than one value
     rows: tuple[Row, ...]  # best first, by the mean of the last evaluation
 
@@ -94,13 +94,15 @@ def outcome(
     for trial in complete:
         unlike.setdefault(_key(trial.params, ()), trial)
     finished = tuple(unlike.values())
-    found = dict.fromkeys(n for trial in finished for n in trial.params if n not in SEEDS)
+    found = dict.fromkeys(n for trial in finished for n in trial.params if n not in study.seeds)
     names = tuple(sorted(found, key=lambda n: [*study.space, n].index(n)))
     maximize = direction == optuna.study.StudyDirection.MAXIMIZE
     grouped: dict[tuple, list[FrozenTrial]] = {}
     for trial in finished:
-        grouped.setdefault(_key(trial.params), []).append(trial)
-    pruned = collections.Counter(_key(trial.params) for trial in trials if trial.state == TrialState.PRUNED)
+        grouped.setdefault(_key(trial.params, study.seeds), []).append(trial)
+    pruned = collections.Counter(
+        _key(trial.params, study.seeds) for trial in trials if trial.state == TrialState.PRUNED
+    )
     rows = [
         Row({n: them[0].params[n] for n in names if n in them[0].params}, tuple(them), pruned[key])
         for key, them in grouped.items()
@@ -122,7 +124,7 @@ def outcome(
     )
 
 
-def _key(params: Mapping[str, Any], without: Sequence[str] = SEEDS) -> tuple:
+def _key(params: Mapping[str, Any], without: Sequence[str]) -> tuple:
     return tuple(sorted((name, repr(value)) for name, value in params.items() if name not in without))
 
 

@@ -18,6 +18,7 @@ STUDY = Study(
     space={
         "algorithm": ("fedavg", "feddistill"), "partition_seed": (0, 1, 2, 3, 4), "seed": (0, 1, 2, 3, 4),
     },
+    seeds=("seed",),
     smoke={
         "fixed": {"train_fraction": 0.1, "rounds": 2, "model": "mclr"},
         "space": {"algorithm": ("fedavg", "feddistill"), "partition_seed": (0, 1), "seed": (0, 1)},

@@ -20,7 +20,6 @@ from fdjax.errors import InputError, unknown
 from fdjax.settings import Settings
 
 SEARCHES = ("grid", "random", "tpe")
-SEEDS = ("seed", "partition_seed")  # what the report takes the mean and std over
 
 
 class Study(NamedTuple):
@@ -42,6 +41,7 @@ class Study(NamedTuple):
     trials: int = 0  # of random and TPE searches
     batch: int = 0  # trials asked for at once; 0: all that are left, for TPE 8
     pruner: optuna.pruners.BasePruner | None = None
+    seeds: tuple[str, ...] = ("seed", "partition_seed")  # what the report takes the mean and std over
     smoke: Mapping[str, Any] = MappingProxyType({})  # fields in place of these, for a run of seconds
 
     @property
