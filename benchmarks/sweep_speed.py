@@ -3,7 +3,7 @@
     python -m benchmarks.sweep_speed
 
 24 trials: six temperatures by four weights of FedDistill on the embedded MNIST sample; six temperatures of ERA by four
-learning rates of DS-FL on synthetic(1, 1). Whole commands are timed once each: `sweeps.run` with an empty cache of code,
+learning rates of DS-FL on synthetic(1, 1). Whole commands are timed once each: `sweeps.run` with an empty code cache,
 and `python -m fdjax` 24 times. Warm runs are timed `--repeats` times in turns, of which the median ratio counts. This
 file is the study file too.
 """
