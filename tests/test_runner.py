@@ -91,21 +91,21 @@ def test_resumes_as_if_never_stopped(undisturbed, tmp_path):
 
 def test_resuming_a_finished_run_gives_its_results(undisturbed, monkeypatch):
     out, result = undisturbed
-    monkeypatch.setattr(runner, "_extend", None)  # so that no further round can be recorded
+    monkeypatch.setattr(runner, "extend", None)  # so that no further round can be recorded
     assert history(run(small(), out, resume=True)) == history(result)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_leaves_a_checkpoint(undisturbed, tmp_path, monkeypatch, number):
     _, result = undisturbed
-    extend, handler = runner._extend, signal.getsignal(number)
+    extend, handler = runner.extend, signal.getsignal(number)
 
     def extend_and_stop(record, done, *more):
         extend(record, done, *more)
         if done == 2:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(runner, "_extend", extend_and_stop)
+    monkeypatch.setattr(runner, "extend", extend_and_stop)
     with pytest.raises(runner.InterruptedRun) as stop:
         run(small(), tmp_path)
     assert (stop.value.round, stop.value.out) == (2, tmp_path)
@@ -119,7 +119,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(runner, "_extend", stop_twice)
+    monkeypatch.setattr(runner, "extend", stop_twice)
     with pytest.raises(KeyboardInterrupt):
         run(small(), tmp_path)
 
