@@ -89,11 +89,15 @@ def _difference(then: Any, now: Any, name: str = "") -> str:
 def work(study: Study, shared: optuna.Study, size: int) -> None:
     """Ask for trials, `size` at once, run them and tell, until the study is whole."""
     batches: dict[Any, trials.Batch] = {}
+
+    def look():
+        everything = shared.get_trials(deepcopy=False)
+        return everything, _ask(study, worker, everything, size)
+
     with Worker(shared) as worker, tqdm(total=study.total, desc=study.name, unit="trial") as bar:
         while True:
-            everything = shared.get_trials(deepcopy=False)
+            everything, mine = patiently(look)
             bar.update(sum(t.state.is_finished() for t in everything[: study.total]) - bar.n)
-            mine = _ask(study, worker, everything, size)
             if mine:
                 try:
                     _run(study, mine, size, batches, bar)

@@ -49,14 +49,14 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 def patiently(write: Callable[[], Any]) -> Any:
-    """What `write` returns, tried until the storage takes it: a full disk or a locked database loses nothing."""
+    """What `write` returns, tried until the storage does it: a full disk or a locked database loses nothing."""
     wait = 1.0
     while True:
         try:
             return write()
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
             reason = str(error).splitlines()[0]
-            tqdm.write(f"the storage does not take a result ({reason}); again in {wait:.0f} s", file=sys.stderr)
+            tqdm.write(f"the storage does not answer ({reason}); again in {wait:.0f} s", file=sys.stderr)
             time.sleep(wait)
             wait = min(2 * wait, 60)
 
@@ -113,7 +113,7 @@ class Worker:
         if holder is None:
             assert trial.datetime_start is not None
             return time.time() - trial.datetime_start.timestamp() < UNNAMED
-        if not holder:
+        if holder in ("", self.name):  # this worker asks when it holds nothing: it lost hold of such a trial
             return False
         place, pid, created, _ = holder.split("|")
         if place == _place():
