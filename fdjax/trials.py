@@ -30,7 +30,9 @@ class Batch(NamedTuple):
     """A compiled batch of up to `slots` trials."""
 
     run: Callable[[Sequence[Experiment], Watch], list[runner.Result]]
+    fits: Callable[[Sequence[Experiment]], bool]  # whether these trials differ in no more than it was made for
     slots: int
+    scalars: tuple[str, ...]  # what an evaluation gives
     why: str  # how trials are laid out, in words
 
 
@@ -87,11 +89,12 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
     state, state_varies, out_varies = _states(begin, functools.partial(superstep, length), shapes, varies)
 
     free = math.ceil(settings.memory_limit * 1e9) or plan.free_bytes(mesh)
-    each = communication.size(jax.tree.map(lambda x, v: x if v else None, state, state_varies)) // slots
+    stacked = jax.tree.map(lambda x, v: x if v else None, (state, *shapes), (state_varies, *varies))
+    each = communication.size(stacked) // slots
     room = slots if free is None else max(1, free // 3 // max(each, 1)) * mesh.size
     why = f"{slots} trials"
     if room < slots:
-        slots, why = room, f"{slots} trials in batches of {room}, for a trial's state takes {each / 1e6:.3g} MB"
+        slots, why = room, f"{slots} trials in batches of {room}, for a trial takes {each / 1e6:.3g} MB"
     rows = -(-slots // mesh.size)
 
     def supersteps(width):
@@ -140,6 +143,10 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
         return parts
 
     def run_part(trials: Sequence[Experiment], watch: Watch) -> list[runner.Result]:
+        if not fits(trials):
+            raise InputError(
+                "these trials differ in more than the batch was made for; make another with them in `like`"
+            )
         with runner.clock() as time_spent:
             return _run(trials, watch, time_spent)
 
@@ -171,7 +178,13 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
         times = {name: stamp[name] for name in ("seconds", "compile_seconds")}
         return [runner.result(t.settings, r | times, traffic) for t, r in zip(trials, records, strict=True)]
 
-    return Batch(run_batch, slots, why)
+    def fits(trials: Sequence[Experiment]) -> bool:
+        largest = all(mine <= most for one in trials for mine, most in zip(_padded(one), _padded(first), strict=True))
+        return largest and all(
+            v or not d for v, d in zip(*map(jax.tree.leaves, (varies, _differ(trials))), strict=True)
+        )
+
+    return Batch(run_batch, fits, slots, tuple(out_varies[2]), why)
 
 
 def _inputs(one: Experiment) -> tuple[np.ndarray, PyTree, PyTree]:
@@ -179,12 +192,20 @@ def _inputs(one: Experiment) -> tuple[np.ndarray, PyTree, PyTree]:
     return np.asarray(one.settings.seed, np.int32), one.federation, one.hparams
 
 
+def _padded(one: Experiment) -> tuple[int, int]:
+    """What a simulation has room for."""
+    return one.shapes.largest, one.shapes.own_batch
+
+
+def _differ(trials: Sequence[Experiment]) -> tuple[PyTree, PyTree, PyTree]:
+    """Which leaves of `_inputs` differ between these trials."""
+    return jax.tree.map(lambda *x: any(y is not x[0] and not np.array_equal(y, x[0]) for y in x), *map(_inputs, trials))
+
+
 def _varies(like: Sequence[Experiment], space: Collection[str]) -> tuple[PyTree, PyTree, PyTree]:
     """Which leaves of `_inputs` may differ between trials."""
     first = like[0]
-    seed, federation, hparams = jax.tree.map(
-        lambda *x: any(y is not x[0] and not np.array_equal(y, x[0]) for y in x), *map(_inputs, like)
-    )
+    seed, federation, hparams = _differ(like)
     defaults = first.algorithm.hparams
     hparams = {name: v or name in space or defaults[name] in space for name, v in hparams.items()}
     fixed = {"seed"} if first.settings.partition_seed is not None else set()
@@ -249,8 +270,6 @@ def _placed(trials: Sequence[Experiment], places: list[int], varies: PyTree, mes
     rows = [_inputs(trials[max(number, 0)]) for number in places]
 
     def put(v, *leaves):
-        if not v and any(x is not leaves[0] and not np.array_equal(x, leaves[0]) for x in leaves):
-            raise InputError("these trials differ in more than the batch was made for; name it in the space")
         value = np.stack([np.asarray(x) for x in leaves]) if v else np.asarray(leaves[0])
         return jax.device_put(value, NamedSharding(mesh, lift.trial_specs(v)))
 

@@ -1,7 +1,7 @@
 """FedProx: learning rate and mu on synthetic(1, 1).
 
 Li et al. (2020) tune mu over 0.001, 0.01, 0.1 and 1 at a learning rate of 0.01, and find 1 best on synthetic data:
-30 devices of which 10 take part, B = 10, E = 20. mu = 0 is FedAvg.
+30 devices of which 10 take part, B = 10, E = 20, 200 rounds (here 100). mu = 0 is FedAvg.
 """
 
 from sweeps.study import Study

@@ -88,7 +88,7 @@ def _difference(then: Any, now: Any, name: str = "") -> str:
 
 def work(study: Study, shared: optuna.Study, size: int) -> None:
     """Ask for trials, `size` at once, run them and tell, until the study is whole."""
-    batches: dict[Any, trials.Batch] = {}
+    batches: dict[Any, tuple[trials.Batch, list[Experiment]]] = {}
 
     def look():
         everything = shared.get_trials(deepcopy=False)
@@ -122,42 +122,71 @@ def _ask(study: Study, worker: Worker, everything: list[FrozenTrial], size: int)
         if trial.number < study.total:
             for name, distribution in study.distributions.items():
                 trial._suggest(name, distribution)
-            wanted.append(trial)
+            wanted.append(optuna.Trial(worker.study, trial._trial_id))  # with the params that the storage has
         else:
             _fail(trial, "one too many: several workers asked for the last one at once")
     return wanted
 
 
-def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[Any, trials.Batch], bar: tqdm) -> None:
-    """Run trials, those of one signature as one batch."""
+def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[Any, Any], bar: tqdm) -> None:
+    """Run trials, those of one signature as one batch, which is kept for the next ones."""
     groups: dict[Any, list[tuple[optuna.Trial, Experiment]]] = {}
     for trial, experiment in zip(mine, _experiments(study, mine), strict=True):
         if experiment is not None:
             groups.setdefault(experiment.signature, []).append((trial, experiment))
     for signature, group in groups.items():
-        asked, like = zip(*group, strict=True)
-        if signature not in batches:
-            batches[signature] = trials.batch(like, max(len(like), size if len(groups) == 1 else 0), [*study.space])
-            tqdm.write(batches[signature].why, file=sys.stderr)
+        try:
+            batch = _batch(study, signature, [e for _, e in group], size if len(groups) == 1 else 0, batches)
+        except InputError as error:
+            for trial, _ in group:
+                _fail(trial, str(error))
+            continue
+        if study.objective not in batch.scalars:
+            raise unknown("objective", study.objective, batch.scalars)
+        try:
+            for begun in range(0, len(group), batch.slots):
+                _run_together(study, batch, group[begun : begun + batch.slots], bar)
+        except Exception as error:  # once more, by whoever takes them, and then no more
+            for trial, _ in group:
+                tried = trial.user_attrs.get("tried", 0) + 1
+                trial.set_user_attr("tried", tried)
+                if tried > 1:
+                    _fail(trial, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            raise
 
-        def watch(done, records, asked=asked):
-            bar.set_postfix_str(f"{len(records)} trials at round {done}")
-            return [n for n, record in records.items() if _prune(study, asked[n], done, record)]
 
-        for trial, result in zip(asked, batches[signature].run(like, watch), strict=True):
-            _tell(study, trial, result)
+def _batch(study: Study, signature: Any, like: list[Experiment], size: int, batches: dict[Any, Any]) -> trials.Batch:
+    """The batch for trials of a signature: the last one if they fit in, else one for all trials so far."""
+    if signature not in batches or not batches[signature][0].fits(like):
+        like = [*like, *(batches[signature][1] if signature in batches else [])]
+        batch = trials.batch(like, max(len(like), size), [*study.space])
+        batches[signature] = batch, like
+        tqdm.write(batch.why, file=sys.stderr)
+    return batches[signature][0]
+
+
+def _run_together(
+    study: Study, batch: trials.Batch, group: Sequence[tuple[optuna.Trial, Experiment]], bar: tqdm
+) -> None:
+    asked, experiments = zip(*group, strict=True)
+
+    def watch(done, records):
+        bar.set_postfix_str(f"{len(records)} trials at round {done}")
+        return [n for n, record in records.items() if _prune(study, asked[n], done, record)]
+
+    for trial, result in zip(asked, batch.run(experiments, watch), strict=True):
+        _tell(study, trial, result)
 
 
 def _experiments(study: Study, mine: Sequence[optuna.Trial]) -> list[Experiment | None]:
     """One for each trial; None for those that cannot work, which have failed then."""
-    settings = [study.settings(trial.params) for trial in mine]
     try:
-        return list(trials.experiments(settings))
+        return list(trials.experiments([study.settings(trial.params) for trial in mine]))
     except InputError:  # of one of them
         made: list[Experiment | None] = []
-        for trial, one in zip(mine, settings, strict=True):
+        for trial in mine:
             try:
-                made += trials.experiments([one])
+                made += trials.experiments([study.settings(trial.params)])
             except InputError as error:
                 _fail(trial, str(error))
                 made.append(None)
@@ -166,15 +195,19 @@ def _experiments(study: Study, mine: Sequence[optuna.Trial]) -> list[Experiment 
 
 def _prune(study: Study, trial: optuna.Trial, done: int, record: dict[str, Any]) -> bool:
     """Report an intermediate value; whether to stop here."""
-    if study.objective not in record["evaluations"]:
-        raise unknown("objective", study.objective, record["evaluations"])
     value = record["evaluations"][study.objective][-1]
     storage, number = trial.storage, trial._trial_id
+
+    def report_and_ask():
+        storage.set_trial_intermediate_value(number, done, value)
+        seen = storage.get_trial(number)
+        seen.intermediate_values = {r: v for r, v in seen.intermediate_values.items() if r <= done}  # of this run
+        return not np.isfinite(value) or trial.study.pruner.prune(trial.study, seen)
+
     try:
-        patiently(lambda: storage.set_trial_intermediate_value(number, done, value))
+        return patiently(report_and_ask)
     except optuna.exceptions.UpdateFinishedTrialError:
         return True
-    return not np.isfinite(value) or trial.study.pruner.prune(trial.study, storage.get_trial(number))
 
 
 def _tell(study: Study, trial: optuna.Trial, result: Result) -> None:
@@ -248,8 +281,9 @@ def _spawn(count: int, size: int) -> None:
         os.sched_setaffinity(0, share)
         processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     os.sched_setaffinity(0, {*cores})
-    failed = [code for process in processes if (code := process.wait())]
-    if failed:
+    while any(process.poll() is None for process in processes):
+        time.sleep(_POLL)
+    if failed := [process.returncode for process in processes if process.returncode]:
         raise InputError(f"{len(failed)} of {count} workers ended with code {failed[0]}; run it again to go on")
 
 

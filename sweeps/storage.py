@@ -2,10 +2,11 @@
 
 A trial is RUNNING from the moment it is asked for, and its user attribute `worker` says for whom. A worker that was
 killed leaves such trials behind: others take them over where they are, with the params that they have, so none is lost
-and none appears twice. Two that take over the same trial at the same moment both run it, to the same values, and
-Optuna lets only one of them finish it.
+and none appears twice. Two that take over the same trial at the same moment both run it, with the params that the
+storage has, and Optuna lets only one of them finish it.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -26,8 +27,8 @@ from fdjax.errors import InputError
 
 BEAT = 10.0  # seconds between the signs of life of a worker
 GRACE = 90.0  # without one, a worker on another machine is taken for dead
-UNNAMED = 15.0  # and a trial that no worker put its name to is taken for lost
-_LOCKED = 60  # seconds that SQLite waits for another writer
+UNNAMED = 75.0  # and a trial that no worker put its name to is taken for lost
+_LOCKED = 60  # seconds that SQLite waits for another writer; UNNAMED is longer
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
@@ -80,18 +81,21 @@ class Worker:
         self._over, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Worker":
+        patiently(self._sign)
         self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(timeout=1)
+
+    def _sign(self) -> None:
+        self.study.set_user_attr(f"beat {self.name}", time.time())
 
     def _beat(self) -> None:
-        while True:
-            patiently(lambda: self.study.set_user_attr(f"beat {self.name}", time.time()))
-            if self._over.wait(BEAT):
-                return
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(Exception):  # of the storage: the next sign may arrive
+                self._sign()
 
     def take(self, trial_id: int) -> optuna.Trial:
         """Put this worker's name to a trial."""
@@ -118,7 +122,9 @@ class Worker:
         place, pid, created, _ = holder.split("|")
         if place == _place():
             try:
-                return abs(psutil.Process(int(pid)).create_time() - float(created)) < 0.1
+                process = psutil.Process(int(pid))
+                same = abs(process.create_time() - float(created)) < 2.0  # the clock may have been set
+                return same and process.status() != psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 return False
         return time.time() - beats.get(f"beat {holder}", 0.0) < GRACE

@@ -104,6 +104,9 @@ class Study(NamedTuple):
                 raise InputError(f"study {self.name}: {name} is both fixed and searched; leave one of them out")
         if self.total < 1:
             raise InputError(f"study {self.name}: a {self.search} search of {self.trials} trials; give trials=...")
+        if self.search == "grid":
+            for number in range(self.total):
+                self.settings(self.point(number))
         ends = {name: _ends(distribution) for name, distribution in self.distributions.items()}
         for name, values in ends.items():
             for value in values:
@@ -115,8 +118,15 @@ class Study(NamedTuple):
         space = {n: json.loads(optuna.distributions.distribution_to_json(d)) for n, d in self.distributions.items()}
         return {
             "fixed": dict(self.fixed), "space": space, "objective": self.objective, "direction": self.direction,
-            "search": self.search, "pruner": repr(self.pruner and vars(self.pruner)),
+            "search": self.search, "pruner": _described(self.pruner),
         }  # fmt: skip
+
+
+def _described(pruner: Any) -> Any:
+    """A pruner by its name and fields, among which may be another."""
+    if isinstance(pruner, optuna.pruners.BasePruner):
+        return {"pruner": type(pruner).__name__} | {name: _described(v) for name, v in vars(pruner).items()}
+    return repr(pruner)
 
 
 def _ends(distribution: BaseDistribution) -> tuple[Any, ...]:

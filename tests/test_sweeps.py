@@ -85,7 +85,8 @@ def test_who_holds_a_trial(url):
     silent.set_user_attr("worker", "elsewhere|1|1.0|c")
     shared.set_user_attr("beat elsewhere|1|1.0|b", time.time() - storage.GRACE / 2)
     shared.set_user_attr("beat elsewhere|1|1.0|c", time.time() - 2 * storage.GRACE)
-    assert [t.number for t in worker.left_behind(shared.trials)] == [silent.number]
+    # Its own too: a worker looks when it holds nothing, so it lost hold of that one.
+    assert [t.number for t in worker.left_behind(shared.trials)] == [mine.number, silent.number]
     started = shared.trials[nameless.number].datetime_start.timestamp()
     assert started > time.time() - storage.UNNAMED  # it was asked for just now
 
@@ -117,6 +118,72 @@ def test_static_params_are_grouped_and_what_cannot_work_has_failed(url):
     good, bad = finish(one, url)
     assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.FAIL)
     assert "client" in bad.user_attrs["reason"]
+
+
+def test_a_batch_is_made_anew_for_trials_that_do_not_fit(url):
+    """Data that differ between trials, of which the first batch has one kind."""
+    study = TINY._replace(space={"beta": (0.5, 1.0), "mu": (0.0, 0.5, 1.0)})
+    trials = finish(study, url, size=2)
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 6
+    alone = runner.run(study.settings(trials[3].params), progress=False)
+    assert trials[3].user_attrs["evaluations"]["central_loss"] == pytest.approx(
+        alone.evaluations["central_loss"], rel=1e-5
+    )
+
+
+def test_a_group_that_fits_nowhere_has_failed(url):
+    fixed = dict(TINY.fixed) | {"memory_limit": 1e-7}
+    trials = finish(TINY._replace(fixed=fixed, space={"mu": (0.0, 1.0)}), url)
+    assert [t.state for t in trials] == [TrialState.FAIL] * 2
+    assert "GB are free" in trials[0].user_attrs["reason"]
+
+
+def test_what_breaks_twice_is_not_tried_again(url, monkeypatch):
+    study = TINY._replace(space={"mu": (0.0, 1.0)})
+    monkeypatch.setattr(run, "_run_together", lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            finish(study, url)
+    trials = run.open_study(study, url).trials
+    assert [t.state for t in trials] == [TrialState.FAIL] * 2
+    assert trials[0].user_attrs["reason"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_pruner_does_not_see_what_a_dead_worker_reported(url):
+    pruner = optuna.pruners.ThresholdPruner(lower=2.0, n_warmup_steps=2)
+    study = TINY._replace(space={"mu": (0.0,)}, pruner=pruner, fixed=dict(TINY.fixed) | {"rounds": 4})
+    shared = run.open_study(study, url)
+    trial = shared.ask()
+    for done in (1, 2, 3):
+        trial.report(0.1, done)
+    trial.set_user_attr("worker", "")
+    (after,) = finish(study, url)
+    assert after.state == TrialState.PRUNED
+    assert after.user_attrs["evaluations"]["round"] == [1, 2]
+
+
+def test_a_killed_child_that_nobody_waited_for_is_dead(url):
+    shared = run.open_study(TINY, url)
+    worker = storage.Worker(shared)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    created = storage.psutil.Process(child.pid).create_time()
+    shared.ask().set_user_attr("worker", f"{storage._place()}|{child.pid}|{created:.2f}|a")
+    assert worker.left_behind(shared.trials) == []
+    child.kill()
+    while storage.psutil.Process(child.pid).status() != storage.psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert [t.number for t in worker.left_behind(shared.trials)] == [0]
+    child.wait()
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_pruner_is_described_with_what_it_wraps():
+    first, second = (
+        TINY._replace(pruner=optuna.pruners.PatientPruner(optuna.pruners.PercentilePruner(p), patience=1))
+        for p in (25.0, 50.0)
+    )
+    again = first._replace(pruner=optuna.pruners.PatientPruner(optuna.pruners.PercentilePruner(25.0), patience=1))
+    assert first.description() == again.description() != second.description()
 
 
 def test_tpe_in_batches_with_pruning_on_a_journal(tmp_path):
@@ -212,7 +279,7 @@ def test_killed_workers_cost_no_trial_and_double_none(tmp_path):
     calm, wild = (f"sqlite:///{tmp_path}/{name}.db" for name in ("calm", "wild"))
     os.environ["JAX_PLATFORMS"] = "cpu"
     sweep_kills.undisturbed(calm, 8)
-    sweep_kills.disturbed(wild, kills=3, batch=2, trials=8, seconds=4.0)
+    sweep_kills.disturbed(wild, kills=3, batch=2, trials=8, seconds=6.0)
     expected, found = sweep_kills.values(calm), sweep_kills.values(wild)
     assert sorted(expected) == sorted(found) == list(range(8))
     assert set(sweep_kills.states(wild)[:8]) == {"COMPLETE"}

@@ -149,7 +149,7 @@ def test_too_large_a_batch_is_split(monkeypatch):
     chosen = made("fedprox", seeds=(0, 1))
     monkeypatch.setattr(plan, "needed_bytes", lambda compiled: 0)  # so that the states alone decide
     batch = trials.batch(limited(chosen, 2e-5), 8, devices=2)
-    assert batch.why.startswith(f"8 trials in batches of {batch.slots}, for a trial's state takes ")
+    assert batch.why.startswith(f"8 trials in batches of {batch.slots}, for a trial takes ")
     assert 2 <= batch.slots < 8
     for one, result in zip(chosen, batch.run(trials.experiments(chosen), lambda done, records: ()), strict=True):
         check_equal(result, alone(one))
@@ -158,6 +158,19 @@ def test_too_large_a_batch_is_split(monkeypatch):
 def test_what_cannot_fit_is_refused():
     with pytest.raises(InputError, match=r"^a round needs .* GB on a device .* GB are free"):
         trials.batch(limited(made("fedprox"), 1e-7), 4, devices=2)
+
+
+def test_trials_that_do_not_fit_are_refused():
+    """Clients larger than the batch has room for would be cut short without a word."""
+    fields = {"dataset": "mnist_sample", "train_fraction": 0.05, "partition": "dirichlet_a", "samples_per_client": None}
+
+    def of(alpha):
+        return trials.experiments(made("fedprox", alpha=alpha, **fields)[:2])
+
+    small, large = sorted((of(10.0), of(0.1)), key=lambda ready: ready[0].shapes.largest)
+    assert small[0].signature == large[0].signature
+    assert not trials.batch(small, 2, ["alpha"]).fits(large)
+    assert trials.batch([*small, *large], 2).fits(large)
 
 
 def test_trials_that_differ_in_more_are_refused():
