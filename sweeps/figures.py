@@ -160,7 +160,7 @@ def _importance(made: Outcome, out: Path) -> list[Figure | str]:
         names, [found[n] for n in names], color=["silver" if n in made.study.seeds else "tab:blue" for n in names]
     )
     axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set(xlim=(0, 1.1 * max(found.values())), xlabel="share of the importance of all")
+    axis.set(xlim=(0, 1.1 * max(found.values())), xlabel="share of what tells the best tenth of trials from the others")
     axis.grid(axis="x", alpha=0.3)
     caption = "Importance of params for being among the best tenth of all trials (PED-ANOVA, Optuna's default)"
     caption += ". The seed's is noise." if any(n in made.study.seeds for n in names) else "."

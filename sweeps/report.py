@@ -33,7 +33,7 @@ def main() -> None:
     chosen = study.load(given.study)
     chosen = chosen.smaller() if given.smoke else chosen
     name = given.name or chosen.name
-    made = outcome.read(chosen, _storage(given.storage or f"sqlite:///runs/sweeps/{chosen.name}.db"), name)
+    made = outcome.read(chosen, _storage(given.storage or f"sqlite:///runs/sweeps/{name}.db"), name)
     out = report.prepare(given.out or f"runs/sweeps/{name}")
     write(made, out, _command())
 
@@ -72,7 +72,7 @@ def write(made: Outcome, out: Path, command: str) -> None:
     report.write_text(out / "results.csv", _csv(outcome.records(made)))
     html = page.page(title, lead, sentences, (headers, rows, note), drawn, missing, settings, versions)
     report.write_text(out / "report.html", html)
-    print(f"written: {out}/report.html, table.md, results.csv, {', '.join(figure.path.name for figure in drawn)}")
+    print(f"written: {', '.join([f'{out}/report.html', 'table.md', 'results.csv', *(f.path.name for f in drawn)])}")
 
 
 def _note(made: Outcome) -> str:

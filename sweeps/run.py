@@ -9,6 +9,7 @@ of these commands, on any machines that reach the storage, share a study.
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from sweeps.storage import Worker, open_storage, patiently
 from sweeps.study import Study, fingerprint_of_code, load
 
 _TPE_BATCH = 8
+_STOPPED = "stopped: finished trials stay, the others are free; the same command goes on"
 _POLL = 1.0  # seconds between looks at what others do
 
 
@@ -72,7 +74,7 @@ def open_study(study: Study, url: str) -> optuna.Study:
                     "give the new one another --name"
                 )
     more: dict[str, Any] = {name: getattr(study, name) for name in ("paper", "question", "runtime")}
-    more["command"] = " ".join(["python -m sweeps.run", *sys.argv[1:]])
+    more["command"] = " ".join(["python -m sweeps.run", *(a for a in sys.argv[1:] if not a.startswith("--storage"))])
     for name, value in (now | more | {"environment": report.environment()}).items():
         if name not in then:
             patiently(lambda name=name, value=value: made.set_user_attr(name, value))
@@ -109,6 +111,7 @@ def work(study: Study, shared: optuna.Study, size: int) -> None:
             elif all(t.state.is_finished() for t in everything) and len(everything) >= study.total:
                 return
             else:
+                bar.set_postfix_str("waiting: other workers hold all that is left")
                 time.sleep(_POLL)
 
 
@@ -202,12 +205,20 @@ def _prune(study: Study, trial: optuna.Trial, done: int, record: dict[str, Any])
         storage.set_trial_intermediate_value(number, done, value)
         seen = storage.get_trial(number)
         seen.intermediate_values = {r: v for r, v in seen.intermediate_values.items() if r <= done}  # of this run
-        return not np.isfinite(value) or trial.study.pruner.prune(trial.study, seen)
+        return bool(_diverged(study, record["evaluations"])) or trial.study.pruner.prune(trial.study, seen)
 
     try:
         return patiently(report_and_ask)
     except optuna.exceptions.UpdateFinishedTrialError:
         return True
+
+
+def _diverged(study: Study, evaluations: dict[str, list[float]]) -> str:
+    """The objective or the loss that is no number at the last evaluation, in words; empty if all are."""
+    for name in (study.objective, *(name for name in evaluations if name.endswith("_loss"))):
+        if not np.isfinite(evaluations[name][-1]):
+            return f"{name} is {evaluations[name][-1]} after round {evaluations['round'][-1]:.0f}"
+    return ""
 
 
 def _tell(study: Study, trial: optuna.Trial, result: Result) -> None:
@@ -223,11 +234,11 @@ def _tell(study: Study, trial: optuna.Trial, result: Result) -> None:
         "compile_seconds": result.compile_seconds,
     }
     done = int(evaluations["round"][-1])
-    if np.isfinite(value):
+    if reason := _diverged(study, evaluations):
+        _fail(trial, reason, attributes)
+    else:
         state = TrialState.PRUNED if done < result.settings.rounds else TrialState.COMPLETE
         _finish(trial, attributes, {done: value}, state, [value])
-    else:
-        _fail(trial, f"{study.objective} is {value} after round {done}", attributes)
 
 
 def _fail(trial: optuna.Trial, reason: str, attributes: dict[str, Any] | None = None) -> None:
@@ -258,12 +269,18 @@ def main() -> None:
     size = given.batch or study.batch or (_TPE_BATCH if study.search == "tpe" else -(-study.total // given.workers))
     shared = open_study(study, url)
     if given.workers > 1:
-        _spawn(given.workers, size)
+        try:
+            _spawn(given.workers, size)
+        except KeyboardInterrupt:
+            sys.exit(130)  # the workers say it
     else:
         folder = Path(given.compile_cache).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        work(study, shared, size)
+        try:
+            work(study, shared, size)
+        except KeyboardInterrupt:
+            sys.exit(_STOPPED)
     states = [t.state.name.lower() for t in shared.get_trials(deepcopy=False)]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted({*states}))
     print(f"{study.name}: {counts}, in {url}")
@@ -281,8 +298,13 @@ def _spawn(count: int, size: int) -> None:
         os.sched_setaffinity(0, share)
         processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
     os.sched_setaffinity(0, {*cores})
-    while any(process.poll() is None for process in processes):
-        time.sleep(_POLL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(_POLL)
+    finally:
+        for process in processes:
+            process.terminate()
     if failed := [process.returncode for process in processes if process.returncode]:
         raise InputError(f"{len(failed)} of {count} workers ended with code {failed[0]}; run it again to go on")
 

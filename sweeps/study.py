@@ -75,13 +75,18 @@ class Study(NamedTuple):
         """What a trial runs. Raises InputError as `Settings.check` does, and for a name that nothing has."""
         given = {**self.fixed, **params}
         entry = ALGORITHMS.get(given.get("algorithm", "fedavg"))
-        hparams = {name: float(given.pop(name)) for name in [*given] if entry and name in entry.hparams}
-        options = {name: str(given.pop(name)) for name in [*given] if entry and name in entry.options}
+        if entry is None:
+            raise unknown("algorithm", given["algorithm"], ALGORITHMS)
+        hparams = {name: float(given.pop(name)) for name in [*given] if name in entry.hparams}
+        options = {name: str(given.pop(name)) for name in [*given] if name in entry.options}
         fields = Settings.__dataclass_fields__
         for name in given:
-            if entry and (name not in fields or name in ("hparams", "options")):
+            if name not in fields or name in ("hparams", "options"):
                 raise unknown(f"hparam of {given['algorithm']}", name, entry.hparams)
-        return settings.make(hparams, options, **given)
+        try:
+            return settings.make(hparams, options, **given)
+        except TypeError as error:
+            raise InputError(f"study {self.name}: {error}; give values of the types that the flags have") from None
 
     def smaller(self) -> "Study":
         """The smoke variant, a study of its own."""
@@ -98,8 +103,13 @@ class Study(NamedTuple):
         for name, values in self.space.items():
             if self.search == "grid" and isinstance(values, BaseDistribution):
                 raise InputError(f"study {self.name}: a grid needs values of {name}, not a distribution; list them")
-            if not isinstance(values, BaseDistribution) and not len(values):
-                raise InputError(f"study {self.name}: {name} has no values; give one at least")
+            if not isinstance(values, BaseDistribution | list | tuple | range):
+                raise InputError(f"study {self.name}: {name}={values!r} is no list of values; give ({values!r},)")
+            if not isinstance(values, BaseDistribution):
+                if not len(values):
+                    raise InputError(f"study {self.name}: {name} has no values; give one at least")
+                if bad := [v for v in values if not isinstance(v, str | int | float | None)]:
+                    raise InputError(f"study {self.name}: {name} has {bad[0]!r} among its values; give plain ones")
             if name in self.fixed:
                 raise InputError(f"study {self.name}: {name} is both fixed and searched; leave one of them out")
         if self.total < 1:

@@ -108,6 +108,14 @@ def test_a_trial_that_diverges_has_failed_and_says_why(url):
     assert np.isfinite(good.value)
 
 
+def test_a_trial_that_diverges_does_not_win_by_another_metric(url):
+    """Clients whose models are all no numbers are very much alike."""
+    study = TINY._replace(space={"learning_rate": (0.1, 3e38)}, objective="client_std", direction="minimize")
+    good, bad = finish(study, url)
+    assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.FAIL)
+    assert bad.user_attrs["reason"] == "central_loss is nan after round 1"
+
+
 def test_static_params_are_grouped_and_what_cannot_work_has_failed(url):
     study = TINY._replace(space={"batch_size": (5, 10), "mu": (0.0, 1.0), "participation": (1.0, 0.5)})
     trials = finish(study, url)
@@ -235,6 +243,10 @@ def test_results_wait_for_the_storage(monkeypatch, capsys):
 BAD = [
     ({"space": {"temprature": (1.0,)}}, r"unknown hparam of fedprox 'temprature'.*known: learning_rate, local_ep"),
     ({"space": {"mu": FloatDistribution(0, 1)}}, r"study tiny: a grid needs values of mu, not a distribution"),
+    ({"space": {"seed": 3}}, r"study tiny: seed=3 is no list of values; give \(3,\)"),
+    ({"space": {"models": (["mclr:4"],)}}, r"study tiny: models has \['mclr:4'\] among its values"),
+    ({"fixed": {"algorithm": "fedporx"}}, r"unknown algorithm 'fedporx' \(did you mean 'fedprox'"),
+    ({"fixed": {"algorithm": "fedprox", "rounds": "2"}}, r"study tiny: .*; give values of the types"),
     ({"space": {"mu": ()}}, r"study tiny: mu has no values"),
     ({"space": {"rounds": (1, 2)}}, r"study tiny: rounds is both fixed and searched"),
     ({"space": {"mu": (0.1, -1.0)}}, r"--mu=-1.0: expected a finite number of at least 0"),
