@@ -20,7 +20,7 @@ STUDY = Study(
     },
     seeds=("seed",),
     smoke={
-        "fixed": {"train_fraction": 0.1, "rounds": 2, "model": "mclr"},
+        "fixed": {"train_fraction": 0.1, "rounds": 2, "eval_every": 1, "model": "mclr"},
         "space": {"algorithm": ("fedavg", "feddistill"), "partition_seed": (0, 1), "seed": (0, 1)},
     },
 )  # fmt: skip

@@ -19,7 +19,7 @@ STUDY = Study(
         "temperature": (1.0, 2.0, 3.0, 5.0, 10.0, 20.0), "weight": (0.1, 0.3, 0.5, 0.9), "seed": (0, 1, 2),
     },
     smoke={
-        "fixed": {"train_fraction": 0.1, "rounds": 2, "model": "mclr"},
+        "fixed": {"train_fraction": 0.1, "rounds": 2, "eval_every": 1, "model": "mclr"},
         "space": {"temperature": (1.0, 5.0), "weight": (0.3, 0.9), "seed": (0, 1)},
     },
 )  # fmt: skip
