@@ -20,7 +20,8 @@ STUDY = Study(
         "alpha": (0.1, 0.5, 10.0), "era_temperature": (0.03, 0.1, 0.3, 1.0), "seed": (0, 1, 2),
     },
     smoke={
-        "fixed": {"train_fraction": 0.2, "rounds": 2, "eval_every": 1, "model": "mclr", "proxy_size": 100, "proxy_per_round": 50},
+        "fixed": {"train_fraction": 0.2, "rounds": 2, "eval_every": 1, "model": "mclr", "proxy_size": 100,
+                  "proxy_per_round": 50},
         "space": {"alpha": (0.1, 10.0), "era_temperature": (0.1, 1.0), "seed": (0,)},
     },
 )  # fmt: skip
