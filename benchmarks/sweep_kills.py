@@ -4,7 +4,8 @@
     python -m benchmarks.sweep_kills --kills=3 --trials=12
 
 Two workers share a study. One of them, drawn at random, gets SIGKILL after a random time, and another takes its place;
-after the last kill they are left alone. This file is the study file too: FedProx on a small synthetic federation.
+after the last kill they are left alone. This file is the study file too: FedProx on a small synthetic federation, for
+so many rounds that a batch takes as long as a worker's start, or few kills would hit a worker that holds trials.
 """
 
 import os
@@ -29,10 +30,10 @@ STUDY = Study(
     name="kills",
     paper="none: a test of sweeps.run",
     question="Does a study survive its workers?",
-    runtime="five minutes on two cores, with 50 kills",
+    runtime="seven minutes on two cores, with 50 kills",
     fixed={
         "algorithm": "fedprox", "dataset": "synthetic", "num_clients": 5, "samples_per_client": 10, "model": "mclr",
-        "rounds": 4, "eval_every": 1, "partition_seed": 0,
+        "rounds": 80_000, "eval_every": 20_000, "partition_seed": 0,
     },
     space={"learning_rate": FloatDistribution(1e-3, 1e-1, log=True), "mu": FloatDistribution(0.0, 1.0)},
     search="random",
