@@ -104,9 +104,8 @@ def work(study: Study, shared: optuna.Study, size: int) -> None:
                 try:
                     _run(study, mine, size, batches, bar)
                 except BaseException:
-                    for trial in mine:
-                        if not trial.study._storage.get_trial(trial._trial_id).state.is_finished():
-                            worker.release(trial)
+                    for trial in _unfinished(mine):
+                        worker.release(trial)
                     raise
             elif all(t.state.is_finished() for t in everything) and len(everything) >= study.total:
                 return
@@ -150,12 +149,16 @@ def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[An
             for begun in range(0, len(group), batch.slots):
                 _run_together(study, batch, group[begun : begun + batch.slots], bar)
         except Exception as error:  # once more, by whoever takes them, and then no more
-            for trial, _ in group:
+            for trial in _unfinished([trial for trial, _ in group]):
                 tried = trial.user_attrs.get("tried", 0) + 1
                 trial.set_user_attr("tried", tried)
                 if tried > 1:
                     _fail(trial, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             raise
+
+
+def _unfinished(mine: Sequence[optuna.Trial]) -> list[optuna.Trial]:
+    return [trial for trial in mine if not trial.storage.get_trial(trial._trial_id).state.is_finished()]
 
 
 def _batch(study: Study, signature: Any, like: list[Experiment], size: int, batches: dict[Any, Any]) -> trials.Batch:

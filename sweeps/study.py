@@ -74,15 +74,16 @@ class Study(NamedTuple):
     def settings(self, params: Mapping[str, Any]) -> Settings:
         """What a trial runs. Raises InputError as `Settings.check` does, and for a name that nothing has."""
         given = {**self.fixed, **params}
-        entry = ALGORITHMS.get(given.get("algorithm", "fedavg"))
+        algorithm = given.get("algorithm", "fedavg")
+        entry = ALGORITHMS.get(algorithm)
         if entry is None:
-            raise unknown("algorithm", given["algorithm"], ALGORITHMS)
+            raise unknown("algorithm", algorithm, ALGORITHMS)
         hparams = {name: float(given.pop(name)) for name in [*given] if name in entry.hparams}
         options = {name: str(given.pop(name)) for name in [*given] if name in entry.options}
         fields = Settings.__dataclass_fields__
         for name in given:
             if name not in fields or name in ("hparams", "options"):
-                raise unknown(f"hparam of {given['algorithm']}", name, entry.hparams)
+                raise unknown(f"hparam of {algorithm}", name, entry.hparams)
         try:
             return settings.make(hparams, options, **given)
         except TypeError as error:
@@ -115,12 +116,13 @@ class Study(NamedTuple):
         if self.total < 1:
             raise InputError(f"study {self.name}: a {self.search} search of {self.trials} trials; give trials=...")
         if self.search == "grid":
-            for number in range(self.total):
-                self.settings(self.point(number))
-        ends = {name: _ends(distribution) for name, distribution in self.distributions.items()}
-        for name, values in ends.items():
-            for value in values:
-                self.settings({other: them[0] for other, them in ends.items()} | {name: value})
+            points = [self.point(number) for number in range(self.total)]
+        else:
+            ends = {name: _ends(distribution) for name, distribution in self.distributions.items()}
+            first = {name: values[0] for name, values in ends.items()}
+            points = [first | {name: value} for name, values in ends.items() for value in values]
+        for point in points:
+            self.settings(point)
         return self
 
     def description(self) -> dict[str, Any]:
