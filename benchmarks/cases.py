@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from fdjax import report
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
-from fdjax.runner import InterruptedRun, Result, run
-from fdjax.settings import Settings, known_hparams
+from fdjax.run import report
+from fdjax.run.runner import InterruptedRun, Result, run
+from fdjax.run.settings import Settings, known_hparams
 
 
 def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Result]]:

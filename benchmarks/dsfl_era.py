@@ -28,10 +28,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from fdjax import program, report, settings
 from fdjax.data import prepared
 from fdjax.errors import InputError, unknown
-from fdjax.runner import Result
+from fdjax.run import program, report, settings
+from fdjax.run.runner import Result
 
 METHODS = {
     "era": ("DS-FL, ERA", "dsfl"),

@@ -27,11 +27,12 @@ import jax
 from absl import flags
 
 from benchmarks import cases
-from fdjax import experiment, hosts, program, report, settings
 from fdjax.algorithms import ALGORITHMS
-from fdjax.checkpoint import Checkpoints
+from fdjax.engine import hosts
 from fdjax.errors import InputError, unknown
-from fdjax.runner import InterruptedRun, Result
+from fdjax.run import experiment, program, report, settings
+from fdjax.run.checkpoint import Checkpoints
+from fdjax.run.runner import InterruptedRun, Result
 
 REFERENCE = "fedavg"
 

@@ -21,10 +21,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from fdjax import experiment, models, program, report, settings
+from fdjax import models
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
-from fdjax.runner import Result
+from fdjax.run import experiment, program, report, settings
+from fdjax.run.runner import Result
 
 ROUNDS = 16  # of the published payload
 

@@ -12,9 +12,9 @@ default 150 rounds.
 from absl import flags
 
 from benchmarks import cases
-from fdjax import program, report, settings
 from fdjax.errors import InputError
-from fdjax.runner import Result
+from fdjax.run import program, report, settings
+from fdjax.run.runner import Result
 
 PUBLISHED = {
     ("iid", 0): {0.1: 1474, 0.2: 1658},

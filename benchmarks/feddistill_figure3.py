@@ -15,8 +15,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from fdjax import program, report, settings
-from fdjax.runner import Result
+from fdjax.run import program, report, settings
+from fdjax.run.runner import Result
 
 ALGORITHMS = {"fedavg": "FedAvg", "feddistill": "FedDistill"}
 

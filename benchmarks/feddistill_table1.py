@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from fdjax import program, report, settings
 from fdjax.errors import InputError
-from fdjax.runner import Result
+from fdjax.run import program, report, settings
+from fdjax.run.runner import Result
 
 
 class Row(NamedTuple):

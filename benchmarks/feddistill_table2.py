@@ -17,9 +17,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from fdjax import program, report, settings
 from fdjax.errors import InputError
-from fdjax.runner import Result
+from fdjax.run import program, report, settings
+from fdjax.run.runner import Result
 
 TOTAL = 200
 

@@ -35,10 +35,10 @@ from absl import flags
 from tqdm import tqdm
 
 from benchmarks import cases
-from fdjax import experiment, program, report, settings
 from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
-from fdjax.runner import Result, clock
+from fdjax.run import experiment, program, report, settings
+from fdjax.run.runner import Result, clock
 from fdjax.types import Holdings
 
 SMALL = "niid_cnn:3,fedgen_cnn:3,2nn:2,mclr:2"

@@ -26,9 +26,11 @@ from absl import app, flags
 from benchmarks import speed_suites
 from benchmarks.peers import PEERS, Peer, peak_bytes, reset_peak
 from benchmarks.speed_suites import SUITES, Case, Fdjax, Suite, make_work
-from fdjax import lift, report, runtime
-from fdjax.communication import size as byte_count
+from fdjax import runtime
+from fdjax.engine import lift
 from fdjax.errors import InputError, unknown
+from fdjax.exchange.communication import size as byte_count
+from fdjax.run import report
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("suite", ["cnn1"], f"what to time: all, or some of {', '.join(SUITES)}")

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdjax import keys, models, plan, simulate
+from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS
-from fdjax.federation import federate, replicated
-from fdjax.layout import Layout
-from fdjax.local import Task, Training
+from fdjax.client.local import Task, Training
+from fdjax.data.federation import federate, replicated
+from fdjax.engine import plan, simulate
+from fdjax.engine.layout import Layout
 from fdjax.models.layers import Conv, max_pool
 from fdjax.types import Cohort, Examples, Holdings, Model, Source
 

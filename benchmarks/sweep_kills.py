@@ -21,8 +21,8 @@ from absl import flags
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from fdjax import program, report
 from fdjax.errors import InputError
+from fdjax.run import program, report
 from sweeps.storage import open_storage
 from sweeps.study import Study
 

@@ -20,9 +20,9 @@ import numpy as np
 import optuna
 from absl import flags
 
-from fdjax import program, report, runner, trials
 from fdjax.errors import InputError, unknown
-from fdjax.settings import Settings
+from fdjax.run import program, report, runner, trials
+from fdjax.run.settings import Settings
 from sweeps.study import Study
 
 TEMPERATURES = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0)

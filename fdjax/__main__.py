@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from fdjax import data, experiment, program, report, settings
+from fdjax import data
 from fdjax.errors import InputError
-from fdjax.runner import Result, run
+from fdjax.run import experiment, program, report, settings
+from fdjax.run.runner import Result, run
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 
-from fdjax import report
+from fdjax.run import report
 from sweeps.outcome import Outcome, Row, curve, last, word
 
 CURVES = 5  # configurations, the best ones

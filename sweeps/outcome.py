@@ -9,8 +9,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from fdjax import report
 from fdjax.errors import InputError
+from fdjax.run import report
 from sweeps.study import Study
 
 TAIL = 10  # evaluations, whose mean stands beside the last one

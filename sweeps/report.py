@@ -17,8 +17,8 @@ import optuna
 from absl import flags
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from fdjax import program, report
 from fdjax.errors import InputError
+from fdjax.run import program, report
 from sweeps import figures, outcome, page, study
 from sweeps.outcome import Outcome
 from sweeps.storage import open_storage

@@ -24,10 +24,10 @@ from absl import flags
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from fdjax import program, report, trials
 from fdjax.errors import InputError, unknown
-from fdjax.experiment import Experiment
-from fdjax.runner import Result
+from fdjax.run import program, report, trials
+from fdjax.run.experiment import Experiment
+from fdjax.run.runner import Result
 from sweeps.storage import Worker, open_storage, patiently
 from sweeps.study import Study, fingerprint_of_code, load
 

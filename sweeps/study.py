@@ -14,10 +14,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 import fdjax
-from fdjax import settings
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError, unknown
-from fdjax.settings import Settings
+from fdjax.run import settings
+from fdjax.run.settings import Settings
 
 SEARCHES = ("grid", "random", "tpe")
 

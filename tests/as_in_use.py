@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fdjax import experiment, lift, local, models, settings
+from fdjax import models
+from fdjax.client import local
+from fdjax.engine import lift
+from fdjax.run import experiment, settings
 from fdjax.types import Examples
 
 

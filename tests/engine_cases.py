@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdjax import keys, lift, models, simulate
+from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS
+from fdjax.client.local import Task, Training
+from fdjax.data.federation import federate
 from fdjax.data.holdings import from_counts
-from fdjax.federation import federate
-from fdjax.layout import Layout
-from fdjax.local import Task, Training
+from fdjax.engine import lift, simulate
+from fdjax.engine.layout import Layout
 from fdjax.models.split import build_split
 from fdjax.types import Cohort, Source
 

@@ -5,8 +5,8 @@ import functools
 import engine_cases as cases
 import jax
 
-from fdjax import experiment, settings
 from fdjax.algorithms import ALGORITHMS
+from fdjax.run import experiment, settings
 
 SEEDS = (0, 1, 2)
 # One client at a time, which compiles once for all seeds; the chunks of choice follow a partition's sizes.

@@ -18,7 +18,7 @@ from fdjax.algorithms import (
     fedmd,
     fedprox,
 )
-from fdjax.local import Task
+from fdjax.client.local import Task
 from fdjax.types import Algorithm
 
 

@@ -11,7 +11,8 @@ Every client starts from an initialisation of its own and keeps its model; the o
 does for the federated methods, to which it is compared at equal epochs.
 """
 
-from fdjax import local, losses, reductions
+from fdjax.client import local, losses
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1}

@@ -28,8 +28,10 @@ Written from a summary of the paper, not from code (none was found); what that l
 import jax
 import jax.numpy as jnp
 
-from fdjax import coding, keys, local, losses, reductions
-from fdjax.algorithms import exchange
+from fdjax import keys
+from fdjax.client import local, losses
+from fdjax.exchange import coding, reductions
+from fdjax.exchange import proxy as exchange
 from fdjax.types import Algorithm, Examples
 
 HPARAMS: dict[str, float | str] = {

@@ -31,8 +31,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdjax import local, losses, robust
-from fdjax.algorithms import exchange
+from fdjax.client import local, losses
+from fdjax.exchange import proxy as exchange
+from fdjax.exchange import robust
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "first_epochs": "local_epochs"}

@@ -33,8 +33,10 @@ from typing import NamedTuple
 
 import jax
 
-from fdjax import keys, local, losses, reductions
-from fdjax.algorithms import exchange
+from fdjax import keys
+from fdjax.client import local, losses
+from fdjax.exchange import proxy as exchange
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm, PyTree
 
 HPARAMS: dict[str, float | str] = {

@@ -29,7 +29,8 @@ client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the pa
 import jax
 import jax.numpy as jnp
 
-from fdjax import local, losses, reductions
+from fdjax.client import local, losses
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm, Reduction
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "gamma": 1.0}

@@ -12,7 +12,8 @@ Deviations: the client's step is any optax transformation (plain SGD by default)
 of at least the largest client.
 """
 
-from fdjax import local, losses, reductions
+from fdjax.client import local, losses
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1}

@@ -34,7 +34,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fdjax import keys, local, losses, reductions
+from fdjax import keys
+from fdjax.client import local, losses
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm, Reduction
 
 HPARAMS: dict[str, float | str] = {

@@ -21,7 +21,9 @@ The paper leaves open, and we chose:
 
 from jax import lax
 
-from fdjax import keys, local, losses, reductions
+from fdjax import keys
+from fdjax.client import local, losses
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {

@@ -34,7 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdjax import keys, local, losses
+from fdjax import keys
+from fdjax.client import local, losses
 from fdjax.errors import InputError
 from fdjax.types import Algorithm, Reduction
 

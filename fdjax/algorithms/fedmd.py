@@ -26,8 +26,10 @@ Deviations:
 
 import jax.numpy as jnp
 
-from fdjax import keys, local, losses, reductions
-from fdjax.algorithms import exchange
+from fdjax import keys
+from fdjax.client import local, losses
+from fdjax.exchange import proxy as exchange
+from fdjax.exchange import reductions
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {

@@ -16,8 +16,8 @@ runs E epochs), and mu does not adapt. The client's step is any optax transforma
 
 import optax
 
-from fdjax import local, losses
 from fdjax.algorithms import fedavg
+from fdjax.client import local, losses
 from fdjax.types import Algorithm
 
 HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "mu": 0.1}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdjax import lift, models
+from fdjax import models
+from fdjax.engine import lift
 from fdjax.models import layers, notice
 
 

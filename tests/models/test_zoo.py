@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fdjax.client.losses import cross_entropy
 from fdjax.errors import InputError
-from fdjax.losses import cross_entropy
 from fdjax.models import MODELS, build, from_linen
 
 MNIST, CIFAR = (28, 28, 1), (32, 32, 3)

@@ -1,0 +1,77 @@
+"""The frame of every program: flags, one-line errors, Ctrl-C."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from fdjax.engine import hosts
+from fdjax.errors import InputError
+from fdjax.run.runner import InterruptedRun
+from fdjax.runtime import use_all_cores
+
+
+def define_output_flags(out: str | None) -> None:
+    """--out, --resume, --overwrite, --checkpoint_every."""
+    flags.DEFINE_string("out", out, "folder for results, pictures and checkpoints")
+    flags.DEFINE_boolean("resume", False, "go on from the checkpoints in --out")
+    flags.DEFINE_boolean("overwrite", False, "begin again although --out holds a run")
+    flags.DEFINE_integer("checkpoint_every", 0, "rounds between checkpoints; 0: about every 30 seconds", lower_bound=0)
+
+
+def define_host_flags() -> None:
+    """--coordinator, --num_processes, --process_id."""
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, when several hosts share a run; auto: ask the cluster"
+    )
+    flags.DEFINE_integer("num_processes", None, "hosts that share the run")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
+
+@contextlib.contextmanager
+def _silent():
+    """Only the first host prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def start(main: Callable[[], None]) -> None:
+    """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130."""
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(_complain(f"unexpected argument {argv[1]!r}; settings are flags, e.g. --rounds=20 (see --help)"))
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save at level info
+        given = flags.FLAGS
+        resume = "resume" in given and given.resume
+        if resume and given.overwrite:
+            sys.exit(_complain("--resume and --overwrite exclude each other; give one of them"))
+        if resume and not given.out:
+            sys.exit(_complain("--resume needs the --out of the run that is to go on"))
+        use_all_cores()
+        try:
+            if "coordinator" in given:
+                hosts.join(given.coordinator, given.num_processes, given.process_id)
+            with contextlib.nullcontext() if hosts.is_first() else _silent():
+                main()
+        except InputError as error:
+            sys.exit(_complain(str(error)))
+        except InterruptedRun as stop:
+            kept = f"; the same command with --out={stop.out} --resume (and no --overwrite) goes on" if stop.out else ""
+            sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))
+        except KeyboardInterrupt:
+            sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))
+
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith(("fdjax.", "benchmarks.", "sweeps.")):
+            for flag in defined:  # so that --help lists them as this program's own
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.run(guarded)
+
+
+def _complain(message: str, code: int = 2) -> int:
+    sys.stderr.write(f"error: {message}\n" if code == 2 else f"{message}\n")
+    return code

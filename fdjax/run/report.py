@@ -1,0 +1,178 @@
+"""What a run leaves behind: tables, curves, results.json."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+from fdjax.engine import hosts
+from fdjax.errors import InputError
+from fdjax.run.runner import Result
+
+_VERSIONS = ("fdjax", "jax", "jaxlib", "flax", "optax", "numpy", "optuna")
+
+
+def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """The folder `out`, made if need be; with `overwrite`, without the runs that it holds.
+
+    Raises InputError if nothing can be written there.
+    """
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        if overwrite and hosts.is_first():
+            for checkpoints in (folder / "checkpoints", *folder.glob("runs/*/checkpoints")):
+                if checkpoints.is_dir():
+                    shutil.rmtree(checkpoints)
+    except OSError as error:
+        raise InputError(f"cannot write to --out={out}: {error.strerror}; choose another folder") from None
+    hosts.wait()
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, machine and git revision: what a number needs beside it."""
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS},
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "revision": _revision(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _revision() -> str | None:
+    """The git revision of the source, "-dirty" if files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def bytes_of_one_client(result: Result, way: str) -> tuple[int, ...] | float:
+    """Bytes of a round and a client of each cohort; the mean over all where what is sent is coded or ragged."""
+    traffic, sent = result.traffic, result.rounds[f"bytes_{way}"]
+    if not len(sent) or sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
+        return getattr(traffic, way)
+    return sent[-1] / len(sent) / sum(traffic.participants)
+
+
+def result_dict(result: Result) -> dict[str, Any]:
+    """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
+    folders = ("data_dir", "cache_dir", "writers")
+    return {
+        "settings": {name: value for name, value in result.settings.public().items() if name not in folders},
+        "final": result.final,
+        "rounds": result.rounds,
+        "evaluations": result.evaluations,
+        "clients": result.clients,
+        "bytes_per_participant": {way: bytes_of_one_client(result, way) for way in ("up", "down")},
+        "participants": result.traffic.participants,
+        "seconds": result.seconds,
+        "compile_seconds": result.compile_seconds,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; a number that is not finite becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_text(path, json.dumps(plain(content), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file by way of a temporary one; of several hosts, the first does."""
+    if hosts.is_first():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """A markdown table; it reads well in a terminal too."""
+    return tabulate(list(rows), headers, tablefmt="pipe", disable_numparse=True)
+
+
+def percent(mean: float, std: float | None = None) -> str:
+    """A fraction as a percentage, with its standard deviation if there is one."""
+    return f"{100 * mean:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "")
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes in a decimal unit: 2,851,368 is 2.85 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+Curve = tuple[str, Sequence[float], Sequence[float]] | tuple[str, Sequence[float], Sequence[float], Sequence[float]]
+# label, x, y, and half the width of a band around y
+Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
+
+
+def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: bool = False) -> None:
+    """Draw panels side by side; with `log_x` their x axes are logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
+        for label, x, y, *band in curves:
+            (line,) = axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)
+            for half in band:
+                low, high = np.subtract(y, half), np.add(y, half)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(title=name, xlabel=x_label, ylabel=y_label)
+        if x_label == "round":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log_x:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    if hosts.is_first():
+        figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""benchmarks.speed: the work that peers are given is the work that the simulator does, and a tiny run writes its files.
+
+The peers themselves live in an environment of their own; here a NumPy loop in float64 stands in for them.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import programs
+import pytest
+
+from benchmarks import speed_suites
+from benchmarks.peers import PEERS
+from benchmarks.speed import Verdict
+from benchmarks.speed_suites import DISTILL, LEARNING_RATE, SUITES, Case, Fdjax, make_work
+from fdjax.engine import lift
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def softmax(z):
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def numpy_round(ours, work, distill):
+    """Softmax regression on the given batches, averaged over clients: (kernel, bias, mean loss)."""
+    kernels, biases, losses = [], [], []
+    for client, batches in enumerate(ours.batches()):
+        W, b = (np.array(ours.first.server["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
+        for index in batches:
+            x, y = work.x[index].astype(np.float64), np.eye(speed_suites.CLASSES)[work.y[index]]
+            z = x @ W + b
+            loss = -np.sum(y * np.log(softmax(z)), axis=1)
+            slope = softmax(z) - y
+            if distill:
+                T, weight = distill["temperature"], distill["weight"]
+                teacher = {name: value[client] for name, value in ours.teacher["Dense_0"].items()}
+                q, p = softmax((x @ teacher["kernel"] + teacher["bias"]) / T), softmax(z / T)
+                loss = (1 - weight) * loss + weight * T**2 * np.sum(q * np.log(q / p), axis=1)
+                slope = (1 - weight) * slope + weight * T * (p - q)
+            W, b = W - LEARNING_RATE * x.T @ slope / len(x), b - LEARNING_RATE * slope.mean(0)
+            losses.append(loss.mean())
+        kernels.append(W)
+        biases.append(b)
+    return np.mean(kernels, axis=0), np.mean(biases, axis=0), np.mean(losses)
+
+
+@pytest.mark.parametrize(("algorithm", "shared"), [("fedavg", True), ("feddistill", False)])
+def test_a_loop_over_the_batches_ends_where_the_simulator_does(algorithm, shared):
+    case = Case("mclr", batch=4, clients=5, steps=3, shape=(6,), algorithm=algorithm, shared=shared)
+    work = make_work(case)
+    ours = Fdjax(case, work, lift.make_mesh(jax.devices()[:2]))
+    assert ours.batches().shape == (5, 3, 4)
+    kernel, bias, loss = numpy_round(ours, work, DISTILL if algorithm == "feddistill" else None)
+    np.testing.assert_allclose(ours.after["Dense_0"]["kernel"], kernel, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.after["Dense_0"]["bias"], bias, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.metrics["train_loss"], [loss], rtol=1e-5)
+    ended = {"Dense_0": {"kernel": kernel, "bias": bias}}
+    assert ours.distance(ended) < 1e-5
+    assert ours.distance(ours.first.server) == pytest.approx(1)
+    z = work.x.astype(np.float64)[:1000] @ kernel + bias
+    p = softmax(z)[np.arange(len(z)), work.y[:1000]]
+    assert ours.loss(ended) == pytest.approx(-np.log(p).mean(), rel=1e-5)
+
+
+def test_every_repeat_is_the_same_round():
+    case = Case("mclr", batch=4, clients=3, steps=2, shape=(6,), algorithm="feddistill")
+    ours = Fdjax(case, make_work(case), lift.make_mesh(jax.devices()[:1]))
+    once = ours.after
+    assert ours() > 0
+    jax.tree.map(np.testing.assert_array_equal, ours.after, once)
+
+
+def test_a_verdict_compares_the_median_with_the_target():
+    assert Verdict("s", "c", "m", [1.0, 3.0, 2.0], target=2.0).met
+    assert not Verdict("s", "c", "m", [1.0, 3.0, 1.9], target=2.0).met
+    assert Verdict("s", "c", "m", [1.0, 1.3, 1.1], target=1.2, at_least=False).met
+    assert Verdict("s", "c", "m", [1.0]).row()[-2:] == ["", ""]
+    for suite in SUITES.values():
+        assert set(suite.targets) <= set(suite.peers) <= set(PEERS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("**/*.py")), ids=lambda path: path.name)
+def test_programs_stay_small(path):
+    assert len(path.read_text().splitlines()) < (151 if path.name.endswith("_worker.py") else 400)
+
+
+def test_a_tiny_run_writes_its_files(tmp_path):
+    done = programs.run(
+        "benchmarks.speed", "--suite=logistic,distill,scale,gpu", "--smoke", "--peers=", f"--out={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gpu: skipped, JAX's backend here is 'cpu'" in done.stdout
+    for name, cases in {"logistic": 1, "distill": 1, "scale": 2}.items():
+        told = json.loads((tmp_path / f"speed_{name}" / "results.json").read_text())
+        assert told["suite"] == name
+        assert told["gemm_gflops"] > 0
+        assert told["versions"]["jax"] == jax.__version__
+        assert len(told["results"]) == cases
+        for result in told["results"]:
+            assert len(result["ms_per_step"]["fdjax"]) == 1
+            assert result["compile_s"] > 0
+            assert result["compiled_bytes"]["temp"] > 0
+            assert np.isfinite(result["loss"]["fdjax"])
+        assert "fdjax ms/step" in (tmp_path / f"speed_{name}" / "table.md").read_text()
+    measures = [verdict["measure"] for verdict in told["verdicts"]]
+    assert measures[0] == "slowest / fastest client step"
+    assert (tmp_path / "speed_scale" / "ratios.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--suite=cnn"], "unknown suite 'cnn'"),
+        (["--suite=gpu", "--peers="], "suite 'gpu' needs a GPU"),
+        (["--peers=flower"], "unknown peer 'flower'"),
+        (["--peers=pfl", "--peer_python=nowhere/python"], "run `make bench-venv`"),
+    ],
+)
+def test_what_cannot_work_is_one_line(given, message):
+    done = programs.run("benchmarks.speed", *given, "--smoke")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message in line
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,118 @@
+"""Several hosts: two real processes joined by jax.distributed, against one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import programs
+import pytest
+
+from fdjax.engine import hosts
+from fdjax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--algorithm=feddistill", "--dataset=synthetic", "--num_clients=7", "--model=mclr", "--eval_every=2", "--seed=3",
+    "--samples_per_client=20", "--participation=0.8", "--checkpoint_every=2",
+)  # fmt: skip
+
+
+def start(folder, *flags, devices=1):
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": programs.quick(os.environ.get("XLA_FLAGS", "")),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fdjax", *FLAGS, *flags]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def together(folder, *flags, second=()):
+    """Both processes' (exit code, stdout, last line of stderr)."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    processes = [start(folder, *flags, *cluster, f"--process_id={i}", *(second if i else ())) for i in range(2)]
+    ends = [process.communicate(timeout=200) for process in processes]
+    return [(p.returncode, out, (err.splitlines() or [""])[-1]) for p, (out, err) in zip(processes, ends, strict=True)]
+
+
+def numbers(folder):
+    result = json.loads((folder / "results.json").read_text())["result"]
+    timeless = ("rounds", "evaluations", "clients")
+    return {f"{kind}/{name}": np.array(values) for kind in timeless for name, values in result[kind].items()}
+
+
+def test_two_processes_are_one_simulation(tmp_path):
+    alone = start(tmp_path, "--rounds=4", f"--out={tmp_path}/one", devices=2)
+    said = alone.communicate(timeout=200)[1]
+    assert alone.returncode == 0, said
+    for rounds, resume in ((2, ()), (4, ("--resume",))):
+        first, second = together(tmp_path, f"--rounds={rounds}", f"--out={tmp_path}/two", *resume)
+        assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "central accuracy" in first[1]
+    assert "central accuracy" not in second[1]  # one of them speaks
+    expected, found = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("--learning_rate=0.5", "--learning_rate is 0.01 on process 0 and 0.5 on process 1;"),
+        ("--resume", "--resume is False on process 0 and True on process 1;"),
+    ],
+)
+def test_hosts_that_disagree_say_on_what(tmp_path, second, message):
+    ends = together(tmp_path, "--rounds=2", f"--out={tmp_path}/out", second=(second,))
+    for code, _, last in ends:
+        assert code == 2
+        assert last.startswith(f"error: hosts disagree: {message}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("localhost:99", None, 0), "needs --num_processes"),
+        (("localhost:99", 2, 2), "expected 0 to 1"),
+        (("localhost:99", 0, 0), "--num_processes=0: expected at least 1"),
+        (("localhost", 2, 1), "expected host:port"),
+        (("localhost:70000", 2, 1), "expected host:port"),
+    ],
+)
+def test_flags_that_do_not_fit_together(given, message):
+    with pytest.raises(InputError, match=message):
+        hosts.join(*given)
+
+
+@pytest.mark.parametrize("host", ["localhost", "no-such-host.invalid"])
+def test_a_coordinator_that_does_not_answer(monkeypatch, host):
+    monkeypatch.setattr(hosts, "_SECONDS", 0.1)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("localhost", 0))
+        with pytest.raises(InputError, match=rf"^--coordinator={host}:\d+: no process 0 answers there \("):
+            hosts.join(f"{host}:{taken.getsockname()[1]}", 2, 1)
+
+
+def test_one_host_without_its_data_ends_all(monkeypatch):
+    with pytest.raises(InputError, match="no such folder"), hosts.all_or_none():
+        raise InputError("no such folder")
+    monkeypatch.setattr(hosts, "any_of", lambda here: True)
+    with pytest.raises(InputError, match="another host cannot go on"), hosts.all_or_none():
+        pass
+
+
+def test_one_host_needs_no_cluster():
+    hosts.join(None, None, None)
+    hosts.check_agreement({"seed": 1}, ())
+    assert hosts.is_first()
+    assert hosts.any_of(True)
+    assert not hosts.any_of(False)

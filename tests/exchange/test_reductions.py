@@ -1,0 +1,334 @@
+"""Reductions against NumPy in float64."""
+
+import itertools
+
+import engine_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fdjax.engine import lift
+from fdjax.exchange import reductions
+from fdjax.exchange.reductions import ByLabel, Weighted
+
+K, D = 4, 3
+
+
+def uploads(size, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {"kernel": rng.normal(size=(3, 2)).astype(np.float32), "bias": [np.float32(rng.normal(scale=1e3))]}
+        for _ in range(size)
+    ]
+
+
+def reduce(trees, weights, groups=None, reduction=None):
+    """finish(sum of partials), the partials added group by group, as chunks and devices do."""
+    reduction = reduction or reductions.weighted_mean()
+    partials = [reduction.partial(x, jnp.float32(w)) for x, w in zip(trees, weights, strict=True)]
+    add = lambda parts: jax.tree.map(lambda *x: sum(x), *parts)  # noqa: E731
+    cuts = [0, *(groups or []), len(partials)]
+    return reduction.finish(add([add(partials[i:j]) for i, j in itertools.pairwise(cuts) if i < j]))
+
+
+def expected(trees, weights):
+    total = sum(map(float, weights))
+    return jax.tree.map(
+        lambda *x: sum(float(w) * np.asarray(v, np.float64) for w, v in zip(weights, x, strict=True)) / total, *trees
+    )
+
+
+def assert_close(actual, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, wanted)
+
+
+@given(
+    weights=st.lists(st.floats(0, 1e5, width=32), min_size=1, max_size=6).filter(lambda w: sum(w) > 1e-3),
+    cut=st.integers(0, 6),
+)
+def test_weighted_mean_however_partials_are_grouped(weights, cut):
+    trees = uploads(len(weights))
+    assert_close(reduce(trees, weights, [min(cut, len(weights))]), expected(trees, weights))
+
+
+def test_counts_weigh_not_clients():
+    # Two clients of 1 and 3 examples: (1 * 8 + 3 * 4) / 4 = 5, not 6.
+    assert reduce([jnp.float32(8), jnp.float32(4)], [1, 3]) == 5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_upload_of_no_weight_leaves_no_trace(bad):
+    trees, weights = uploads(3), [2, 0, 5]
+    trees[1] = jax.tree.map(lambda x: np.full_like(x, bad), trees[1])
+    assert_close(reduce(trees, weights), expected([trees[0], trees[2]], [2, 5]))
+
+
+def test_an_upload_with_weight_is_not_hidden():
+    trees = uploads(2)
+    trees[1]["kernel"][0, 0] = np.nan
+    assert np.isnan(reduce(trees, [1, 1])["kernel"][0, 0])
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_without_any_weight_the_summary_is_zero(value):
+    trees = jax.tree.map(lambda x: np.full_like(x, value), uploads(2))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.zeros_like(x)), reduce(trees, [0, 0]))
+
+
+def test_the_summary_has_the_shape_and_dtype_of_an_upload():
+    tree = uploads(1)[0]
+    summary = reduce([tree], [3])
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), summary, tree)
+
+
+# Each reduction's uploads of seven clients, and its equation in float64. Some clients are not there, one lacks labels.
+
+WEIGHTS = (3, 0, 7, 1, 0, 2, 5)
+
+
+def draws(seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=3, size=(7, 5, K)).astype(np.float32)
+    certainty = rng.uniform(1e-3, 1, size=(7, 5, 1)).astype(np.float32)
+    counts = rng.integers(0, 4, size=(7, K)).astype(np.float32)
+    counts[:, 2] = 0  # a label that nobody holds
+    counts[:, 1] = [0, 1, 0, 0, 3, 2, 0]  # one that a single client holds, of those that are there
+    sums = (rng.normal(size=(7, K, D)) * counts[..., None]).astype(np.float32)
+    return logits, certainty, counts, sums
+
+
+def there(values, weights=WEIGHTS):
+    return [(np.asarray(v, np.float64), w) for v, w in zip(values, weights, strict=True) if w > 0]
+
+
+def numpy_weighted_mean(logits, certainty, counts, sums):
+    return sum(w * z for z, w in there(logits)) / sum(WEIGHTS)
+
+
+def numpy_mean(logits, certainty, counts, sums):
+    return np.mean([z for z, _ in there(logits)], axis=0)
+
+
+def numpy_mean_probabilities(logits, certainty, counts, sums):
+    return np.mean([cases.softmax(z) for z, _ in there(logits)], axis=0)
+
+
+def numpy_certainty(logits, certainty, counts, sums):
+    out = np.zeros((5, K))
+    for m in range(5):
+        pairs = [(z[m], s[m, 0]) for (z, _), (s, _) in zip(there(logits), there(certainty), strict=True)]
+        out[m] = sum(s * z for z, s in pairs) / sum(s for _, s in pairs)
+    return out
+
+
+def numpy_class_weighted(logits, certainty, counts, sums):
+    out = np.zeros((5, K))
+    for c in range(K):
+        n = [count[c] for count, _ in there(counts)]
+        if sum(n) > 0:
+            out[:, c] = sum(n_k / sum(n) * z[:, c] for n_k, (z, _) in zip(n, there(logits), strict=True))
+    return out
+
+
+def numpy_label_mean(logits, certainty, counts, sums, by_example=False, weights=WEIGHTS):
+    value, number = np.zeros((K, D)), np.zeros(K)
+    for label in range(K):
+        pairs = zip(there(sums, weights), there(counts, weights), strict=True)
+        held = [(s[label], n[label]) for (s, _), (n, _) in pairs if n[label] > 0]
+        if not held:
+            continue
+        if by_example:
+            number[label] = sum(n for _, n in held)
+            value[label] = sum(s for s, _ in held) / number[label]
+        else:
+            number[label] = len(held)
+            value[label] = np.mean([s / n for s, n in held], axis=0)
+    return ByLabel(value, number)
+
+
+def numpy_label_mean_by_example(*drawn):
+    return numpy_label_mean(*drawn, by_example=True)
+
+
+REDUCTIONS = {
+    "weighted_mean": (reductions.weighted_mean(), lambda z, s, n, v: z, numpy_weighted_mean),
+    "mean": (reductions.mean(), lambda z, s, n, v: z, numpy_mean),
+    "mean_probabilities": (reductions.mean(jax.nn.softmax), lambda z, s, n, v: z, numpy_mean_probabilities),
+    "certainty": (reductions.elementwise_mean(), lambda z, s, n, v: Weighted(z, s), numpy_certainty),
+    "class_weighted": (reductions.elementwise_mean(), lambda z, s, n, v: Weighted(z, n[:, None]), numpy_class_weighted),
+    "label_mean": (reductions.label_mean(), lambda z, s, n, v: ByLabel(v, n), numpy_label_mean),
+    "label_mean_by_example": (
+        reductions.label_mean(by_example=True),
+        lambda z, s, n, v: ByLabel(v, n),
+        numpy_label_mean_by_example,
+    ),
+}
+ALL = pytest.mark.parametrize("name", REDUCTIONS)
+
+
+def rows_of(tree):
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(7)]
+
+
+def spoiled(stacked, bad):
+    """The uploads with `bad` in place of everything that clients of weight 0 sent."""
+    gone = np.array(WEIGHTS) == 0
+    return jax.tree.map(lambda x: np.where(gone.reshape(-1, *(1,) * (x.ndim - 1)), np.float32(bad), x), stacked)
+
+
+@ALL
+@pytest.mark.parametrize("bad", [1.0, np.nan, np.inf, -np.inf])
+def test_reduction_is_its_equation_and_the_absent_leave_no_trace(name, bad):
+    reduction, pack, equation = REDUCTIONS[name]
+    summary = reduce(rows_of(spoiled(pack(*draws()), bad)), WEIGHTS, reduction=reduction)
+    assert_close(summary, equation(*draws()))
+
+
+@ALL
+@pytest.mark.parametrize("bad", [1.0, np.nan])
+def test_without_any_client_the_summary_is_zero(name, bad):
+    reduction, pack, _ = REDUCTIONS[name]
+    stacked = jax.tree.map(lambda x: np.full_like(x, bad), pack(*draws()))
+    for leaf in jax.tree.leaves(reduce(rows_of(stacked), [0] * 7, reduction=reduction)):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@ALL
+@given(order=st.permutations(range(7)))
+def test_the_order_of_clients_does_not_matter(name, order):
+    reduction, pack, equation = REDUCTIONS[name]
+    trees = rows_of(pack(*draws()))
+    summary = reduce([trees[i] for i in order], [WEIGHTS[i] for i in order], reduction=reduction)
+    assert_close(summary, equation(*draws()))
+
+
+@ALL
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_reduction_over_devices_and_chunks(name, devices):
+    reduction, pack, equation = REDUCTIONS[name]
+
+    def one(shared, row):
+        upload, weight = row
+        return (), reduction.partial(upload, weight)
+
+    rows = spoiled(pack(*draws()), np.nan), np.array(WEIGHTS, np.float32)
+    for chunk in (1, 2, 3, 7):
+
+        @jax.jit
+        def run(rows, chunk=chunk):
+            _, total = lift.over_clients(
+                one, np.float32(0), rows, lift.Lifting("shard_map", cases.mesh(devices), chunk)
+            )
+            return reduction.finish(total)
+
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(rows), equation(*draws()))
+
+
+# Means by label.
+
+
+@given(
+    values=hnp.arrays(np.float32, (6, D), elements=st.floats(-100, 100, width=32)),
+    labels=hnp.arrays(np.int32, 6, elements=st.integers(0, K - 1)),
+    mask=hnp.arrays(np.bool_, 6),
+)
+def test_sum_by_label(values, labels, mask):
+    value, count = np.zeros((K, D)), np.zeros(K)
+    for v, y, m in zip(values.astype(float), labels, mask, strict=True):
+        if m:
+            value[y] += v
+            count[y] += 1
+    poisoned = np.where(mask[:, None], values, np.float32(np.nan))
+    actual = reductions.sum_by_label(poisoned, labels, K, mask)
+    np.testing.assert_allclose(actual.value, value, rtol=1e-5, atol=1e-3)
+    np.testing.assert_array_equal(actual.count, count)
+    everything = reductions.sum_by_label(values, labels, K)
+    np.testing.assert_array_equal(everything.count, np.bincount(labels, minlength=K))
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+@pytest.mark.parametrize("left_out", range(7))
+def test_leave_one_out_is_the_mean_of_the_others(left_out, by_example):
+    reduction = reductions.label_mean(by_example)
+    drawn = draws()
+    trees = rows_of(ByLabel(drawn[3], drawn[2]))
+    total = reduce(trees, WEIGHTS, reduction=reduction._replace(finish=lambda total: total))
+    actual = reductions.leave_one_out(reduction, total, trees[left_out], jnp.float32(WEIGHTS[left_out]))
+    others = tuple(0 if i == left_out else w for i, w in enumerate(WEIGHTS))
+    expected = numpy_label_mean(*drawn, by_example=by_example, weights=others)
+    assert_close(actual, expected)
+    np.testing.assert_array_equal(actual.value[expected.count == 0], 0)  # and no rest of rounding
+
+
+def test_leave_one_out_by_hand():
+    """FD's own case: M = 3 devices, every label at each, F^(k) = (sum_{j != k} F_j) / (M - 1)."""
+    means = [np.full((2, 2), x, np.float32) for x in (0.0, 0.3, 0.9)]
+    trees = [ByLabel(m * 10, np.full(2, 10, np.float32)) for m in means]
+    reduction = reductions.label_mean()
+    total = reduce(trees, [5, 6, 7], reduction=reduction._replace(finish=lambda total: total))
+    for tree, weight, expected in zip(trees, (5, 6, 7), (0.6, 0.45, 0.15), strict=True):
+        got = reductions.leave_one_out(reduction, total, tree, weight)
+        np.testing.assert_allclose(got.value, np.full((2, 2), expected), rtol=1e-6)
+        np.testing.assert_array_equal(got.count, [2, 2])
+
+
+# Sharpening.
+
+probabilities = hnp.arrays(np.float64, (3, 6), elements=st.floats(0.01, 1)).map(lambda p: p / p.sum(-1, keepdims=True))
+
+
+def entropy(p):
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected", "before", "after"),
+    [
+        ([0.3, 0.2, *[0.0625] * 8], [0.4735, 0.1742, *[0.0440] * 8], 2.069, 1.759),
+        ([0.5, 0.5, *[0.0] * 8], [0.4869, 0.4869, *[0.0033] * 8], 0.693, 0.851),  # the entropy rises
+        ([1.0, *[0.0] * 9], [0.99959, *[4.54e-5] * 9], 0.0, 0.0045),
+    ],
+)
+def test_era_golden_values(mean, expected, before, after):
+    sharp = np.asarray(reductions.era(np.float32(mean), 0.1), np.float64)
+    np.testing.assert_allclose(sharp, expected, atol=5.1e-5)
+    np.testing.assert_allclose((entropy(np.array(mean)), entropy(sharp)), (before, after), atol=6e-4)
+
+
+@given(p=probabilities, temperature=st.floats(0.02, 10))
+def test_era(p, temperature):
+    sharp = np.asarray(reductions.era(p.astype(np.float32), np.float32(temperature)), np.float64)
+    weights = np.exp(p / temperature)
+    np.testing.assert_allclose(sharp, weights / weights.sum(-1, keepdims=True), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(sharp.sum(-1), 1, rtol=1e-5)
+    assert (sharp.max(-1) <= sharp.min(-1) * np.exp(1 / temperature) * 1.0001).all()  # the largest ratio
+
+
+@given(p=probabilities, beta=st.floats(0, 30))
+def test_enhanced_era(p, beta):
+    power = p**beta
+    expected = power / power.sum(-1, keepdims=True)
+    actual = reductions.enhanced_era(p.astype(np.float32), np.float32(beta))
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=1e-7)
+    if beta >= 1:
+        assert (entropy(np.asarray(actual, np.float64)) <= entropy(p) + 1e-5).all()
+
+
+def test_enhanced_era_at_its_ends():
+    p = jnp.array([0.6, 0.4, 0.0])
+    np.testing.assert_allclose(reductions.enhanced_era(p, 1.0), p, rtol=1e-6)
+    np.testing.assert_allclose(reductions.enhanced_era(p, 2.0), jnp.array([9, 4, 0]) / 13, rtol=1e-6)
+    np.testing.assert_allclose(reductions.enhanced_era(p, 0.0), jnp.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(reductions.enhanced_era(p, 1e4), jnp.array([1.0, 0, 0]))  # 0.6^1e4 underflows
+    np.testing.assert_array_equal(reductions.enhanced_era(jnp.zeros(3), 2.0), np.zeros(3))
+
+
+def test_temperatures_are_an_axis():
+    p = jnp.array([0.7, 0.2, 0.1])
+    temperatures = jnp.array([0.1, 0.5, 2.0])
+    many = jax.jit(jax.vmap(reductions.era, (None, 0)))(p, temperatures)
+    np.testing.assert_allclose(many, [reductions.era(p, t) for t in temperatures], rtol=1e-6)

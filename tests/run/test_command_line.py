@@ -1,0 +1,176 @@
+"""`python -m fdjax`: bad input ends in one line before anything compiles; --help. What a run leaves: test_runner.py."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from fdjax.errors import InputError
+from fdjax.run import report, runner, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "rounds": 2}
+
+
+@pytest.fixture
+def compiled():
+    """The names of XLA compilations since the test began."""
+    jax.random.key(0)  # a model's shapes are checked with a key, and making the first one compiles
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+BAD = [
+    ({"algorithm": "feddistil"}, {}, "unknown algorithm 'feddistil' (did you mean 'feddistill'?); known: centr"),
+    ({"dataset": "mnits"}, {}, "unknown data set 'mnits' (did you mean 'mnist'?); known: cifar10, "),
+    ({"partition": "dirichlet_z"}, {}, "unknown partition 'dirichlet_z'"),
+    ({"model": "cnn3"}, {}, "unknown model 'cnn3'"),
+    ({"optimizer": "sgdm"}, {}, "unknown optimizer 'sgdm' (did you mean 'sgd'?); known: adam, adamw, sgd"),
+    ({"schedule": "step"}, {}, "unknown schedule 'step'"),
+    ({"augment": "flip"}, {}, "unknown augment 'flip'"),
+    ({"local_eval": "none"}, {}, "unknown local_eval 'none'"),
+    ({}, {"temperature": 2.0}, "unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs"),
+    ({}, {"learning_rate": -0.1}, "--learning_rate=-0.1: expected a finite number of at least 0"),
+    ({}, {"learning_rate": float("nan")}, "--learning_rate=nan: expected a finite number"),
+    ({}, {"local_epochs": 0.0}, "--local_epochs=0.0: expected a whole number of at least 1"),
+    ({}, {"local_epochs": 1.5}, "--local_epochs=1.5: expected a whole number"),
+    ({}, {"local_epochs": float("inf")}, "--local_epochs=inf: expected a whole number"),
+    ({}, {"local_epochs": float("nan")}, "--local_epochs=nan: expected a whole number"),
+    ({}, {"local_epochs": 1e10}, "--local_epochs=10000000000.0: expected a whole number"),
+    ({"algorithm": "feddistill"}, {"temperature": 0.0}, "--temperature=0.0: expected a finite number above 0"),
+    ({"algorithm": "feddistill"}, {"weight": 1.5}, "--weight=1.5: expected a number in [0, 1]"),
+    ({"rounds": 0}, {}, "--rounds=0: expected at least 1"),
+    ({"participation": 0.0}, {}, "--participation=0.0: expected a fraction above 0 and at most 1"),
+    ({"participation": float("nan")}, {}, "--participation=nan: expected a fraction"),
+    ({"train_fraction": 1.5}, {}, "--train_fraction=1.5: expected a fraction"),
+    ({"batch_size": -1}, {}, "--batch_size=-1: expected at least 0"),
+    ({"momentum": float("nan")}, {}, "--momentum=nan: expected at least 0"),
+    ({"momentum": float("inf")}, {}, "--momentum=inf: expected a finite number"),
+    ({"memory_limit": float("inf")}, {}, "--memory_limit=inf: expected a finite number"),
+    ({"padding": "same"}, {}, "unknown padding 'same'"),
+    ({"options": {"weighting": "uniform"}}, {}, "unknown option of fedavg 'weighting'; there are none: leave it out"),
+    ({"seed": -1}, {}, "--seed=-1: expected at least 0"),
+    ({"seed": 2**31}, {}, "--seed=2147483648: expected less than 2147483648"),
+    ({"num_clients": 0}, {}, "--num_clients=0: expected at least 1"),
+    # What only the data can tell.
+    ({"alpha": -1.0}, {}, "alpha=-1.0: expected a finite number of at least 0"),
+    ({"dataset": "mnist_sample", "partition": "dirichlet_a", "alpha": 0.0}, {}, "alpha=0.0: expected a finite number"),
+    ({"partition": "dirichlet_a"}, {}, "--partition=dirichlet_a of synthetic: --alpha and --beta would be both"),
+    ({"dataset": "mnist_sample", "num_clients": 6001}, {}, "num_clients=6001 for 6000 examples"),
+    ({"dataset": "mnist_sample", "partition": "iid", "shards_per_client": 2}, {}, "partition 'iid' takes no options"),
+    ({"dataset": "mnist", "data_dir": "/no/such/folder"}, {}, "mnist: data_dir '/no/such/folder' is no folder"),
+    ({"dataset": "idx"}, {}, "idx needs data_dir: give the folder"),
+    ({"models": "mclr"}, {}, "--models=mclr: 'mclr' is not of the form name:clients"),
+    ({"models": "mclr:\u00b2"}, {}, "--models=mclr:\u00b2: 'mclr:\u00b2' is not of the form name:clients"),
+    ({"models": "mclr:2,mclr:0"}, {}, "--models=mclr:2,mclr:0: 'mclr:0' is not of the form"),
+    ({"algorithm": "feddistill", "models": "mclr:2,2nn:3"}, {}, "--models=mclr:2,2nn:3 names 5 clients, but the parti"),
+    ({"algorithm": "feddistill", "models": "mclr:2,3nn:2"}, {}, "unknown model '3nn' (did you mean '2nn'?)"),
+    ({"models": "mclr:2,2nn:2"}, {}, "--models=mclr:2,2nn:2: clients of fedavg have no model of their own"),
+    ({"models": "mclr:2,mclr:2"}, {}, "fedavg serves 1 architecture(s), but 2 were given"),
+    ({"model": "cnn1"}, {}, "model 'cnn1' on inputs (60,)"),
+    ({"augment": "rotate_crop"}, {}, "--augment=rotate_crop needs images"),
+    ({"devices": 99}, {}, "--devices=99, but there are 4; give at most as many"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "hparams", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_bad_input_is_one_line_before_anything_compiles(compiled, fields, hparams, message):
+    fields = FAST | fields
+    if fields["dataset"] != "synthetic":
+        del fields["samples_per_client"]
+    with pytest.raises(InputError) as error:
+        runner.run(settings.make(hparams=hparams, **fields), progress=False)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert compiled == []
+
+
+def test_the_ends_of_every_range_are_good():
+    made = settings.make({"learning_rate": 0.0, "local_epochs": 1.0}, seed=2**31 - 1, participation=1.0, momentum=0.0)
+    assert made.check() is made
+    settings.make({"weight": 0.0, "temperature": 1e-3}, algorithm="feddistill")
+    settings.make({"weight": 1.0}, algorithm="feddistill", participation=1e-9, batch_size=0)
+
+
+@pytest.mark.parametrize("inside", ["file", "file/below"])
+def test_a_file_in_the_way_of_out(tmp_path, inside):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="cannot write to --out"):
+        report.prepare(tmp_path / inside)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_file_in_the_way_of_checkpoints(tmp_path, compiled):
+    (tmp_path / "checkpoints").write_text("precious")
+    with pytest.raises(InputError, match="cannot write checkpoints to"):
+        runner.run(settings.make(**FAST), tmp_path, progress=False)
+    assert compiled == []
+
+
+def test_overwrite_removes_checkpoints_alone(tmp_path):
+    """Those of the run in the folder and of a table's runs below it, and nobody else's."""
+    own = [tmp_path / "checkpoints", tmp_path / "runs" / "fedavg-seed0" / "checkpoints"]
+    others = [tmp_path / "results.json", tmp_path / "project" / "checkpoints" / "3"]
+    for path in (*own, others[1]):
+        path.mkdir(parents=True)
+    others[0].write_text("{}")
+    assert report.prepare(tmp_path) == tmp_path
+    assert all(path.exists() for path in (*own, *others))
+    report.prepare(tmp_path, overwrite=True)
+    assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others)
+
+
+def test_settings_tell_every_default():
+    """What a table is made of must be readable beside it, so hparams that nobody gave are there too."""
+    public = settings.make({"learning_rate": 0.5}, algorithm="feddistill").public()
+    assert {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams", "options"} <= public.keys()
+    expected = {"learning_rate": 0.5, "teacher_learning_rate": 0.5, "temperature": 2.0, "weight": 0.5}
+    assert {name: public[name] for name in expected} == expected
+    assert json.loads(json.dumps(public)) == public
+
+
+# The program itself.
+
+
+def run(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "fdjax", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["rounds=3"], "error: unexpected argument 'rounds=3'; settings are flags, e.g. --rounds=20 (see --help)\n"),
+        (["--temperature=2"], "error: unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs\n"),
+        (["--resume", "--overwrite"], "error: --resume and --overwrite exclude each other; give one of them\n"),
+    ],
+)
+def test_ends_in_one_line(tmp_path, flags, message):
+    result = run(f"--out={tmp_path}", *flags)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+
+
+def test_help_lists_the_flags():
+    result = run("--help")
+    assert "Traceback" not in result.stderr
+    names = {f.name for f in dataclasses.fields(settings.Settings)} - {"hparams", "options"}
+    names |= {"learning_rate", "local_epochs", "temperature", "weight", "teacher_learning_rate", "teacher_epochs"}
+    names |= {"out", "resume", "overwrite", "checkpoint_every", "coordinator", "num_processes", "process_id"}
+    listed = {line.split(":")[0].strip().removeprefix("--").removeprefix("[no]") for line in result.stdout.splitlines()}
+    assert names <= listed
+    text = " ".join(result.stdout.split())
+    assert "feddistill: FedDistill (Jiang et al. 2020)" in text
+    assert "mclr: multinomial logistic regression" in text

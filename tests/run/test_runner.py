@@ -1,0 +1,339 @@
+"""Runs that are stopped, killed and resumed; runs that must not start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from fdjax.data.federation import replicated
+from fdjax.engine import lift
+from fdjax.engine.simulate import State
+from fdjax.errors import InputError
+from fdjax.exchange.communication import Traffic
+from fdjax.run import experiment, report, runner, settings
+from fdjax.run.checkpoint import Checkpoints
+from fdjax.run.report import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "algorithm": "feddistill", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr",
+    "batch_size": 8, "participation": 0.5, "devices": 1, "eval_batch": 2,
+}  # fmt: skip
+
+
+def small(rounds=6, learning_rate=0.05, **fields):
+    return settings.make(hparams={"learning_rate": learning_rate}, rounds=rounds, **SMALL | fields)
+
+
+def run(made, out=None, **options):
+    return runner.run(made, out, progress=False, **options)
+
+
+def final_state(made, out):
+    built = experiment.build(made)
+    checkpoints = Checkpoints(out / "checkpoints")
+    state = checkpoints.restore(built.simulation.init(99, built.federation))
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def history(result):
+    return result.rounds, result.evaluations, result.clients, result.traffic
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, run(small(), out)
+
+
+def test_history(undisturbed):
+    _, result = undisturbed
+    assert result.evaluations["round"] == [1, 2, 3, 4, 5, 6]
+    assert {len(values) for values in (result.rounds | result.evaluations).values()} == {6}
+    assert {len(values) for values in result.clients.values()} == {4}
+    P = 60 * 10 + 10
+    assert result.rounds["bytes_up"] == result.rounds["bytes_down"] == [r * 2 * 4 * P for r in range(1, 7)]
+    assert result.final == {name: values[-1] for name, values in result.evaluations.items()}
+    assert 0 < result.compile_seconds < result.seconds
+
+
+def test_clients_are_listed_in_order_of_their_ids(undisturbed):
+    """Rows of a federation are in order of work instead."""
+    made = small(rounds=1, partition="labels", labels_per_client=3, partition_seed=3)
+    built = experiment.build(made)
+    ids = np.asarray(built.federation.client)
+    assert ids.tolist() != [0, 1, 2, 3]
+    state, _ = built.simulation.run(
+        built.simulation.init(made.seed, built.federation), built.federation, built.hparams, 1
+    )
+    _, clients = built.simulation.evaluate(state, built.federation)
+    expected = dict(zip(ids.tolist(), np.asarray(clients["own_loss"]).tolist(), strict=True))
+    assert run(made).clients["own_loss"] == [expected[i] for i in range(4)]
+
+
+def test_resumes_as_if_never_stopped(undisturbed, tmp_path):
+    whole, result = undisturbed
+    run(small(rounds=3), tmp_path)
+    resumed = run(small(), tmp_path, resume=True)
+    assert history(resumed) == history(result)
+    chex.assert_trees_all_equal(final_state(small(), tmp_path), final_state(small(), whole))
+
+
+def test_resuming_a_finished_run_gives_its_results(undisturbed, monkeypatch):
+    out, result = undisturbed
+    monkeypatch.setattr(runner, "extend", None)  # so that no further round can be recorded
+    assert history(run(small(), out, resume=True)) == history(result)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_a_checkpoint(undisturbed, tmp_path, monkeypatch, number):
+    _, result = undisturbed
+    extend, handler = runner.extend, signal.getsignal(number)
+
+    def extend_and_stop(record, done, *more):
+        extend(record, done, *more)
+        if done == 2:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(runner, "extend", extend_and_stop)
+    with pytest.raises(runner.InterruptedRun) as stop:
+        run(small(), tmp_path)
+    assert (stop.value.round, stop.value.out) == (2, tmp_path)
+    assert signal.getsignal(number) is handler
+    monkeypatch.undo()
+    assert history(run(small(), tmp_path, resume=True)) == history(result)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    def stop_twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(runner, "extend", stop_twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(small(), tmp_path)
+
+
+def test_supersteps_of_any_length_agree(undisturbed):
+    _, result = undisturbed
+    longer = run(small(rounds=5, eval_every=2))
+    assert longer.evaluations["round"] == [2, 4, 5]
+    for name, values in longer.rounds.items():
+        np.testing.assert_allclose(values, result.rounds[name][:5], rtol=1e-5, err_msg=name)
+    expected = [result.evaluations["central_loss"][r - 1] for r in (2, 4, 5)]
+    np.testing.assert_allclose(longer.evaluations["central_loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 4}, "batch_size=8, not 4"),
+        ({"learning_rate": 0.1}, "learning_rate=0.05, not 0.1"),
+        ({"seed": 1}, "seed=0, not 1"),
+        ({"algorithm": "fedavg"}, "algorithm=feddistill, not fedavg"),
+        ({"alpha": 0.5, "model": "2nn"}, r"alpha=None, not 0.5 \(1 more differ\)"),
+        ({"schedule": "cosine"}, "schedule=constant, not cosine"),
+    ],
+)
+def test_another_configuration_is_refused_before_anything_is_built(undisturbed, monkeypatch, change, named):
+    out, _ = undisturbed
+    monkeypatch.setattr(runner, "build", lambda _: pytest.fail("built although refused"))
+    with pytest.raises(InputError, match=named) as error:
+        run(small(**change), out, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_may_go_on_elsewhere(undisturbed, monkeypatch):
+    """For more rounds, with files in other folders, on other devices: the state goes where it is wanted."""
+    out, _ = undisturbed
+    monkeypatch.setattr(runner, "build", lambda made: pytest.fail(f"goes on with {made.devices} devices"))
+    with pytest.raises(pytest.fail.Exception, match="goes on with 2 devices"):
+        run(small(rounds=9, devices=2, cache_dir="/elsewhere"), out, resume=True)
+
+    state = final_state(small(), out)
+    everywhere = replicated(lift.make_mesh(jax.devices()[:2]))
+    checkpoints = Checkpoints(out / "checkpoints")
+    moved = checkpoints.restore(jax.device_put(jax.tree.map(np.zeros_like, state), everywhere))
+    checkpoints.close()
+    assert {leaf.sharding for leaf in jax.tree.leaves(moved)} == {everywhere}
+    chex.assert_trees_all_equal(jax.device_get(moved), state)
+
+
+def test_an_existing_run_is_not_run_over(undisturbed, monkeypatch):
+    out, _ = undisturbed
+    monkeypatch.setattr(runner, "build", lambda _: pytest.fail("built although refused"))
+    with pytest.raises(InputError, match="holds 6 rounds already; use --resume"):
+        run(small(), out)
+    with pytest.raises(InputError, match="is at round 6 already; give --rounds=6 or more"):
+        run(small(rounds=4), out, resume=True)
+
+
+def test_what_a_killed_save_left_is_ignored(undisturbed, tmp_path):
+    _, result = undisturbed
+    run(small(rounds=3), tmp_path)
+    torn = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    (torn / "state").mkdir(parents=True)
+    (torn / "state" / "_METADATA").write_text("{")
+    assert history(run(small(), tmp_path, resume=True)) == history(result)
+
+
+def test_a_checkpoint_of_other_dtypes_is_refused(tmp_path):
+    def state(dtype):
+        return State({"w": jnp.ones(3, dtype)}, (), jnp.int32(1), jnp.zeros(2, jnp.uint32))
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(state(jnp.bfloat16), {})
+    with pytest.raises(InputError, match="other dtypes"):
+        checkpoints.restore(state(jnp.float32))
+    chex.assert_trees_all_equal(checkpoints.restore(state(jnp.bfloat16)), state(jnp.bfloat16))
+    checkpoints.close()
+
+
+def test_a_diverging_run_says_so_and_goes_on(capsys, tmp_path):
+    result = run(small(learning_rate=1e38))
+    assert not np.isfinite(result.final["central_loss"])
+    assert capsys.readouterr().err.count("the run diverged; lower the learning rates") == 1
+    write_json(tmp_path / "results.json", {"losses": result.evaluations["central_loss"]})
+    assert json.loads((tmp_path / "results.json").read_text())["losses"][-1] is None
+
+
+# The whole program, killed for real.
+
+MANY = 60
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """Starts `python -m fdjax` on the same small problem in a process of its own."""
+    cache = tmp_path_factory.mktemp("cache")  # so that only the first one compiles
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    flagfile = cache / "flags"
+    given = SMALL | {"rounds": MANY, "learning_rate": 0.05}
+    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in given.items()))
+
+    started = []
+
+    def start(out, *more):
+        command = [sys.executable, "-m", "fdjax", f"--flagfile={flagfile}", f"--out={out}", *more]
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:  # whatever a failed test left behind
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def finish(process):
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def when_saved(process, out, rounds):
+    """Waits until a checkpoint of `rounds` rounds or more is complete."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        folders = [path.parent.name for path in (out / "checkpoints").glob("*/commit_success.txt")]
+        if max((int(name) for name in folders if name.isdigit()), default=0) >= rounds:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no checkpoint before the end: {process.communicate()}")
+
+
+def results(out):
+    result = json.loads((out / "results.json").read_text())["result"]
+    return {key: value for key, value in result.items() if not key.endswith("seconds")}
+
+
+@pytest.fixture(scope="module")
+def whole(program, tmp_path_factory):
+    """The folder and the standard output of a run of the program that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "deep" / "out"
+    return out, finish(program(out))
+
+
+def test_what_is_coded_is_told_in_the_mean():
+    """Not as the arrays that stand for it, which are longer."""
+    sent = {"bytes_up": [30.0, 60.0, 120.0], "bytes_down": [240.0, 480.0, 720.0]}
+    result = runner.Result(small(), sent, {}, {}, Traffic((90, 50), (80, 40), (2, 2)), 0.0, 0.0)
+    assert report.result_dict(result)["bytes_per_participant"] == {"up": 10.0, "down": (80, 40)}
+
+
+def test_a_run_leaves_table_results_and_curves(whole):
+    out, stdout = whole
+    assert {path.name for path in out.iterdir()} == {"table.md", "results.json", "curves.png", "checkpoints"}
+    table = (out / "table.md").read_text()
+    assert table.strip() in stdout
+    assert "feddistill, synthetic, natural" in table
+    assert f"round {MANY}" in table
+
+    content = json.loads((out / "results.json").read_text())
+    assert content.keys() == {"versions", "device", "machine", "revision", "result"}
+    assert content["versions"]["jax"] == jax.__version__
+    found = content["result"]
+    every = small(rounds=MANY).public()  # the flags of the file, and every default; folders stay on their machine
+    assert found["settings"] == {k: v for k, v in every.items() if k not in ("data_dir", "cache_dir", "writers")}
+    assert found["participants"] == [2]
+    assert found["bytes_per_participant"] == {"up": [4 * 610], "down": [4 * 610]}
+    assert found["rounds"]["bytes_up"][:2] == [2 * 4 * 610, 2 * 2 * 4 * 610]
+    assert {"train_loss", "teacher_loss"} <= found["rounds"].keys()
+    assert found["evaluations"]["round"] == list(range(1, MANY + 1))
+    expected = {"central_accuracy", "local_accuracy", "own_accuracy", "own_accuracy_weighted", "worst_client"}
+    assert expected <= found["final"].keys()
+    assert found["final"] == {name: values[-1] for name, values in found["evaluations"].items()}
+    assert {len(values) for values in found["clients"].values()} == {4}
+    assert f"{100 * found['final']['central_accuracy']:.2f}" in table
+    with Image.open(out / "curves.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
+
+
+def test_killed_and_resumed_as_if_never_killed(program, whole, tmp_path):
+    killed = tmp_path / "killed"
+    victim = program(killed, "--checkpoint_every=1")
+    when_saved(victim, killed, 3)
+    victim.kill()
+    _, stderr = victim.communicate(timeout=30)
+    assert victim.returncode == -signal.SIGKILL, stderr
+    assert not (killed / "results.json").exists()
+    stdout = finish(program(killed, "--resume", "--checkpoint_every=1000"))
+    assert f"round {MANY}" in stdout
+    # Through JSON a float is exact, so this compares every round and every client bit for bit.
+    assert results(killed) == results(whole[0])
+
+
+def test_ctrl_c_ends_in_one_line_and_a_checkpoint(program, tmp_path):
+    process = program(tmp_path, "--checkpoint_every=1", f"--rounds={100 * MANY}")
+    when_saved(process, tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    last = stderr.splitlines()[-1]
+    assert last.startswith("stopped after round ")
+    assert last.endswith(f"; the same command with --out={tmp_path} --resume (and no --overwrite) goes on")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    done = checkpoints.latest()
+    assert f"stopped after round {done};" in last
+    assert len(checkpoints.record()["rounds"]["train_loss"]) == done
+    checkpoints.close()
+    assert stdout == ""
