@@ -1,10 +1,85 @@
 """fdjax: federated distillation, simulated in JAX.
 
-A method is written for one client; `fdjax.simulate` runs it for thousands in one compiled step.
+A method is written for one client; the engine runs it for thousands in one compiled step.
+
+    import fdjax
+
+    result = fdjax.run(algorithm="feddistill", dataset="synthetic", model="mclr", temperature=2.0, rounds=20)
+    result.final["central_accuracy"]
+
+Everything below is loaded at its first use, so that importing fdjax stays quick.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fdjax.runtime import work_around_xla_cpu
 
+if TYPE_CHECKING:
+    from fdjax import algorithms, data, keys, models
+    from fdjax.client import losses
+    from fdjax.contract import (
+        ENSEMBLE,
+        Algorithm,
+        Broadcast,
+        Context,
+        Exchange,
+        Received,
+        Reduction,
+        Stack,
+        Upload,
+    )
+    from fdjax.errors import InputError
+    from fdjax.exchange import reductions
+    from fdjax.method import HParam, Method, Task, Training
+    from fdjax.run.runner import InterruptedRun, Result, run
+    from fdjax.run.settings import Settings
+    from fdjax.run.settings import make as settings
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ENSEMBLE", "Algorithm", "Broadcast", "Context", "Exchange", "HParam", "InputError", "InterruptedRun", "Method",
+    "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "data", "keys",
+    "losses", "models", "reductions", "run", "settings",
+]  # fmt: skip
+
+_MODULES = {
+    "algorithms": "fdjax.algorithms",
+    "data": "fdjax.data",
+    "keys": "fdjax.keys",
+    "losses": "fdjax.client.losses",
+    "models": "fdjax.models",
+    "reductions": "fdjax.exchange.reductions",
+    "run": "fdjax.run",  # a package that can be called
+}
+_ATTRIBUTES = {
+    **dict.fromkeys(("HParam", "Method", "Task", "Training"), "fdjax.method"),
+    **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
+    **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
+    "InputError": "fdjax.errors",
+    **dict.fromkeys(
+        ("ENSEMBLE", "Algorithm", "Broadcast", "Context", "Exchange", "Received", "Reduction", "Stack", "Upload"),
+        "fdjax.contract",
+    ),
+}
+_OTHER_NAMES = {"settings": "make"}  # where a name is another one in its module
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from where it is defined."""
+    if name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    elif name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(_ATTRIBUTES[name]), _OTHER_NAMES.get(name, name))
+    else:
+        raise AttributeError(f"module 'fdjax' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 work_around_xla_cpu()

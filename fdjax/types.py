@@ -1,6 +1,7 @@
-"""Shape letters and the pytrees that every layer shares.
+"""Shape letters and the data that every layer shares; `fdjax.contract` has the functions of a method.
 
-Letters, everywhere: C clients, N examples, M proxy or test examples, K classes, B batch, R rounds, T trials.
+Letters, everywhere: C clients, S participants, N examples, M proxy or test examples, K classes, B batch, R rounds,
+T trials.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,6 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 PyTree = Any
-HParams = dict[str, Any]
 
 
 class Source(NamedTuple):
@@ -73,56 +73,21 @@ class Model(NamedTuple):
     apply: Callable[[PyTree, jax.Array], jax.Array]  # (params, x [B, ...]) -> logits [B, K]
 
 
+class Split(NamedTuple):
+    """A model and its two parts, which share its params: `model.apply(p, x) == head(p, features(p, x))`.
+
+    `model` is a cohort's model like any other. A net on the features alone, FedGKT's server, is a model of inputs
+    `feature_shape`.
+    """
+
+    model: Model
+    features: Callable[[PyTree, jax.Array], jax.Array]  # (params, x [B, ...]) -> features [B, *feature_shape]
+    head: Callable[[PyTree, jax.Array], jax.Array]  # (params, features) -> logits [B, K]
+    feature_shape: tuple[int, ...]
+
+
 class Cohort(NamedTuple):
     """The clients that share one architecture."""
 
     model: Model
     size: int  # clients
-
-
-class Reduction(NamedTuple):
-    """What becomes of the uploads: `finish(sum over clients of partial(upload, weight))` is the summary.
-
-    With `gather` the summary is `finish(uploads [C, ...], weights [C])` instead: every client's upload, and a weight of
-    0 for who took no part. That costs memory for all of them.
-    """
-
-    partial: Callable[[PyTree, jax.Array], PyTree]  # one client's upload and its weight [] -> partial
-    finish: Callable[..., PyTree]  # sum of partials -> summary
-    gather: bool = False
-
-
-class Algorithm(NamedTuple):
-    """A federated method as pure functions of ONE client and of the server.
-
-    `hparams` names the traced hyperparameters and their defaults; a string defaults to another hparam's value.
-    What `broadcast` and `address` return, and what `client` returns as upload, is what crosses the network, and is
-    counted. Metrics named `bytes_up` and `bytes_down` count instead of the arrays' sizes, for what is sent in coded or
-    ragged form: a client's own, or the server's for one client; both are summed over participants.
-    """
-
-    name: str
-    hparams: dict[str, float | str]
-    init_server: Callable[[jax.Array], PyTree]  # key -> server state
-    init_client: Callable[[Model, jax.Array], PyTree]  # (cohort's model, key) -> what one client keeps between rounds
-    broadcast: Callable[[PyTree, int], PyTree]  # (server state, number of the cohort) -> what each participant receives
-    client: Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
-    # (model, received, client state, data, proxy, hparams, key) -> (client state, upload, metrics)
-    reduction: Reduction
-    server: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
-    # (server state, summary, proxy, hparams, key) -> (server state, metrics)
-    central: tuple[Model, Callable[[PyTree], PyTree]] | None = None  # the central model, its params in a server state
-    personal: Callable[[PyTree], PyTree] | None = None  # params of the cohort's model in a client's state
-    cohorts: int | None = None  # how many cohorts it can serve; None: any number
-    address: Callable[[PyTree], PyTree] | None = None
-    # server state -> [C, ...], of which a participant receives its own row: `received` is (broadcast, row)
-    setup: Callable[..., PyTree] | None = None
-    # (model, client state, data, proxy, hparams, key) -> client state: once, before the first round; sends nothing
-    examine: Callable[..., PyTree] | None = None
-    # (model, upload, proxy, hparams) -> what is reduced in the upload's place: work of the server, on each client
-    within: Reduction | None = None
-    # also reduced, within each cohort apart: the server's summary is then (summary, one of these for each cohort)
-    predict: Callable[[int], Callable[[PyTree, PyTree, jax.Array], jax.Array]] | None = None
-    # number of the cohort -> (server state, client state, x [B, ...]) -> logits [B, K]: how its clients predict, in the
-    # place of `personal`, where that takes what the server holds
-    ensemble: bool = False  # evaluate the mean of the personal models' softmax outputs as the central model

@@ -13,11 +13,12 @@ import optax
 
 from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS
-from fdjax.client.local import Task, Training
 from fdjax.data.federation import federate
 from fdjax.data.holdings import from_counts
-from fdjax.engine import lift, simulate
+from fdjax.engine import lift
+from fdjax.engine import simulation as simulation_module
 from fdjax.engine.layout import Layout
+from fdjax.method import Task, Training
 from fdjax.models.split import build_split
 from fdjax.types import Cohort, Source
 
@@ -57,6 +58,7 @@ def source(examples, seed=0, shape=(FEATURES,)):
     return Source("blobs", *draw(examples), *draw(TESTS), CLASSES, mean=(0.25,), std=(1.5,))
 
 
+@functools.cache
 def federation(counts=COUNTS, devices=1, cohort_sizes=None, seed=0, shape=(FEATURES,)):
     """Clients that hold `counts` neighbouring examples each, and 0 to 6 test examples of their own."""
     test = from_counts(np.random.default_rng(seed).permutation(TESTS), np.arange(len(counts)) % 7)
@@ -73,17 +75,17 @@ def replicated(x, federation):
 
 
 def training(batch_size, **options):
-    return Training(batch_size, lambda hparams: optax.sgd(hparams["learning_rate"], **options))
+    return Training(batch_size, lambda learning_rate, round: optax.sgd(learning_rate, **options))
 
 
 def task(batch_size=4, cohorts=(("mclr", 7),), options=(), per_round=PER_ROUND, shape=(FEATURES,)):
     """What a method is built for: logistic regression for a central model."""
     return Task(
-        model=model(shape=shape),
+        model=model("mclr", shape),  # the same object as the clients', where they have it too
         models=tuple(model(kind, shape) for kind, _ in cohorts),
         training=training(batch_size),
         distilling=training(batch_size),
-        clients=sum(size for _, size in cohorts),
+        sizes=tuple(size for _, size in cohorts),
         classes=CLASSES,
         largest=_LONGEST,
         proxy_size=PROXIES,
@@ -97,9 +99,7 @@ def simulation(
     per_round=PER_ROUND, shape=(FEATURES,), **more,
 ):  # fmt: skip
     """A registered algorithm and its simulation, compiled only once; `more` fields of Layout."""
-    if more.get("kind") == "shard_map":
-        del more["kind"]  # as it is without
-    chosen = {name: allowed[0] for name, allowed in ALGORITHMS[name].options.items()} | (options or {})
+    chosen = ALGORITHMS[name].choices(options or {})
     made = chunk, devices, participants, batch_size, cohorts, tuple(sorted(chosen.items())), per_round, shape
     return _simulation(name, *made, tuple(sorted(more.items())))
 
@@ -111,22 +111,29 @@ def _simulation(name, chunk, devices, participants, batch_size, cohorts, options
         edge = build_split("2nn", (FEATURES,), CLASSES, width=5)
         central = models.build("mclr", edge.feature_shape, CLASSES)
         made = made._replace(model=central, models=(edge.model,) * len(cohorts), splits=(edge,) * len(cohorts))
-    algorithm = ALGORITHMS[name].build(made)
-    members = tuple(Cohort(member, size) for member, (_, size) in zip(made.models, cohorts, strict=True))
-    layout = Layout(members, participants, mesh(devices), chunk=chunk, eval_batch=10, **dict(more))
-    return algorithm, simulate.simulation(algorithm, layout)
+    algorithm = ALGORITHMS[name].algorithm(made)
+    return algorithm, bind(algorithm, made, participants, chunk=chunk, devices=devices, **dict(more))
 
 
-def hparams_of(algorithm, **given):
-    usual = {name: v for name, v in {"learning_rate": 0.3, "local_epochs": 2}.items() if name in algorithm.hparams}
-    quick = {"server_steps": 20} if "server_steps" in algorithm.hparams else {}  # hundreds of Adam's amplify rounding
-    return simulate.resolve_hparams(algorithm, usual | quick | given)
+def bind(algorithm, task, participants, *, chunk=3, devices=1, kind="shard_map", ordered=False, **more):
+    """The simulation of an algorithm; `more` fields of Layout."""
+    members = tuple(Cohort(member, size) for member, size in zip(task.models, task.sizes, strict=True))
+    lifting = lift.Lifting(kind, mesh(devices), chunk, ordered=ordered)
+    layout = Layout(task.model, members, participants, lifting, **{"eval_batch": 10} | more)
+    return simulation_module.simulation(algorithm, layout)
+
+
+def hparams_of(method, **given):
+    """The hparams of a method's name; quick ones where nothing is given."""
+    known = ALGORITHMS[method].hparams
+    usual = {"learning_rate": 0.3, "local_epochs": 2, "server_steps": 20}  # hundreds of Adam's steps amplify rounding
+    return ALGORITHMS[method].resolve({name: v for name, v in usual.items() if name in known} | given)
 
 
 def begin(simulation, federation, hparams, seed=0):
     """The state before the first round: what `init` and, if there is one, `setup` leave."""
     state = simulation.init(seed, federation)
-    return simulation.setup(state, federation, hparams) if simulation.setup else state
+    return simulation.setup(state, federation, hparams)[0] if simulation.setup else state
 
 
 def all_finite(tree):

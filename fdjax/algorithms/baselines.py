@@ -11,41 +11,53 @@ Every client starts from an initialisation of its own and keeps its model; the o
 does for the federated methods, to which it is compared at equal epochs.
 """
 
-from fdjax.client import local, losses
+from fdjax.client.training import fit, supervised
+from fdjax.contract import (
+    ENSEMBLE,
+    Algorithm,
+    Broadcast,
+    Exchange,
+    Upload,
+    own_model,
+    predict_with_own_model,
+    unchanged,
+)
 from fdjax.exchange import reductions
-from fdjax.types import Algorithm
-
-HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1}
+from fdjax.method import LOCAL_TRAINING, Method, Task
 
 
-def alone(task: local.Task) -> Algorithm:
+def local(task: Task) -> Algorithm:
     """Training without exchange; hparams: `learning_rate`, `local_epochs`."""
 
-    def client(model, received, params, data, proxy, hparams, key):
-        def loss(params, x, y):
-            return losses.cross_entropy(model.apply(params, x), y)
+    def train(ctx, received, params, data):
+        params, loss = fit(task.training, supervised(ctx.model), params, data, ctx, epochs=ctx.hparams["local_epochs"])
+        return params, Upload(()), {"train_loss": loss}
 
-        params, train_loss = local.fit(task.training, loss, params, data, hparams, key, epochs=hparams["local_epochs"])
-        return params, (), {"train_loss": train_loss}
-
+    exchange = Exchange(
+        broadcast=lambda ctx, server: Broadcast(()),
+        client=train,
+        reduce=reductions.nothing(),
+        server=unchanged,
+    )
     return Algorithm(
-        name="local",
-        hparams=HPARAMS,
-        init_server=lambda key: (),
-        init_client=lambda model, key: model.init(key),
-        broadcast=lambda nothing, cohort: (),
-        client=client,
-        reduction=reductions.mean(),
-        server=lambda nothing, summary, proxy, hparams, key: ((), {}),
-        personal=lambda params: params,
+        init_server=lambda ctx, params: (),
+        init_client=own_model,
+        round=(exchange,),
+        personal=predict_with_own_model,
     )
 
 
-def ensemble(task: local.Task) -> Algorithm:
-    """The same, tested as an ensemble."""
-    return alone(task)._replace(name="ensemble", ensemble=True)
+def ensemble(task: Task) -> Algorithm:
+    """The same, tested as an ensemble; with pooled data, an ensemble of the one client that is left."""
+    return local(task)._replace(central=ENSEMBLE)
 
 
-def centralized(task: local.Task) -> Algorithm:
-    """The same of the one client that is left when all data are pooled: an ensemble of one."""
-    return ensemble(task)._replace(name="centralized", cohorts=1)
+LOCAL = Method("local", "every client by itself", local, LOCAL_TRAINING)
+METHODS = (
+    LOCAL,
+    LOCAL._replace(name="ensemble", summary="every client by itself, tested together", build=ensemble),
+    LOCAL._replace(
+        name="centralized", summary="one client that holds everything", build=ensemble, one_architecture=True,
+        pooled=True,
+    ),
+)  # fmt: skip

@@ -13,119 +13,99 @@ Delta Coding" (IEEE TNSE 2022; arXiv 2012.00632). Its three measures on top of f
 
 Loss of distillation: CE(Y, softmax(w(x))), no temperature. The server's model is the central one.
 
-Sent: Y down, Y_k up, as the code of `coding.coded_bytes` (flags of change and new symbols, each adaptively and
-arithmetically coded), which the metrics `bytes_up` and `bytes_down` count; o_t, 4 bytes an id, unless it is all proxy
-data. The first round has no Y and sends o_1 alone.
+Sent: Y down, Y_k up, by the codec `coding.quantised_labels` (flags of change and new symbols, each adaptively and
+arithmetically coded), whose bytes are counted; o_t, 4 bytes an id, unless it is all proxy data. The first round has no
+Y and sends o_1 alone.
 
 Written from a summary of the paper, not from code (none was found); what that leaves open, and we chose:
 - The code above, and which symbols it models. The paper also speaks of choosing proxy data: not here, o_t is random.
 - The reference for the delta is, example by example, what that client last sent or received, so clients may be absent;
   both ends keep it (here in the client's state).
 - Every client has a fixed w_0 of its own. The server's w goes on from where it was.
-- A participant without examples neither receives nor sends.
 """
 
 import jax
 import jax.numpy as jnp
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.exchange import coding, reductions
-from fdjax.exchange import proxy as exchange
-from fdjax.types import Algorithm, Examples
-
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.01,
-    "local_epochs": 1,
-    "distill_learning_rate": "learning_rate",
-    "distill_epochs": 1,
-}
-OPTIONS = {"bits_up": ("1", "2", "4"), "bits_down": ("1", "2", "4")}
+from fdjax.client.training import fit, from_probabilities, supervised
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
+from fdjax.exchange import coding, proxy, reductions, traffic
+from fdjax.exchange.wrappers import Codec, coded
+from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
 
 
-def cfd(task: local.Task) -> Algorithm:
-    """CFD; hparams: `learning_rate`, `local_epochs` (E), `distill_learning_rate`, `distill_epochs` (client and server).
+def cfd(task: Task) -> Algorithm:
+    """CFD; hparams: see METHOD; options: `bits_up`, `bits_down`."""
+    up = coding.quantised_labels(int(task.options["bits_up"]), memory="sent")
+    down = _announcing(coding.quantised_labels(int(task.options["bits_down"]), memory="received"))
 
-    Options: `bits_up`, `bits_down`.
-    """
-    up, down = int(task.options["bits_up"]), int(task.options["bits_down"])
-    size, number = task.proxy_size, task.proxy_per_round
-    ids_bytes = 4.0 * number if number < size else 0.0
+    def learn_labels(ctx, params, soft, epochs):
+        return fit(
+            task.distilling, from_probabilities(ctx.model), params, proxy.targets(ctx, soft.ids, soft.labels),
+            ctx.at("distill"), epochs=epochs, learning_rate=ctx.hparams["distill_learning_rate"],
+        )  # fmt: skip
 
-    def distil(apply, params, targets: local.Targets, hparams, key, epochs):
-        def loss(params, x, target):
-            return losses.soft_cross_entropy(target, apply(params, x))
+    def label(ctx, params, ids):
+        return proxy.SoftLabels(ids, jax.nn.softmax(proxy.predict(ctx, params, ids)))
 
-        hparams = hparams | {"learning_rate": hparams["distill_learning_rate"]}
-        return local.fit(task.distilling, loss, params, targets, hparams, key, epochs=epochs)
-
-    def label(apply, params, proxy: Examples, ids, bits):
-        chosen = proxy._replace(x=proxy.x[ids], y=proxy.y[ids])
-        logits = local.predict(apply, params, chosen, task.distilling.batch_size)
-        return coding.quantise(jax.nn.softmax(logits), bits).astype(jnp.uint8)
-
-    def init_client(model, key):
-        nothing = jnp.zeros((size, task.classes), jnp.uint8)
-        return {"start": (start := model.init(key)), "params": start, "received": nothing, "sent": nothing}
-
-    def client(model, received, state, data, proxy, hparams, key):
-        ids, symbols = received["ids"], received["symbols"]
-        there, told = data.count > 0, jnp.any(symbols > 0)
-
-        def loss(params, x, y):
-            return losses.cross_entropy(model.apply(params, x), y)
-
-        params, distill_loss = distil(
-            model.apply,
-            state["start"],
-            local.Targets(proxy, ids, symbols / coding.levels(down)),
-            hparams,
-            keys.stream(key, "distill"),
-            jnp.where(there & told, hparams["distill_epochs"], 0),
+    def distil_train_predict(ctx, received, state, data):
+        later = jnp.where(ctx.round > 0, ctx.hparams["distill_epochs"], 0)
+        params, distill_loss = learn_labels(ctx, state["start"], received.shared, later)
+        params, train_loss = fit(
+            task.training, supervised(ctx.model), params, data, ctx.at("train"), epochs=ctx.hparams["local_epochs"]
         )
-        params, train_loss = local.fit(
-            task.training, loss, params, data, hparams, keys.stream(key, "train"), epochs=hparams["local_epochs"]
-        )
-        upload = label(model.apply, params, proxy, ids, up)
-        new = {
-            "start": state["start"],
-            "params": params,
-            "received": state["received"].at[ids].set(symbols),
-            "sent": state["sent"].at[ids].set(upload),
-        }
-        bytes_up = coding.coded_bytes(upload, state["sent"][ids], up)
-        bytes_down = jnp.where(told, coding.coded_bytes(symbols, state["received"][ids], down), 0) + ids_bytes
-        metrics = {
-            "train_loss": train_loss,
-            "distill_loss": distill_loss,
-            "bytes_up": jnp.where(there, bytes_up, 0),
-            "bytes_down": jnp.where(there, bytes_down, 0),
-        }
-        return jax.tree.map(lambda x, y: jnp.where(there, x, y), new, state), upload, metrics
+        upload = Upload(label(ctx, params, received.shared.ids))
+        return state | {"params": params}, upload, {"train_loss": train_loss, "distill_loss": distill_loss}
 
-    def init_server(key):
-        return {
-            "params": task.model.init(keys.stream(key, "model")),
-            "ids": exchange.subset(task, keys.stream(key, "subset")),
-            "symbols": jnp.zeros((number, task.classes), jnp.uint8),
-        }
+    def distil_and_label(ctx, server, mean):
+        soft = proxy.SoftLabels(server["labels"].ids, mean)
+        params, loss = learn_labels(ctx, server["params"], soft, ctx.hparams["distill_epochs"])
+        ids = proxy.draw_ids(task, ctx.at("subset").key)
+        return {"params": params, "labels": label(ctx, params, ids)}, {"server_loss": loss}
 
-    def server(state, mean, proxy, hparams, key):
-        targets = local.Targets(proxy, state["ids"], mean)
-        distill_key, apply = keys.stream(key, "distill"), task.model.apply
-        params, loss = distil(apply, state["params"], targets, hparams, distill_key, hparams["distill_epochs"])
-        ids = exchange.subset(task, keys.stream(key, "subset"))
-        return {"params": params, "ids": ids, "symbols": label(apply, params, proxy, ids, down)}, {"server_loss": loss}
+    def init_server(ctx, params):
+        nothing = jnp.zeros((task.proxy_per_round, task.classes))
+        return {"params": params, "labels": proxy.SoftLabels(proxy.draw_ids(task, ctx.key), nothing)}
 
+    def init_client(ctx):
+        start, nothing = ctx.model.init(ctx.key), coding.nothing_sent(task.proxy_size, task.classes)
+        return {"start": start, "params": start, "received": nothing, "sent": nothing}
+
+    exchange = Exchange(
+        broadcast=lambda ctx, server: Broadcast(server["labels"]),
+        client=distil_train_predict,
+        reduce=reductions.mean(lambda soft: soft.labels),
+        server=distil_and_label,
+    )
     return Algorithm(
-        name="cfd",
-        hparams=HPARAMS,
         init_server=init_server,
         init_client=init_client,
-        broadcast=lambda state, cohort: {name: state[name] for name in ("ids", "symbols")},
-        client=client,
-        reduction=reductions.mean(lambda symbols: symbols / coding.levels(up)),
-        server=server,
-        central=(task.model, lambda state: state["params"]),
-        personal=lambda state: state["params"],
+        round=(coded(exchange, up=up, down=down),),
+        central=lambda ctx, server, x: ctx.model.apply(server["params"], x),
+        personal=lambda ctx, server, state, x: ctx.model.apply(state["params"], x),
     )
+
+
+def _announcing(codec: Codec) -> Codec:
+    """The codec with the ids counted too, which is all that the first round sends."""
+
+    def count(ctx, code, known):
+        number, after = codec.count(ctx, code, known)
+        later = ctx.round > 0
+        return jnp.where(later, number, 0) + traffic.size(code.ids), jnp.where(later, after, known)
+
+    return codec._replace(count=count)
+
+
+METHOD = Method(
+    name="cfd",
+    summary="CFD (Sattler et al. 2022): soft labels in few bits, delta-coded; the server labels for the clients",
+    build=cfd,
+    hparams={
+        **LOCAL_TRAINING,
+        "distill_learning_rate": learning_rate("learning_rate", "learning rate of the distillation"),
+        "distill_epochs": epochs(1, "epochs of the distillation, of clients and server"),
+    },
+    options={"bits_up": ("1", "2", "4"), "bits_down": ("1", "2", "4")},
+    proxy="unlabelled",
+)

@@ -9,93 +9,118 @@ numbers are missing here. Client k has private data D_k and a model of any archi
     server:       Y(x) = robust mean of p_1(x), ..., p_m(x), for each x by itself
     client:       train on D_k and {(x, Y(x))} together, by CE with the hard and the soft targets
 
+The first phase is the set-up, of all clients; a round is two exchanges, `predict` and `learn`.
+
 The robust mean is the filter of Diakonikolas et al. (2017): see `robust.filtered_mean`. A filter takes those for wrong
 who differ, and where clients hold few labels those who know x's label do: expect less of it the less data are alike.
 
-Sent: see `exchange`; probabilities up, Y and ids down.
+Sent: the ids of n examples of X down (4n bytes, none where n = M) and p_k up (4nK), then Y down (4nK).
 
 The descriptions leave open, and we chose:
 - `aggregation` is the filter, or the median or trimmed mean of every coordinate, or the geometric median of each x.
 - `faulty`, 0.2 unless chosen, is the fraction of the uploads that the filter drops for each x, there being no threshold
   below which it drops none, and that the trimmed mean drops at each end.
 - The two sets are shuffled into the same batches, each example of either counting alike.
-- The first phase is the first round, of `first_epochs` epochs (`local_epochs` unless set). A client that comes later
-  begins with a consensus.
+- The first phase has `first_epochs` epochs (`local_epochs` unless set).
 - A median of probabilities need not sum to 1; it is used as it is.
 
 Deviations: a round may use a fresh subset of X and not all of it. Augmentation, if any, is of public examples too.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fdjax.client import local, losses
-from fdjax.exchange import proxy as exchange
-from fdjax.exchange import robust
-from fdjax.types import Algorithm
+from fdjax.client.data import ClientData, Targets
+from fdjax.client.training import fit, from_probabilities, supervised
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model, unchanged
+from fdjax.exchange import proxy, reductions, robust
+from fdjax.method import LOCAL_TRAINING, Method, Task, epochs
 
-HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "first_epochs": "local_epochs"}
-OPTIONS = {
-    "aggregation": ("filter", "median", "trimmed_mean", "geometric_median"),
-    "faulty": ("0.2", "0.1", "0.3", "0.4"),
-}
 _WEISZFELD = 256  # steps; 32 can be off by 0.05 in a probability where the median is near an upload
 
 
 class _Union(NamedTuple):
-    """A client's own examples and then, if there are targets, the public ones; all with probabilities [B, K]."""
+    """A client's own examples and then the public ones, all with probabilities [B, K]."""
 
-    own: local.ClientData
-    public: local.Targets
-    more: jax.Array  # [] int32: how many public examples there are
+    own: ClientData
+    public: Targets
 
     @property
     def count(self):
-        return self.own.count + self.more
+        return self.own.count + self.public.count
 
     def take(self, position):
-        mine = position < self.own.count
-        x, y = self.own.take(jnp.where(mine, position, 0))
-        public_x, targets = self.public.take(jnp.where(mine, 0, position - self.own.count))
+        is_own = position < self.own.count
+        x, y = self.own.take(jnp.where(is_own, position, 0))
+        public_x, targets = self.public.take(jnp.where(is_own, 0, position - self.own.count))
         hard = jax.nn.one_hot(y, targets.shape[-1])
-        either = mine.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(either, x, public_x), jnp.where(mine[:, None], hard, targets)
+        return jnp.where(is_own.reshape(-1, *(1,) * (x.ndim - 1)), x, public_x), jnp.where(
+            is_own[:, None], hard, targets
+        )
 
 
-def cronus(task: local.Task) -> Algorithm:
+class _Server(NamedTuple):
+    ids: Any  # of the round's public examples
+    consensus: jax.Array  # [n, K] Y of those that were last uploaded
+
+
+def cronus(task: Task) -> Algorithm:
     """Cronus; hparams: `learning_rate`, `local_epochs`, `first_epochs`; options: `aggregation`, `faulty`."""
     faulty = float(task.options["faulty"])
-    reduction = {
+    robust_mean = {
         "filter": lambda: robust.filtered_mean(faulty, rows=True),
         "median": robust.coordinate_median,
         "trimmed_mean": lambda: robust.trimmed_mean(faulty),
         "geometric_median": lambda: robust.geometric_median(_WEISZFELD, rows=True),
     }[task.options["aggregation"]]()
 
-    def client(model, received, params, data, proxy, hparams, key):
-        def loss(params, x, targets):
-            return losses.soft_cross_entropy(targets, model.apply(params, x))
+    def first_phase(ctx, received, params, data):
+        loss = supervised(ctx.model)
+        params, train_loss = fit(task.training, loss, params, data, ctx, epochs=ctx.hparams["first_epochs"])
+        return params, Upload(()), {"train_loss": train_loss}
 
-        public = received.data(proxy)
-        union = _Union(data, public, exchange.epochs(public.count, received, data))
-        number = jnp.where(hparams["round"] == 0, hparams["first_epochs"], hparams["local_epochs"])
-        params, train_loss = local.fit(task.training, loss, params, union, hparams, key, epochs=number)
-        upload = jax.nn.softmax(exchange.predict(model, params, proxy, received))
-        return params, upload, {"train_loss": train_loss}
+    def predict(ctx, received, params, data):
+        return params, Upload(jax.nn.softmax(proxy.predict(ctx, params, received.shared))), {}
 
-    def server(state, consensus, proxy, hparams, key):
-        return exchange.following(task, state, consensus, key), {}
+    def learn(ctx, received, params, data):
+        union = _Union(data, proxy.targets(ctx, received.known, received.shared))
+        loss = from_probabilities(ctx.model)
+        params, train_loss = fit(task.training, loss, params, union, ctx, epochs=ctx.hparams["local_epochs"])
+        return params, Upload(()), {"train_loss": train_loss}
+
+    def keep_consensus(ctx, server, mean):
+        return server._replace(consensus=mean), {}
+
+    def choose_subset(ctx, server, summary):
+        return server._replace(ids=proxy.draw_ids(task, ctx.key)), {}
 
     return Algorithm(
-        name="cronus",
-        hparams=HPARAMS,
-        init_server=lambda key: exchange.first(task, key),
-        init_client=lambda model, key: model.init(key),
-        broadcast=lambda state, cohort: state,
-        client=client,
-        reduction=reduction,
-        server=server,
-        personal=lambda params: params,
-    )
+        init_server=lambda ctx, params: _Server(
+            proxy.draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes))
+        ),
+        init_client=own_model,
+        setup=(Exchange(lambda ctx, server: Broadcast(()), first_phase, reductions.nothing(), unchanged),),
+        round=(
+            Exchange(lambda ctx, server: Broadcast(server.ids), predict, robust_mean, keep_consensus),
+            Exchange(
+                lambda ctx, server: Broadcast(server.consensus, known=server.ids), learn, reductions.nothing(),
+                choose_subset,
+            ),
+        ),
+        personal=predict_with_own_model,
+    )  # fmt: skip
+
+
+METHOD = Method(
+    name="cronus",
+    summary="Cronus (Chang et al. 2019): robust mean of outputs on proxy data, learned with the client's own",
+    build=cronus,
+    hparams=LOCAL_TRAINING | {"first_epochs": epochs("local_epochs", "epochs of the first phase")},
+    options={
+        "aggregation": ("filter", "median", "trimmed_mean", "geometric_median"),
+        "faulty": ("0.2", "0.1", "0.3", "0.4"),
+    },
+    proxy="unlabelled",
+)

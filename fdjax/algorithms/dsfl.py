@@ -5,18 +5,19 @@ Efficient Collaborative Training with Non-IID Private Data" (2021). We had its a
 (BlazeFL, SCARLET), so equation numbers are missing here. Client k has a model w_k of any architecture, the server has a
 model w; o_t is the subset of the unlabelled open data that round t uses.
 
-    client, round t:  distil:   minimise CE(target(x), softmax(w_k(x))) over x in o_{t-1}
-                      update:   train w_k on the private data by CE
-                      predict:  p_k(x) = softmax(w_k(x)) for x in o_t
-    server:           p(x) = (1 / m) sum_k p_k(x)
-                      target(x) = softmax(p(x) / T), of probabilities and not of logits        ERA
-                      target(x) = p(x)                                                         SA
-                      distil w on {(x, target(x)) : x in o_t}, as the clients do
+    update:     train w_k on the private data by CE
+    predict:    p_k(x) = softmax(w_k(x)) for x in o_t
+    aggregate:  p(x) = (1 / m) sum_k p_k(x)
+                target(x) = softmax(p(x) / T), of probabilities and not of logits        ERA
+                target(x) = p(x)                                                         SA
+    distil:     clients and server minimise CE(target(x), softmax(w(x))) over x in o_t
 
-The server's model is the central one; it learns targets in the round that makes them, clients in the next. T sharpens
-only what is not sharp already: see `reductions.era`. CE has the gradient of the KL divergence; there is no T^2.
+A round is two exchanges, `update_and_predict` and `distil`. The server's model is the central one. The laboratory's
+code distils at the start of the next round instead. T sharpens only what is not sharp already: see `reductions.era`.
+CE has the gradient of the KL divergence; there is no T^2.
 
-Sent: see `exchange`; probabilities up, targets and ids down. Models stay where they are.
+Sent: the ids of o_t down (4n bytes, none where o_t is all open data) and p_k up (4nK), then the targets down (4nK).
+Models stay where they are.
 
 Choices, `aggregation`:
 - era: the paper's, T = `era_temperature` = 0.1
@@ -24,43 +25,31 @@ Choices, `aggregation`:
 - enhanced_era: p_c^beta / sum_c p_c^beta, SCARLET's, beta = `era_beta` = 2
 - era_logits: clients send logits z_k and target(x) = softmax(mean_k z_k(x) / T), which some re-implementations call ERA
 
-Deviations: the first round distils nothing; every model starts from an initialisation of its own; a client that holds
-no example distils nothing. Epochs, batch size and learning rate of the laboratory's code are not our defaults but for
-`distill_epochs` = 5.
+Deviations: every model starts from an initialisation of its own. Epochs, batch size and learning rate of the
+laboratory's code are not our defaults but for `distill_epochs` = 5.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.exchange import proxy as exchange
-from fdjax.exchange import reductions
-from fdjax.types import Algorithm, PyTree
-
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.01,
-    "local_epochs": 1,
-    "distill_learning_rate": "learning_rate",
-    "distill_epochs": 5,
-    "era_temperature": 0.1,
-    "era_beta": 2.0,
-}
-OPTIONS = {"aggregation": ("era", "sa", "enhanced_era", "era_logits")}
+from fdjax.client import losses
+from fdjax.client.training import fit, from_probabilities, supervised
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
+from fdjax.exchange import proxy, reductions
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
+from fdjax.types import PyTree
 
 
 class _Server(NamedTuple):
     params: PyTree
-    exchange: exchange.Exchange
+    ids: Any  # of the round's open data
+    targets: jax.Array  # [n, K] of those that were last predicted
 
 
-def dsfl(task: local.Task) -> Algorithm:
-    """DS-FL.
-
-    hparams: `learning_rate`, `local_epochs`, `distill_learning_rate`, `distill_epochs` (of clients and server),
-    `era_temperature` (T), `era_beta`; the options' `aggregation` uses one of the last two, or none.
-    """
+def dsfl(task: Task) -> Algorithm:
+    """DS-FL; `era_temperature` (T) and `era_beta` are each used by one of the aggregations; hparams: see METHOD."""
     aggregation = task.options["aggregation"]
 
     def sharpen(mean, hparams):
@@ -70,53 +59,61 @@ def dsfl(task: local.Task) -> Algorithm:
             return reductions.enhanced_era(mean, hparams["era_beta"])
         return reductions.era(mean, hparams["era_temperature"])
 
-    def distil(model, params, received, proxy, hparams, key, epochs):
-        def loss(params, x, target):
-            return losses.soft_cross_entropy(target, model.apply(params, x))
+    def learn_targets(ctx, params, ids, targets):
+        return fit(
+            task.distilling, from_probabilities(ctx.model), params, proxy.targets(ctx, ids, targets),
+            ctx.at("distil"), epochs=ctx.hparams["distill_epochs"],
+            learning_rate=ctx.hparams["distill_learning_rate"],
+        )  # fmt: skip
 
-        rate = {"learning_rate": hparams["distill_learning_rate"]}
-        return local.fit(
-            task.distilling,
-            loss,
-            params,
-            received.data(proxy),
-            hparams | rate,
-            keys.stream(key, "distil"),
-            epochs=epochs,
+    def update_and_predict(ctx, received, params, data):
+        params, loss = fit(
+            task.training, supervised(ctx.model), params, data, ctx.at("update"), epochs=ctx.hparams["local_epochs"]
         )
+        logits = proxy.predict(ctx, params, received.shared)
+        return params, Upload(logits if aggregation == "era_logits" else jax.nn.softmax(logits)), {"train_loss": loss}
 
-    def client(model, received, params, data, proxy, hparams, key):
-        def loss(params, x, y):
-            return losses.cross_entropy(model.apply(params, x), y)
+    def aggregate(ctx, server, mean):
+        targets = sharpen(mean, ctx.hparams)
+        params, loss = learn_targets(ctx, server.params, server.ids, targets)
+        metrics = {"server_loss": loss, "target_entropy": losses.entropy(targets).mean()}
+        return server._replace(params=params, targets=targets), metrics
 
-        epochs = exchange.epochs(hparams["distill_epochs"], received, data)
-        params, distill_loss = distil(model, params, received, proxy, hparams, key, epochs)
-        params, train_loss = local.fit(
-            task.training, loss, params, data, hparams, keys.stream(key, "update"), epochs=hparams["local_epochs"]
-        )
-        logits = exchange.predict(model, params, proxy, received)
-        upload = logits if aggregation == "era_logits" else jax.nn.softmax(logits)
-        return params, upload, {"train_loss": train_loss, "distill_loss": distill_loss}
+    def distil(ctx, received, params, data):
+        params, loss = learn_targets(ctx, params, received.known, received.shared)
+        return params, Upload(()), {"distill_loss": loss}
 
-    def server(state, mean, proxy, hparams, key):
-        targets = sharpen(mean, hparams)
-        following = exchange.following(task, state.exchange, targets, keys.stream(key, "subset"))
-        params, loss = distil(task.model, state.params, following, proxy, hparams, key, hparams["distill_epochs"])
-        entropy = losses.entropy(targets).mean()
-        return _Server(params, following), {"server_loss": loss, "target_entropy": entropy}
-
-    def init_server(key):
-        return _Server(task.model.init(key), exchange.first(task, keys.stream(key, "subset")))
+    def choose_subset(ctx, server, summary):
+        return server._replace(ids=proxy.draw_ids(task, ctx.key)), {}
 
     return Algorithm(
-        name="dsfl",
-        hparams=HPARAMS,
-        init_server=init_server,
-        init_client=lambda model, key: model.init(key),
-        broadcast=lambda state, cohort: state.exchange,
-        client=client,
-        reduction=reductions.mean(),
-        server=server,
-        central=(task.model, lambda state: state.params),
-        personal=lambda params: params,
-    )
+        init_server=lambda ctx, params: _Server(
+            params, proxy.draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes))
+        ),
+        init_client=own_model,
+        round=(
+            Exchange(lambda ctx, server: Broadcast(server.ids), update_and_predict, reductions.mean(), aggregate),
+            Exchange(
+                lambda ctx, server: Broadcast(server.targets, known=server.ids), distil, reductions.nothing(),
+                choose_subset,
+            ),
+        ),
+        central=lambda ctx, server, x: ctx.model.apply(server.params, x),
+        personal=predict_with_own_model,
+    )  # fmt: skip
+
+
+METHOD = Method(
+    name="dsfl",
+    summary="DS-FL (Itahara et al. 2021): sharpened mean of outputs on proxy data",
+    build=dsfl,
+    hparams={
+        **LOCAL_TRAINING,
+        "distill_learning_rate": learning_rate("learning_rate", "learning rate of the distillation"),
+        "distill_epochs": epochs(5, "epochs of the distillation, of clients and server"),
+        "era_temperature": temperature(0.1, "sharpens the mean (aggregation era, era_logits)"),
+        "era_beta": HParam(2.0, help="sharpens the mean (aggregation enhanced_era)"),
+    },
+    options={"aggregation": ("era", "sa", "enhanced_era", "era_logits")},
+    proxy="unlabelled",
+)

@@ -19,7 +19,7 @@ label, and FAug to fill them up.
 The paper leaves open, and we chose:
 - gamma = 1, traced; the paper's value is not published.
 - F^(k)[l] is a mean over those of the others that hold l. Where none does, in the first round, and for a participant
-  who is alone, the row is zero and so is the regulariser.
+  that is alone, the row is zero and so is the regulariser.
 - The others are the participants of the last round, whether or not k was one of them.
 
 Deviations: a period is `local_epochs` epochs, not 250 batches of 64 whatever the device holds. The server keeps every
@@ -29,58 +29,58 @@ client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the pa
 import jax
 import jax.numpy as jnp
 
-from fdjax.client import local, losses
+from fdjax.client import losses
+from fdjax.client.training import fit_observing
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import reductions
-from fdjax.types import Algorithm, Reduction
-
-HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "gamma": 1.0}
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
-def others(rows: jax.Array) -> jax.Array:
+def means_of_others(table: jax.Array) -> jax.Array:
     """F^(k)[l] for every k: `[C, K, K]` of F_k, zeros for labels not held, to the means over all but k."""
-    held = (jnp.sum(rows, axis=-1, keepdims=True) > 0).astype(rows.dtype)
-    holders = jnp.sum(held, axis=0, keepdims=True) - held
-    total = jnp.sum(rows, axis=0, keepdims=True) - rows
+    holds = (jnp.sum(table, axis=-1, keepdims=True) > 0).astype(table.dtype)
+    holders = jnp.sum(holds, axis=0, keepdims=True) - holds
+    total = jnp.sum(table, axis=0, keepdims=True) - table
     return jnp.where(holders > 0, total / jnp.maximum(holders, 1), 0)
 
 
-def fd(task: local.Task) -> Algorithm:
+def fd(task: Task) -> Algorithm:
     """FD; hparams: `learning_rate` (eta), `local_epochs`, `gamma`."""
-    K, training = task.classes, task.training
+    K = task.classes
 
-    def observe(probabilities, y, weight):
-        return reductions.sum_by_label(probabilities, y, K, weight)
+    def broadcast(ctx, table):
+        return Broadcast((), own=means_of_others(table)[task.ids(ctx.cohort)])
 
-    def client(model, received, params, data, proxy, hparams, key):
-        _, table = received
-
+    def train(ctx, received, params, data):
         def loss(params, x, y):
-            logits = model.apply(params, x)
-            regulariser = losses.soft_cross_entropy(table[y], logits)
-            return losses.cross_entropy(logits, y) + hparams["gamma"] * regulariser, jax.nn.softmax(logits)
+            logits = ctx.model.apply(params, x)
+            regulariser = losses.soft_cross_entropy(received.own[y], logits)
+            return losses.cross_entropy(logits, y) + ctx.hparams["gamma"] * regulariser, jax.nn.softmax(logits)
+
+        def observe(probabilities, y, weight):
+            return reductions.sum_by_label(probabilities, y, K, weight)
 
         nothing = reductions.ByLabel(jnp.zeros((K, K)), jnp.zeros(K))
-        params, train_loss, seen = local.fit_observing(
-            training, loss, observe, nothing, params, data, hparams, key, epochs=hparams["local_epochs"]
+        params, train_loss, seen = fit_observing(
+            task.training, loss, observe, nothing, params, data, ctx, epochs=ctx.hparams["local_epochs"]
         )
-        upload = seen.value / jnp.maximum(seen.count, 1)[:, None]
-        return params, upload, {"train_loss": train_loss}
+        means = seen.value / jnp.maximum(seen.count, 1)[:, None]
+        return params, Upload(means), {"train_loss": train_loss}
 
-    def gather(uploads, weights):
-        return jnp.where(weights[:, None, None] > 0, uploads, 0)
-
-    def server(rows, uploads, proxy, hparams, key):
-        return uploads, {}
+    def server(ctx, table, stack):
+        return jnp.zeros_like(table).at[stack.client].set(stack.partials), {}
 
     return Algorithm(
-        name="fd",
-        hparams=HPARAMS,
-        init_server=lambda key: jnp.zeros((task.clients, K, K)),
-        init_client=lambda model, key: model.init(key),
-        broadcast=lambda rows, cohort: (),
-        address=others,
-        client=client,
-        reduction=Reduction(lambda upload, weight: upload, gather, gather=True),
-        server=server,
-        personal=lambda params: params,
+        init_server=lambda ctx, params: jnp.zeros((task.clients, K, K)),
+        init_client=own_model,
+        round=(Exchange(broadcast, train, reductions.stack(), server),),
+        personal=predict_with_own_model,
     )
+
+
+METHOD = Method(
+    name="fd",
+    summary="FD (Jeong et al. 2018): mean outputs by label",
+    build=fd,
+    hparams=LOCAL_TRAINING | {"gamma": HParam(1.0, help="weight of the regulariser towards the others' mean outputs")},
+)

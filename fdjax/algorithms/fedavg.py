@@ -12,36 +12,66 @@ Deviations: the client's step is any optax transformation (plain SGD by default)
 of at least the largest client.
 """
 
-from fdjax.client import local, losses
+from collections.abc import Callable
+
+import jax
+
+from fdjax.client import losses
+from fdjax.client.training import fit
+from fdjax.contract import Algorithm, Broadcast, ClientWork, Context, Exchange, Upload
 from fdjax.exchange import reductions
-from fdjax.types import Algorithm
+from fdjax.method import LOCAL_TRAINING, Method, Task
+from fdjax.types import PyTree
 
-HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1}
+Objective = Callable[[Context, PyTree, PyTree, jax.Array, jax.Array], jax.Array]
+# (ctx, w, w_k, x [B, ...], y [B]) -> losses [B]; w is what the client received
 
 
-def fedavg(task: local.Task) -> Algorithm:
-    """FedAvg of the task's model; hparams: `learning_rate` (eta), `local_epochs` (E)."""
-    model, training = task.model, task.training
+def averaging(client: ClientWork) -> Exchange:
+    """The server's params down, the clients' params up, whose mean weighted by n_k the server takes."""
+    return Exchange(
+        broadcast=lambda ctx, params: Broadcast(params),
+        client=client,
+        reduce=reductions.weighted_mean(),
+        server=lambda ctx, params, mean: (mean, {}),
+    )
 
-    def loss(params, x, y):
-        return losses.cross_entropy(model.apply(params, x), y)
 
-    def client(model, params, state, data, proxy, hparams, key):
-        params, train_loss = local.fit(training, loss, params, data, hparams, key, epochs=hparams["local_epochs"])
-        return state, params, {"train_loss": train_loss}
+def with_objective(task: Task, objective: Objective) -> Algorithm:
+    """FedAvg whose clients minimise another loss: w_k <- w_k - eta grad (mean over b of `objective`).
 
-    def server(params, mean, proxy, hparams, key):
-        return mean, {}
+    The metric `train_loss` is the mean of the objective over the last epoch's batches.
+    """
+
+    def train(ctx, received, state, data):
+        w = received.shared
+        params, loss = fit(
+            task.training, lambda params, x, y: objective(ctx, w, params, x, y), w, data, ctx,
+            epochs=ctx.hparams["local_epochs"],
+        )  # fmt: skip
+        return state, Upload(params), {"train_loss": loss}
 
     return Algorithm(
-        name="fedavg",
-        hparams=HPARAMS,
-        init_server=model.init,
-        init_client=lambda model, key: (),
-        broadcast=lambda params, cohort: params,
-        client=client,
-        reduction=reductions.weighted_mean(),
-        server=server,
-        central=(model, lambda params: params),
-        cohorts=1,
+        init_server=lambda ctx, params: params,
+        init_client=lambda ctx: (),
+        round=(averaging(train),),
+        central=lambda ctx, params, x: ctx.model.apply(params, x),
     )
+
+
+def fedavg(task: Task) -> Algorithm:
+    """FedAvg of the task's model; hparams: `learning_rate` (eta), `local_epochs` (E)."""
+
+    def objective(ctx, start, params, x, y):
+        return losses.cross_entropy(ctx.model.apply(params, x), y)
+
+    return with_objective(task, objective)
+
+
+METHOD = Method(
+    name="fedavg",
+    summary="FedAvg (McMahan et al. 2017): parameters, averaged",
+    build=fedavg,
+    hparams=LOCAL_TRAINING,
+    one_architecture=True,
+)

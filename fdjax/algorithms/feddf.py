@@ -34,69 +34,54 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.exchange import reductions
-from fdjax.types import Algorithm, Reduction
+from fdjax.algorithms import fedavg
+from fdjax.client import losses
+from fdjax.client.data import Targets
+from fdjax.contract import Algorithm, Broadcast, Reduction
+from fdjax.exchange import proxy, reductions
+from fdjax.exchange.wrappers import after
+from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
 
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.1,
-    "local_epochs": 1,
-    "server_learning_rate": 1e-3,
-    "server_steps": 1000,
-}
-OPTIONS = {"weighting": ("examples", "uniform"), "drop_worst": ("off", "on")}
 _VALIDATIONS, _PATIENCE, _CLIP, _GUESS = 100, 10, 5.0, 1.1
 
 
-def feddf(task: local.Task) -> Algorithm:
+def feddf(task: Task) -> Algorithm:
     """FedDF; hparams: `learning_rate`, `local_epochs` (E), `server_learning_rate` (eta), `server_steps` (N)."""
-    picky = task.options["drop_worst"] == "on"
+    drops = task.options["drop_worst"] == "on"
     average = reductions.weighted_mean if task.options["weighting"] == "examples" else reductions.mean
+    of_params, of_logits = average(lambda seen: seen[0]), reductions.mean(lambda seen: seen[1])
 
-    def client(model, params, state, data, proxy, hparams, key):
-        def loss(params, x, y):
-            return losses.cross_entropy(model.apply(params, x), y)
+    def examine(ctx, params):
+        """What the server makes of an upload: its logits [M, K], and whether it counts."""
+        logits = proxy.predict(ctx, params, ())
+        better = jnp.mean(losses.correct(logits, ctx.proxy.y)) > _GUESS / task.classes
+        return params, logits, better if drops else jnp.bool(True)
 
-        params, train_loss = local.fit(task.training, loss, params, data, hparams, key, epochs=hparams["local_epochs"])
-        return state, params, {"train_loss": train_loss}
+    def partial(ctx, seen, weight):
+        """Sums of params and of logits, over all clients and, where some may be dropped, over those that count."""
+        weights = (weight, jnp.where(seen[2], weight, 0)) if drops else (weight,)
+        return [tuple(r.partial(ctx, seen, w) for w in weights) for r in (of_params, of_logits)]
 
-    def examine(model, params, proxy, hparams):
-        logits = local.predict(model.apply, params, proxy, task.distilling.batch_size)
-        passes = jnp.mean(losses.correct(logits, proxy.y)) > _GUESS / task.classes
-        return params, logits, passes if picky else jnp.bool(True)
+    def chosen(totals):
+        """The total of the clients that count, or of all if none does."""
+        return jax.tree.map(lambda x, y: jnp.where(totals[-1][1] > 0, y, x), totals[0], totals[-1])
 
-    def chosen(reduction: Reduction) -> Reduction:
-        """(mean, weight) over the clients that pass, or over all if none does."""
-
-        def partial(upload, weight):
-            everyone = reduction.partial(upload, weight)
-            return (reduction.partial(upload, jnp.where(upload[2], weight, 0)), everyone) if picky else (everyone,)
-
-        def finish(totals):
-            some = totals[0][1] > 0
-            total = jax.tree.map(lambda x, y: jnp.where(some, x, y), totals[0], totals[-1])
-            return reduction.finish(total), total[1]
-
-        return Reduction(partial, finish)
-
-    def fuse(model, start, teacher, proxy, ids, hparams, key):
-        """The best student by its KL on the first tenth of `ids`, and that KL."""
-        steps = hparams["server_steps"]
+    def fuse(ctx, start, teacher, ids):
+        """The best student by its KL on the first tenth of `ids`, that KL, and the steps taken."""
+        steps, rate = ctx.hparams["server_steps"], ctx.hparams["server_learning_rate"]
         every, held = jnp.maximum(steps // _VALIDATIONS, 1), max(1, len(ids) // 10)
         training = ids[held:] if len(ids) > held else ids
         optimizer = optax.chain(
-            optax.clip_by_global_norm(_CLIP),
-            optax.adam(lambda i: hparams["server_learning_rate"] * 0.5 * (1 + jnp.cos(jnp.pi * i / steps))),
+            optax.clip_by_global_norm(_CLIP), optax.adam(lambda i: rate * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
         )
 
         def kl(params, batch):
-            x, target = local.Targets(proxy, ids, teacher[ids]).take(batch)
-            return jnp.mean(losses.kl_divergence(target, model.apply(params, x)))
+            x, target = Targets(ctx.proxy, ids, teacher[ids]).take(batch)
+            return jnp.mean(losses.kl_divergence(target, ctx.model.apply(params, x)))
 
         def step(i, carry):
             params, optimizer_state = carry
-            batch = jax.random.randint(keys.stream(key, "batch", i), (task.distilling.batch_size,), 0, len(training))
+            batch = jax.random.randint(ctx.at("batch", i).key, (task.distilling.batch_size,), 0, len(training))
             gradient = jax.grad(kl)(params, batch + (len(ids) - len(training)))
             update, optimizer_state = optimizer.update(gradient, optimizer_state, params)
             return optax.apply_updates(params, update), optimizer_state
@@ -115,32 +100,48 @@ def feddf(task: local.Task) -> Algorithm:
         i, _, best, best_kl, _ = lax.while_loop(lambda c: (c[0] < steps) & (c[4] < _PATIENCE), section, carry)
         return best, best_kl, i
 
-    def server(prototypes, summary, proxy, hparams, key):
-        (teacher, _), averages = summary
-        ids = jax.random.permutation(keys.stream(key, "subset"), task.proxy_size)[: task.proxy_per_round]
-        fused, metrics = [], []
-        for j, (model, before, (mean, weight)) in enumerate(zip(task.models, prototypes, averages, strict=True)):
-            start = jax.tree.map(lambda new, old, w=weight: jnp.where(w > 0, new, old), mean, before)
-            best, kl, steps = fuse(model, start, teacher, proxy, ids, hparams, keys.stream(key, "prototype", j))
-            fused.append(best)
-            metrics.append((kl, steps.astype(jnp.float32)))
-        kl, steps = (jnp.mean(jnp.stack(values)) for values in zip(*metrics, strict=True))
-        return tuple(fused), {"distill_loss": kl, "server_steps": steps}
+    def server(ctx, prototypes, sums):
+        logits = jax.tree.map(lambda *x: sum(x[1:], x[0]), *(of_cohort[1] for of_cohort in sums))
+        teacher = of_logits.finish(ctx, chosen(logits))
+        ids = jax.random.permutation(ctx.at("subset").key, task.proxy_size)[: task.proxy_per_round]
+        fused = []
+        for j, (model, before, (params, _)) in enumerate(zip(task.models, prototypes, sums, strict=True)):
+            total = chosen(params)
+            mean = of_params.finish(ctx, total)
+            start = jax.tree.map(lambda new, old, weight=total[1]: jnp.where(weight > 0, new, old), mean, before)
+            fused.append(fuse(ctx.at("prototype", j)._replace(model=model), start, teacher, ids))
+        best, kl, steps = zip(*fused, strict=True)
+        return best, {"distill_loss": jnp.mean(jnp.stack(kl)), "server_steps": jnp.mean(jnp.stack(steps) * 1.0)}
 
-    def own(cohort):
-        return lambda prototypes, state, x: task.models[cohort].apply(prototypes[cohort], x)
+    def init_server(ctx, params):
+        drawn = [model.init(ctx.at("prototype", j).key) for j, model in enumerate(task.models)]
+        return params if task.models[0] is task.model else drawn[0], *drawn[1:]
 
+    def own_prototype(ctx, prototypes, state, x):
+        return ctx.model.apply(prototypes[ctx.cohort], x)
+
+    reduction = after(examine, Reduction(partial, lambda ctx, totals: totals, per_cohort=True))
+    (train,) = fedavg.fedavg(task).round
     return Algorithm(
-        name="feddf",
-        hparams=HPARAMS,
-        init_server=lambda key: tuple(m.init(keys.stream(key, "prototype", j)) for j, m in enumerate(task.models)),
-        init_client=lambda model, key: (),
-        broadcast=lambda prototypes, cohort: prototypes[cohort],
-        client=client,
-        examine=examine,
-        reduction=chosen(reductions.mean(lambda upload: upload[1])),
-        within=chosen(average(lambda upload: upload[0])),
-        server=server,
-        central=(task.models[0], lambda prototypes: prototypes[0]),
-        predict=own if len(task.models) > 1 else None,
+        init_server=init_server,
+        init_client=lambda ctx: (),
+        round=(train._replace(broadcast=lambda ctx, ps: Broadcast(ps[ctx.cohort]), reduce=reduction, server=server),),
+        central=lambda ctx, prototypes, x: task.models[0].apply(prototypes[0], x),
+        personal=own_prototype if len(task.models) > 1 else None,
     )
+
+
+METHOD = Method(
+    name="feddf",
+    summary="FedDF (Lin et al. 2020): parameters, averaged, then distilled from the clients' mean logits on proxy data",
+    build=feddf,
+    hparams={
+        **LOCAL_TRAINING,
+        "learning_rate": learning_rate(0.1),
+        "server_learning_rate": learning_rate(1e-3, "learning rate of the server's distillation"),
+        "server_steps": epochs(1000, "most steps of the server's distillation"),
+    },
+    options={"weighting": ("examples", "uniform"), "drop_worst": ("off", "on")},
+    proxy="unlabelled",
+    labels_for=("drop_worst", "on"),
+)

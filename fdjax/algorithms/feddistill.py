@@ -21,22 +21,14 @@ The paper leaves open, and we chose:
 
 from jax import lax
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.exchange import reductions
-from fdjax.types import Algorithm
-
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.01,
-    "local_epochs": 1,
-    "temperature": 2.0,
-    "weight": 0.5,
-    "teacher_learning_rate": "learning_rate",
-    "teacher_epochs": "local_epochs",
-}
+from fdjax.algorithms import fedavg
+from fdjax.client import losses
+from fdjax.client.training import fit, supervised
+from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
 
-def feddistill(task: local.Task) -> Algorithm:
+def feddistill(task: Task) -> Algorithm:
     """FedDistill of the task's model, the student, a cohort's model being the teacher of its clients.
 
     hparams: `learning_rate` (eta), `local_epochs` (E), `temperature` (T), `weight` (of the distillation loss, in
@@ -44,50 +36,42 @@ def feddistill(task: local.Task) -> Algorithm:
     """
     student, training = task.model, task.training
 
-    def client(teacher, broadcast, teacher_params, data, proxy, hparams, key):
-        temperature, weight = hparams["temperature"], hparams["weight"]
+    def distil(ctx, received, teacher_params, data):
+        T, weight, teacher = ctx.hparams["temperature"], ctx.hparams["weight"], ctx.model
 
-        def teacher_loss(params, x, y):
-            return losses.cross_entropy(teacher.apply(params, x), y)
-
-        def distill_loss(params, x, y):
+        def distillation(params, x, y):
             logits = student.apply(params, x)
             hard = losses.cross_entropy(logits, y)
-            soft = losses.kl_divergence(lax.stop_gradient(teacher.apply(teacher_params, x)), logits, temperature)
-            return (1 - weight) * hard + weight * temperature**2 * soft
+            soft = losses.kl_divergence(lax.stop_gradient(teacher.apply(teacher_params, x)), logits, T)
+            return (1 - weight) * hard + weight * T**2 * soft
 
-        teacher_params, teacher_train_loss = local.fit(
-            training,
-            teacher_loss,
-            teacher_params,
-            data,
-            hparams | {"learning_rate": hparams["teacher_learning_rate"]},
-            keys.stream(key, "teacher"),
-            epochs=hparams["teacher_epochs"],
+        teacher_params, teacher_loss = fit(
+            training, supervised(teacher), teacher_params, data, ctx.at("teacher"),
+            epochs=ctx.hparams["teacher_epochs"], learning_rate=ctx.hparams["teacher_learning_rate"],
+        )  # fmt: skip
+        params, loss = fit(
+            training, distillation, received.shared, data, ctx.at("student"), epochs=ctx.hparams["local_epochs"]
         )
-        params, train_loss = local.fit(
-            training,
-            distill_loss,
-            broadcast,
-            data,
-            hparams,
-            keys.stream(key, "student"),
-            epochs=hparams["local_epochs"],
-        )
-        return teacher_params, params, {"train_loss": train_loss, "teacher_loss": teacher_train_loss}
-
-    def server(params, mean, proxy, hparams, key):
-        return mean, {}
+        return teacher_params, Upload(params), {"train_loss": loss, "teacher_loss": teacher_loss}
 
     return Algorithm(
-        name="feddistill",
-        hparams=HPARAMS,
-        init_server=student.init,
-        init_client=lambda teacher, key: teacher.init(key),
-        broadcast=lambda params, cohort: params,
-        client=client,
-        reduction=reductions.weighted_mean(),
-        server=server,
-        central=(student, lambda params: params),
-        personal=lambda teacher_params: teacher_params,
+        init_server=lambda ctx, params: params,
+        init_client=own_model,
+        round=(fedavg.averaging(distil),),
+        central=lambda ctx, params, x: student.apply(params, x),
+        personal=predict_with_own_model,
     )
+
+
+METHOD = Method(
+    name="feddistill",
+    summary="FedDistill (Jiang et al. 2020): a personal teacher for the central model",
+    build=feddistill,
+    hparams={
+        **LOCAL_TRAINING,
+        "temperature": temperature(2.0, "softens teacher and student in the distillation loss"),
+        "weight": HParam(0.5, high=1.0, help="weight of the distillation loss; the rest is the labels'"),
+        "teacher_learning_rate": learning_rate("learning_rate", "learning rate of the teachers"),
+        "teacher_epochs": epochs("local_epochs", "epochs of the teachers in a round"),
+    },
+)

@@ -14,8 +14,9 @@ arXiv 2110.11027). The proxy data have labels; z are logits on them, s the serve
 
 The server's model is the central one; clients have their own, of any architecture.
 
-Sent: z_s down and z_k up, 4 n K bytes each way for n proxy examples a round, and 4 n of their ids down. The server
-knows which examples an upload is about: `bytes_up` leaves their ids out. Labels are public, as the proxy data are.
+Sent: z_s down (not in the first round, when the server has learned nothing yet) and z_k up, 4 n K bytes each way for n
+proxy examples a round, and 4 n of their ids down, none where n = M. The server knows which examples an upload is about:
+their ids are not counted again. Labels are public, as the proxy data are.
 
 Written from a summary of the paper and the behaviour of a third party's code (AIJack), not from the authors' (none was
 found). What these leave open, or we chose:
@@ -27,115 +28,108 @@ found). What these leave open, or we chose:
 import jax
 import jax.numpy as jnp
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.exchange import proxy as exchange
-from fdjax.exchange import reductions
-from fdjax.types import Algorithm
+from fdjax.client import losses
+from fdjax.client.training import fit, supervised
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
+from fdjax.exchange import proxy, reductions, traffic
+from fdjax.exchange.wrappers import after
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
 
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.01,
-    "local_epochs": 1,
-    "distill_learning_rate": "learning_rate",
-    "distill_epochs": 1,
-    "server_learning_rate": "learning_rate",
-    "server_epochs": 1,
-    "weight": 0.25,
-}
 _CERTAINTY = 16.0
 
 
-def fedgems(task: local.Task) -> Algorithm:
-    """FedGEMS.
-
-    hparams: `learning_rate`, `local_epochs` (E), `distill_learning_rate`, `distill_epochs` (client),
-    `server_learning_rate`, `server_epochs`, `weight` (1 - e, of the divergences, in [0, 1]).
-    """
+def fedgems(task: Task) -> Algorithm:
+    """FedGEMS; `weight` is 1 - e; hparams: see METHOD."""
     size, number, classes = task.proxy_size, task.proxy_per_round, task.classes
 
-    def label(apply, params, proxy, ids):
-        chosen = proxy._replace(x=proxy.x[ids], y=proxy.y[ids])
-        return local.predict(apply, params, chosen, task.distilling.batch_size)
-
-    def learn(apply, params, proxy, ids, teacher, weight, hparams, rate, key, epochs):
+    def learn(ctx, params, ids, teacher, weight, epochs, rate):
         """(1 - weight) CE + weight KL to `teacher` [n, K], with a `weight` [n] for each of `ids`."""
 
         def loss(params, x, target):
             y, teacher, weight = target
-            z = apply(params, x)
+            z = ctx.model.apply(params, x)
             return (1 - weight) * losses.cross_entropy(z, y) + weight * losses.kl_divergence(teacher, z)
 
-        targets = local.Targets(proxy, ids, (proxy.y[ids], teacher, weight))
-        hparams = hparams | {"learning_rate": hparams[rate]}
-        return local.fit(task.distilling, loss, params, targets, hparams, key, epochs=epochs)
+        y = ctx.proxy.y[proxy.positions(ctx.proxy, ids)]
+        targets = proxy.targets(ctx, ids, (y, teacher, weight))
+        return fit(task.distilling, loss, params, targets, ctx, epochs=epochs, learning_rate=rate)
 
-    def client(model, received, params, data, proxy, hparams, key):
-        ids, teacher = received["ids"], received["logits"]
-
-        def loss(params, x, y):
-            return losses.cross_entropy(model.apply(params, x), y)
-
-        epochs = jnp.where((data.count > 0) & jnp.any(teacher != 0), hparams["distill_epochs"], 0)
-        weight, distill_key = jnp.full(number, hparams["weight"]), keys.stream(key, "distill")
+    def distil_train_predict(ctx, received, params, data):
+        h, ids, teacher = ctx.hparams, received.shared["ids"], received.shared["logits"]
         params, distill_loss = learn(
-            model.apply, params, proxy, ids, teacher, weight, hparams, "distill_learning_rate", distill_key, epochs
+            ctx.at("distill"), params, ids, teacher, jnp.full(number, h["weight"]),
+            jnp.where(ctx.round > 0, h["distill_epochs"], 0), h["distill_learning_rate"],
+        )  # fmt: skip
+        params, train_loss = fit(
+            task.training, supervised(ctx.model), params, data, ctx.at("train"), epochs=h["local_epochs"]
         )
-        params, train_loss = local.fit(
-            task.training, loss, params, data, hparams, keys.stream(key, "train"), epochs=hparams["local_epochs"]
-        )
-        upload = {"ids": ids, "logits": label(model.apply, params, proxy, ids)}
-        sent = {"bytes_up": jnp.where(data.count > 0, 4.0 * number * classes, 0)}
-        return params, upload, {"train_loss": train_loss, "distill_loss": distill_loss} | sent
+        z = proxy.predict(ctx, params, ids)
+        logits_received = jnp.where(ctx.round > 0, float(traffic.size(teacher)), 0)
+        upload = Upload({"ids": ids, "logits": z}, float(traffic.size(z)), logits_received + traffic.size(ids))
+        return params, upload, {"train_loss": train_loss, "distill_loss": distill_loss}
 
-    def examine(model, upload, proxy, hparams):
-        z = upload["logits"]
+    def weigh(ctx, upload):
+        """z_k(x) with the weight e^(c_k / H)."""
+        z, y = upload["logits"], ctx.proxy.y[proxy.positions(ctx.proxy, upload["ids"])]
         entropy = losses.entropy(jax.nn.softmax(z))
-        right = losses.correct(z, proxy.y[upload["ids"]])
-        return reductions.Weighted(z, jnp.exp(right / jnp.maximum(entropy, 1 / _CERTAINTY))[:, None])
+        return reductions.Weighted(z, jnp.exp(losses.correct(z, y) / jnp.maximum(entropy, 1 / _CERTAINTY))[:, None])
 
-    def init_server(key):
+    def fuse(ctx, server, ensemble):
+        h, at = ctx.hparams, proxy.positions(ctx.proxy, server["ids"])
+        z = proxy.predict(ctx, server["params"], server["ids"])
+        right = losses.correct(z, ctx.proxy.y[at])
+        known = jnp.maximum(server["known"][at], right)
+        remembered = jnp.where(right[:, None] > 0, z, server["memory"][at])
+        teacher = jnp.where(known[:, None] > 0, remembered, ensemble)
+        params, loss = learn(
+            ctx.at("train"), server["params"], server["ids"], teacher, h["weight"] * (1 - right), h["server_epochs"],
+            h["server_learning_rate"],
+        )  # fmt: skip
+        ids = proxy.draw_ids(task, ctx.at("subset").key)
+        new = {
+            "params": params,
+            "ids": ids,
+            "logits": proxy.predict(ctx, params, ids),
+            "memory": server["memory"].at[at].set(remembered),
+            "known": server["known"].at[at].set(known),
+        }
+        return new, {"server_loss": loss, "server_right": jnp.mean(right), "server_known": jnp.mean(known)}
+
+    def init_server(ctx, params):
         return {
-            "params": task.model.init(keys.stream(key, "model")),
-            "ids": exchange.subset(task, keys.stream(key, "subset")),
+            "params": params,
+            "ids": proxy.draw_ids(task, ctx.key),
             "logits": jnp.zeros((number, classes)),
             "memory": jnp.zeros((size, classes)),
             "known": jnp.zeros(size),
         }
 
-    def server(state, ensemble, proxy, hparams, key):
-        apply, ids = task.model.apply, state["ids"]
-        z = label(apply, state["params"], proxy, ids)
-        right = losses.correct(z, proxy.y[ids])
-        known = jnp.maximum(state["known"][ids], right)
-        mine = jnp.where(right[:, None] > 0, z, state["memory"][ids])
-        teacher = jnp.where(known[:, None] > 0, mine, ensemble)
-        params, loss = learn(
-            apply, state["params"], proxy, ids, teacher, hparams["weight"] * (1 - right), hparams,
-            "server_learning_rate", keys.stream(key, "train"), hparams["server_epochs"],
-        )  # fmt: skip
-        following = exchange.subset(task, keys.stream(key, "subset"))
-        new = {
-            "params": params,
-            "ids": following,
-            "logits": label(apply, params, proxy, following),
-            "memory": state["memory"].at[ids].set(mine),
-            "known": state["known"].at[ids].set(known),
-        }
-        return new, {"server_loss": loss, "server_right": jnp.mean(right), "server_known": jnp.mean(known)}
-
-    def broadcast(state, cohort):
-        return {"ids": state["ids"], "logits": state["logits"]}
-
-    return Algorithm(
-        name="fedgems",
-        hparams=HPARAMS,
-        init_server=init_server,
-        init_client=lambda model, key: model.init(key),
-        broadcast=broadcast,
-        client=client,
-        examine=examine,
-        reduction=reductions.elementwise_mean(),
-        server=server,
-        central=(task.model, lambda state: state["params"]),
-        personal=lambda params: params,
+    exchange = Exchange(
+        broadcast=lambda ctx, server: Broadcast({"ids": server["ids"], "logits": server["logits"]}),
+        client=distil_train_predict,
+        reduce=after(weigh, reductions.elementwise_mean()),
+        server=fuse,
     )
+    return Algorithm(
+        init_server=init_server,
+        init_client=own_model,
+        round=(exchange,),
+        central=lambda ctx, server, x: ctx.model.apply(server["params"], x),
+        personal=predict_with_own_model,
+    )
+
+
+METHOD = Method(
+    name="fedgems",
+    summary="FedGEMS (Cheng et al. 2021): the server learns from clients where it never knew better, and teaches them",
+    build=fedgems,
+    hparams={
+        **LOCAL_TRAINING,
+        "distill_learning_rate": learning_rate("learning_rate", "learning rate of the clients' distillation"),
+        "distill_epochs": epochs(1, "epochs of the clients' distillation"),
+        "server_learning_rate": learning_rate("learning_rate", "learning rate of the server"),
+        "server_epochs": epochs(1, "epochs of the server"),
+        "weight": HParam(0.25, high=1.0, help="weight of the divergences; the rest is the labels'"),
+    },
+    proxy="labelled",
+)

@@ -12,8 +12,8 @@ learns by CE alone. alpha is the hparam `weight`. What predicts is s(h_k(x)): lo
 no central model, since the server has no extractor.
 
 Sent: up h_k(x), z_k and y of each own example, 4 n_k (F + K + 1) bytes for F features; down z_s of each, 4 n_k K. The
-arrays are as long as the largest client; the metrics `bytes_up` and `bytes_down` count the real n_k. Features and
-labels leave the client: this is not private as other methods are.
+arrays are as long as the largest client; the real n_k are counted. Features and labels leave the client: this is not
+private as other methods are.
 
 What a client learns from the server is z_s on its own examples alone, and its extractor stays its own. Where clients
 hold few labels, s(h_k(x)) for a label that k lacks rests on features that k never learned to tell apart: there it is
@@ -34,112 +34,106 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdjax import keys
-from fdjax.client import local, losses
+from fdjax.client import losses
+from fdjax.client.data import Paired, Ragged, batches
+from fdjax.client.training import fit
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model
 from fdjax.errors import InputError
-from fdjax.types import Algorithm, Reduction
-
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.01,
-    "local_epochs": 1,
-    "server_learning_rate": "learning_rate",
-    "server_epochs": 20,
-    "temperature": 3.0,
-    "weight": 1.0,
-}
+from fdjax.exchange import reductions
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
 
-def fedgkt(task: local.Task) -> Algorithm:
-    """FedGKT; the task's model is the server's, on features.
-
-    hparams: `learning_rate`, `local_epochs` (E), `server_learning_rate`, `server_epochs` (E_s), `temperature` (T),
-    `weight` (alpha).
-    """
-    if len({split.feature_shape for split in task.splits}) != 1:
-        shapes = ", ".join(f"{split.model.name} {split.feature_shape}" for split in task.splits)
-        raise InputError(f"fedgkt needs clients whose features have one shape, not {shapes}; use one model for all")
-    split_of = {split.model.name: split for split in task.splits}
-    (features,) = {split.feature_shape for split in task.splits}
+def fedgkt(task: Task) -> Algorithm:
+    """FedGKT; the task's model is the server's, on features; `weight` is alpha; hparams: see METHOD."""
+    shapes = {split.feature_shape for split in task.splits}
+    if len(shapes) != 1:
+        found = ", ".join(f"{split.model.name} {split.feature_shape}" for split in task.splits)
+        raise InputError(f"fedgkt needs clients whose features have one shape, not {found}; use one model for all")
+    (features,) = shapes
     net, batch, largest, classes = task.model.apply, task.training.batch_size, task.largest, task.classes
-    numbers = math.prod(features)
     padded = -(-largest // batch) * batch
 
-    def distillation(logits, teacher, hparams):
-        temperature = hparams["temperature"]
-        return temperature**2 * losses.kl_divergence(teacher, logits, temperature)
+    def distillation(ctx, logits, teacher):
+        T = ctx.hparams["temperature"]
+        return T**2 * losses.kl_divergence(teacher, logits, T)
 
-    def client(model, received, params, data, proxy, hparams, key):
-        (known, logits), split = received[1], split_of[model.name]
+    def broadcast(ctx, server):
+        rows = task.ids(ctx.cohort)
+        return Broadcast((), own=(server["known"][rows], server["logits"][rows]))
+
+    def train_and_extract(ctx, received, params, data):
+        (known, logits), split = received.own, task.splits[ctx.cohort]
 
         def loss(params, x, target):
             y, teacher = target
-            z = model.apply(params, x)
-            return losses.cross_entropy(z, y) + known * hparams["weight"] * distillation(z, teacher, hparams)
+            z = ctx.model.apply(params, x)
+            return losses.cross_entropy(z, y) + known * ctx.hparams["weight"] * distillation(ctx, z, teacher)
 
-        taught = local.Beside(data, logits)
-        params, train_loss = local.fit(
-            task.training, loss, params, taught, hparams, key, epochs=hparams["local_epochs"]
+        params, train_loss = fit(
+            task.training, loss, params, Paired(data, logits), ctx, epochs=ctx.hparams["local_epochs"]
         )
 
         def step(i, upload):
             position = i * batch + jnp.arange(batch)
             x, y = data.take(jnp.minimum(position, data.count - 1))
             h = split.features(params, x)
-            return jax.tree.map(
-                lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * batch, 0), upload, (h, head(h), y)
-            )
-
-        def head(h):
-            return split.head(params, h)
+            new = h, split.head(params, h), y
+            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * batch, 0), upload, new)
 
         empty = jnp.zeros((padded, *features)), jnp.zeros((padded, classes)), jnp.zeros(padded, jnp.int32)
-        upload = lax.fori_loop(0, local.batches(data.count, batch), step, empty)
-        upload = jax.tree.map(lambda a: a[:largest], upload)
-        sent = {
-            "bytes_up": 4.0 * data.count * (numbers + classes + 1),
-            "bytes_down": 4.0 * data.count * classes * known,
-        }
-        return params, upload, {"train_loss": train_loss} | sent
+        arrays = lax.fori_loop(0, batches(data.count, batch), step, empty)
+        upload = Upload(
+            jax.tree.map(lambda a: a[:largest], arrays),
+            bytes=4.0 * data.count * (math.prod(features) + classes + 1),
+            bytes_received=4.0 * data.count * classes * known,
+        )
+        return params, upload, {"train_loss": train_loss}
 
-    def server(state, gathered, proxy, hparams, key):
-        (h, z, y), weights = gathered
-        uploads = local.Ragged(h, (y, z), jnp.cumsum(weights.astype(jnp.int32)))
+    def train_on_features(ctx, server, stack):
+        h, z, y = stack.partials
+        uploads = Ragged(h, (y, z), jnp.cumsum(stack.weight.astype(jnp.int32)))
 
         def loss(params, x, target):
             labels, teacher = target
             logits = net(params, x)
-            return hparams["weight"] * losses.cross_entropy(logits, labels) + distillation(logits, teacher, hparams)
+            return ctx.hparams["weight"] * losses.cross_entropy(logits, labels) + distillation(ctx, logits, teacher)
 
-        rate = hparams | {"learning_rate": hparams["server_learning_rate"]}
-        params, train_loss = local.fit(
-            task.training._replace(augment=None), loss, state["params"], uploads, rate, keys.stream(key, "train"),
-            epochs=hparams["server_epochs"],
+        params, train_loss = fit(
+            task.training._replace(augment=None), loss, server["params"], uploads, ctx.at("train"),
+            epochs=ctx.hparams["server_epochs"], learning_rate=ctx.hparams["server_learning_rate"],
         )  # fmt: skip
 
         def step(i, logits):
             position = jnp.minimum(i * batch + jnp.arange(batch), uploads.count - 1)
-            return logits.at[uploads.find(position)].set(net(params, uploads.take(position)[0]))
+            row, column = uploads.find(position)
+            return logits.at[stack.client[row], column].set(net(params, uploads.take(position)[0]))
 
-        logits = lax.fori_loop(0, local.batches(uploads.count, batch), step, state["logits"])
-        known = jnp.maximum(state["known"], (weights > 0).astype(jnp.float32))
+        logits = lax.fori_loop(0, batches(uploads.count, batch), step, server["logits"])
+        known = server["known"].at[stack.client].max((stack.weight > 0).astype(jnp.float32))
         return {"params": params, "logits": logits, "known": known}, {"server_loss": train_loss}
 
-    def predict(cohort):
-        return lambda server, params, x: net(server["params"], task.splits[cohort].features(params, x))
+    def init_server(ctx, params):
+        logits = jnp.zeros((task.clients, largest, classes))
+        return {"params": params, "logits": logits, "known": jnp.zeros(task.clients)}
 
     return Algorithm(
-        name="fedgkt",
-        hparams=HPARAMS,
-        init_server=lambda key: {
-            "params": task.model.init(key),
-            "logits": jnp.zeros((task.clients, largest, classes)),
-            "known": jnp.zeros(task.clients),
-        },
-        init_client=lambda model, key: model.init(key),
-        broadcast=lambda server, cohort: (),
-        address=lambda server: (server["known"], server["logits"]),
-        client=client,
-        reduction=Reduction(lambda upload, weight: upload, lambda uploads, weights: (uploads, weights), gather=True),
-        server=server,
-        predict=predict,
+        init_server=init_server,
+        init_client=own_model,
+        round=(Exchange(broadcast, train_and_extract, reductions.stack(), train_on_features),),
+        personal=lambda ctx, server, params, x: net(server["params"], task.splits[ctx.cohort].features(params, x)),
     )
+
+
+METHOD = Method(
+    name="fedgkt",
+    summary="FedGKT (He et al. 2020): features and logits up; --model is the server's, --models are the clients'",
+    build=fedgkt,
+    hparams={
+        **LOCAL_TRAINING,
+        "server_learning_rate": learning_rate("learning_rate", "learning rate of the server"),
+        "server_epochs": epochs(20, "epochs of the server over all uploads"),
+        "temperature": temperature(3.0, "softens teacher and student in the divergences"),
+        "weight": HParam(1.0, help="alpha: of the divergence at the clients, of the labels at the server"),
+    },
+    split=True,
+)

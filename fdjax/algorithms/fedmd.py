@@ -7,91 +7,101 @@ outputs here are logits: the last softmax is removed.
     transfer learning:  f_k learns the labelled public data to the end, then the private data D_k, by CE
     communicate:        f_k(x) for x in the round's public subset
     aggregate:          f(x) = (1 / m) sum_k f_k(x)
-    digest:             minimise the mean of |f_k(x) - f(x)|, over the K logits and the subset (the code's loss)
+    distribute, digest: minimise the mean of |f_k(x) - f(x)|, over the K logits and the subset (the code's loss)
     revisit:            train f_k on D_k by CE for a few epochs
 
-Sent: see `exchange`; logits of the n examples of the subset up, consensus and ids down. Models never leave a client.
+Transfer learning is the set-up; a round is two exchanges, `communicate` and `digest_and_revisit`. Sent: the ids of the
+n examples down (4n bytes) and their logits up (4nK), then the consensus down (4nK). Models never leave a client.
 
 Deviations:
 - The subset is drawn uniformly; the code's is stratified by label.
 - Transfer learning runs `pretrain_epochs` and `private_epochs` to the end: no early stopping, whose patience is 3 and
   10 epochs in the code and so these numbers are its upper limits.
 - Public and private data share one set of K labels, while the paper's models have an output for the labels of both.
-- A round digests the last one's consensus, revisits and then communicates; the first only revisits and communicates.
-  Transfer learning, digest and communication pass over a client that holds no private example.
 - The mean counts participants alike; the authors weigh two weak models less. Labels of the public data serve transfer
   learning alone. The batch size on public data is `distill_batch_size`; learning rate and optimiser are one for all
   stages but for `digest_learning_rate`.
 """
 
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.exchange import proxy as exchange
-from fdjax.exchange import reductions
-from fdjax.types import Algorithm
-
-HPARAMS: dict[str, float | str] = {
-    "learning_rate": 0.01,
-    "pretrain_epochs": 20,
-    "private_epochs": 25,
-    "local_epochs": 2,
-    "digest_epochs": 1,
-    "digest_learning_rate": "learning_rate",
-}
+from fdjax.client import losses
+from fdjax.client.data import whole
+from fdjax.client.training import fit, supervised
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model, unchanged
+from fdjax.exchange import proxy, reductions
+from fdjax.method import Method, Task, epochs, learning_rate
 
 
-def fedmd(task: local.Task) -> Algorithm:
-    """FedMD.
+class _Server(NamedTuple):
+    ids: Any  # of the round's subset
+    consensus: jax.Array  # [n, K] of the last subset that was communicated
 
-    hparams: `learning_rate`, `pretrain_epochs` (public) and `private_epochs` of transfer learning, `local_epochs`
-    (revisit), `digest_epochs`, `digest_learning_rate`.
-    """
 
-    def classify(model):
-        return lambda params, x, y: losses.cross_entropy(model.apply(params, x), y)
+def fedmd(task: Task) -> Algorithm:
+    """FedMD; hparams: see METHOD."""
 
-    def setup(model, params, data, proxy, hparams, key):
-        public = local.everything(proxy)
-        public_epochs = jnp.where(jnp.asarray(data.count) > 0, hparams["pretrain_epochs"], 0)
-        params, _ = local.fit(
-            task.distilling, classify(model), params, public, hparams, keys.stream(key, "public"), epochs=public_epochs
+    def transfer_learning(ctx, received, params, data):
+        h, loss = ctx.hparams, supervised(ctx.model)
+        public = whole(ctx.proxy)
+        params, _ = fit(task.distilling, loss, params, public, ctx.at("public"), epochs=h["pretrain_epochs"])
+        params, _ = fit(task.training, loss, params, data, ctx.at("private"), epochs=h["private_epochs"])
+        return params, Upload(()), {}
+
+    def communicate(ctx, received, params, data):
+        return params, Upload(proxy.predict(ctx, params, received.shared)), {}
+
+    def digest_and_revisit(ctx, received, params, data):
+        def distance(params, x, consensus):
+            return losses.mean_absolute_error(consensus, ctx.model.apply(params, x))
+
+        h, consensus = ctx.hparams, proxy.targets(ctx, received.known, received.shared)
+        params, digest_loss = fit(
+            task.distilling, distance, params, consensus, ctx.at("digest"), epochs=h["digest_epochs"],
+            learning_rate=h["digest_learning_rate"],
+        )  # fmt: skip
+        params, train_loss = fit(
+            task.training, supervised(ctx.model), params, data, ctx.at("revisit"), epochs=h["local_epochs"]
         )
-        params, _ = local.fit(
-            task.training, classify(model), params, data, hparams, keys.stream(key, "private"),
-            epochs=hparams["private_epochs"],
-        )  # fmt: skip
-        return params
+        return params, Upload(()), {"train_loss": train_loss, "digest_loss": digest_loss}
 
-    def client(model, received, params, data, proxy, hparams, key):
-        def digest(params, x, consensus):
-            return losses.mean_absolute_error(consensus, model.apply(params, x))
+    def keep_consensus(ctx, server, mean):
+        return server._replace(consensus=mean), {}
 
-        params, digest_loss = local.fit(
-            task.distilling, digest, params, received.data(proxy),
-            hparams | {"learning_rate": hparams["digest_learning_rate"]}, keys.stream(key, "digest"),
-            epochs=exchange.epochs(hparams["digest_epochs"], received, data),
-        )  # fmt: skip
-        params, train_loss = local.fit(
-            task.training, classify(model), params, data, hparams, keys.stream(key, "revisit"),
-            epochs=hparams["local_epochs"],
-        )  # fmt: skip
-        upload = exchange.predict(model, params, proxy, received)
-        return params, upload, {"train_loss": train_loss, "digest_loss": digest_loss}
-
-    def server(state, consensus, proxy, hparams, key):
-        return exchange.following(task, state, consensus, key), {}
+    def choose_subset(ctx, server, summary):
+        return server._replace(ids=proxy.draw_ids(task, ctx.key)), {}
 
     return Algorithm(
-        name="fedmd",
-        hparams=HPARAMS,
-        init_server=lambda key: exchange.first(task, key),
-        init_client=lambda model, key: model.init(key),
-        broadcast=lambda state, cohort: state,
-        client=client,
-        reduction=reductions.mean(),
-        server=server,
-        personal=lambda params: params,
-        setup=setup,
-    )
+        init_server=lambda ctx, params: _Server(
+            proxy.draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes))
+        ),
+        init_client=own_model,
+        setup=(Exchange(lambda ctx, server: Broadcast(()), transfer_learning, reductions.nothing(), unchanged),),
+        round=(
+            Exchange(lambda ctx, server: Broadcast(server.ids), communicate, reductions.mean(), keep_consensus),
+            Exchange(
+                lambda ctx, server: Broadcast(server.consensus, known=server.ids), digest_and_revisit,
+                reductions.nothing(), choose_subset,
+            ),
+        ),
+        personal=predict_with_own_model,
+    )  # fmt: skip
+
+
+METHOD = Method(
+    name="fedmd",
+    summary="FedMD (Li & Wang 2019): mean logits on proxy data",
+    build=fedmd,
+    hparams={
+        "learning_rate": learning_rate(),
+        "pretrain_epochs": epochs(20, "epochs of transfer learning over the public data"),
+        "private_epochs": epochs(25, "epochs of transfer learning over a client's own data"),
+        "local_epochs": epochs(2, "epochs of the revisit in a round"),
+        "digest_epochs": epochs(1, "epochs of the digest in a round"),
+        "digest_learning_rate": learning_rate("learning_rate", "learning rate of the digest"),
+    },
+    proxy="labelled",
+)

@@ -17,26 +17,28 @@ runs E epochs), and mu does not adapt. The client's step is any optax transforma
 import optax
 
 from fdjax.algorithms import fedavg
-from fdjax.client import local, losses
-from fdjax.types import Algorithm
+from fdjax.client import losses
+from fdjax.contract import Algorithm
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
-HPARAMS: dict[str, float | str] = {"learning_rate": 0.01, "local_epochs": 1, "mu": 0.1}
 
-
-def fedprox(task: local.Task) -> Algorithm:
+def fedprox(task: Task) -> Algorithm:
     """FedProx of the task's model; hparams: `learning_rate` (eta), `local_epochs` (E), `mu` >= 0.
 
     The metric `train_loss` is the mean of h over the last epoch's batches, proximal term and all.
     """
 
-    def client(model, received, state, data, proxy, hparams, key):
-        def loss(params, x, y):
-            apart = optax.tree.norm(optax.tree.sub(params, received), squared=True)
-            return losses.cross_entropy(model.apply(params, x), y) + hparams["mu"] / 2 * apart
+    def objective(ctx, start, params, x, y):
+        distance = optax.tree.norm(optax.tree.sub(params, start), squared=True)
+        return losses.cross_entropy(ctx.model.apply(params, x), y) + ctx.hparams["mu"] / 2 * distance
 
-        params, train_loss = local.fit(
-            task.training, loss, received, data, hparams, key, epochs=hparams["local_epochs"]
-        )
-        return state, params, {"train_loss": train_loss}
+    return fedavg.with_objective(task, objective)
 
-    return fedavg.fedavg(task)._replace(name="fedprox", hparams=HPARAMS, client=client)
+
+METHOD = Method(
+    name="fedprox",
+    summary="FedProx (Li et al. 2020): FedAvg near the start",
+    build=fedprox,
+    hparams=LOCAL_TRAINING | {"mu": HParam(0.1, help="weight of the proximal term")},
+    one_architecture=True,
+)

@@ -1,153 +1,182 @@
 """Tests of the central model, of every client's own model, and of their ensemble; one compiled call."""
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fdjax.client import local, losses
+from fdjax import keys
+from fdjax.client import losses, testing
+from fdjax.client.data import ClientData, whole
+from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.engine import lift
-from fdjax.engine.layout import Layout, Row, State, compiler, rows_of
-from fdjax.errors import InputError
-from fdjax.types import Algorithm, Cohort, Federation
+from fdjax.engine.layout import Layout, State, rows_of
+from fdjax.engine.step import Moment, context
+from fdjax.types import Examples, Federation, PyTree
 
-Evaluate = Callable[[State, Federation], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+Scalars = dict[str, jax.Array]
+_CERTAIN = 1e-30  # least probability of an ensemble, whose logarithm is a logit
 
 
-def evaluation(algorithm: Algorithm, layout: Layout) -> Evaluate:
-    """`evaluate(state, federation) -> (scalars, values of each client [C])`.
+class _Votes(NamedTuple):
+    """Softmax outputs of personal models, summed, and of how many."""
+
+    total: jax.Array  # [M, K]
+    voters: jax.Array  # []
+
+
+class _Test(NamedTuple):
+    """What every function here needs: static parts, and what a test may read."""
+
+    algorithm: Algorithm
+    layout: Layout
+    moment: Moment
+    server: PyTree
+
+    @property
+    def has_personal(self) -> bool:
+        return self.algorithm.personal is not None
+
+    @property
+    def votes(self) -> bool:
+        return self.algorithm.central is ENSEMBLE
+
+
+def evaluate(
+    algorithm: Algorithm, layout: Layout, state: State, federation: Federation, hparams: HParams
+) -> tuple[Scalars, dict[str, jax.Array]]:
+    """Scalars by name, and values of each client [C].
 
     Central: the central model, or the ensemble, on the test set. Local: the mean over clients of their own model there.
-    Own: the client's model (the central one for methods without personal ones) on the client's own test part. For a
-    method with `predict` that is a client's own model. Validation, where the federation has such examples: the central
-    model or the ensemble on them, or else the mean over clients of their own model.
+    Own: the client's model (the central one for methods without personal ones) on the client's own test part.
+    Validation, where the federation has such examples: the central model or the ensemble on them, or else the mean over
+    clients of their own model.
     """
-    personal, predict = algorithm.personal, algorithm.predict
-    has_own = personal is not None or predict is not None
-    if algorithm.central is None and not has_own:
-        raise InputError(f"{algorithm.name} names neither a central model nor personal ones: nothing can be tested")
-    if algorithm.ensemble and (not has_own or not layout.full_eval):
-        raise InputError(f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full")
-    slices, lifting = layout.slices, layout.lifting
-    alike = lifting._replace(narrow=())  # for tests that are the same work for every client
+    key = keys.stream(jax.random.wrap_key_data(state.root), "evaluate", state.round)
+    test = _Test(algorithm, layout, Moment(federation, hparams, state.round, key), state.server)
+    trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
+    scalars: Scalars = {}
+    if algorithm.central is not None and not test.votes:
+        scalars["central_accuracy"], scalars["central_loss"] = _central(test, federation.test)
+    own_accuracy, own_loss = _own_parts(test, state)
+    clients = {"own_accuracy": own_accuracy, "own_loss": own_loss}
+    if not test.has_personal:
+        scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
+    elif layout.full_eval:
+        accuracy, loss, votes = _personal(test, state, trained, federation.test)
+        clients |= {"local_accuracy": accuracy, "local_loss": loss}
+        scalars["local_accuracy"] = losses.weighted_mean(accuracy, trained)
+        scalars["local_loss"] = losses.weighted_mean(loss, trained)
+        if test.votes:
+            scalars["central_accuracy"], scalars["central_loss"] = _ensemble(votes, federation.test.y)
+    if federation.validation is not None:
+        validation = _validation(test, state, trained, federation.validation)
+        scalars["validation_accuracy"], scalars["validation_loss"] = validation
+    tested = federation.test_holdings.count > 0
+    scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
+    return scalars, clients
 
-    def model_of(j: int, cohort: Cohort):
-        """(server state, client state) -> (apply, params) of whom a client predicts with."""
-        if predict is not None:
-            both = predict(j)
-            return lambda server, state: (lambda params, x: both(params[0], params[1], x), (server, state))
-        if (params_of := personal) is not None:
-            return lambda server, state: (cohort.model.apply, params_of(state))
-        assert algorithm.central is not None
-        central, central_params = algorithm.central
-        return lambda server, state: (central.apply, central_params(server))
 
-    def central_turn(shared, row):
-        params, examples = shared
-        assert algorithm.central is not None
+def _validation(test: _Test, state: State, trained: jax.Array, examples: Examples) -> tuple[jax.Array, jax.Array]:
+    if test.algorithm.central is not None and not test.votes:
+        return _central(test, examples)
+    accuracy, loss, votes = _personal(test, state, trained, examples)
+    if test.votes:
+        return _ensemble(votes, examples.y)
+    return losses.weighted_mean(accuracy, trained), losses.weighted_mean(loss, trained)
+
+
+def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
+    """Accuracy and loss of the central model on all of `examples`, whose batches are dealt to the devices."""
+    layout = test.layout
+    central: Callable = test.algorithm.central  # pyright: ignore[reportAssignmentType]  neither None nor ENSEMBLE here
+
+    def batch(shared, row):
+        server, moment, examples = shared
+        ctx = context(moment, layout.central, moment.key)
         everything = jnp.arange(len(examples.y), dtype=jnp.int32)
-        data = local.ClientData(examples, everything, *row)
-        return (), local.test(algorithm.central[0].apply, params, data, layout.eval_batch)
+        model = functools.partial(central, ctx, server)
+        return (), lift.Partials(testing.test(model, ClientData(examples, everything, *row), layout.eval_batch))
 
-    def own_of(j: int, cohort: Cohort):
-        model = model_of(j, cohort)
+    start = jnp.arange(0, len(examples.y), layout.eval_batch, dtype=jnp.int32)
+    batches = start, jnp.minimum(layout.eval_batch, len(examples.y) - start)
+    kind = "chunk" if layout.lifting.kind == "vmap" else layout.lifting.kind
+    lifting = layout.lifting._replace(narrow=(), chunk=1, kind=kind)
+    _, total = lift.over_clients(
+        batch, (test.server, test.moment, examples), batches, lifting, stage="central evaluation"
+    )
+    return total.sum.mean()
 
-        def one(shared, row: Row):
-            server, federation = shared
-            apply, params = model(server, row.state)
-            data = local.ClientData(federation.test, federation.test_holdings.order, row.start, row.count)
-            return local.test(apply, params, data, layout.own_batch), ()
 
-        return one
+def _model_of(test: _Test, cohort: int) -> Callable:
+    """(moment, server, row) -> the model, x -> logits, that a client of this cohort predicts with."""
+    layout, personal, central = test.layout, test.algorithm.personal, test.algorithm.central
 
-    def full_of(j: int, cohort: Cohort):
-        model = model_of(j, cohort)
+    def model(moment, server, row):
+        if personal is not None:
+            own = keys.stream(moment.key, "client", row.client)
+            ctx = context(moment, layout.cohorts[cohort].model, own, row.client, cohort)
+            return lambda x: personal(ctx, server, row.state, x)
+        ctx = context(moment, layout.central, moment.key)
+        return lambda x: central(ctx, server, x)  # pyright: ignore[reportCallIssue, reportOptionalCall]
 
-        def one(shared, row):
-            server, examples = shared
-            row, trained = row
-            apply, params = model(server, row.state)
-            data = local.everything(examples)
-            vote = ()
-            if algorithm.ensemble:
-                vote = trained * jax.nn.softmax(local.predict(apply, params, examples, layout.eval_batch)), trained
-            return local.test(apply, params, data, layout.eval_batch), vote
+    return model
 
-        return one
 
-    owns, fulls = ([of(j, cohort) for j, cohort in enumerate(layout.cohorts)] for of in (own_of, full_of))
+def _own_parts(test: _Test, state: State) -> tuple[jax.Array, jax.Array]:
+    """Accuracy and loss [C] of each client on its own test part."""
+    federation, scores = test.moment.federation, []
+    for j, part in enumerate(test.layout.slices):
+        model = _model_of(test, j)
 
-    def central_on(state, examples):
-        assert algorithm.central is not None
-        central = algorithm.central[1](state.server)
-        batches = _split(len(examples.y), layout.eval_batch)
-        by_batch = alike._replace(chunk=1, kind="chunk" if lifting.kind == "vmap" else lifting.kind)
-        _, score = lift.over_clients(central_turn, (central, examples), batches, by_batch, stage="central evaluation")
-        return score.mean()
+        def client(shared, row, model=model):
+            server, moment = shared
+            order = moment.federation.test_holdings.order
+            data = ClientData(moment.federation.test, order, row.start, row.count)
+            return testing.test(model(moment, server, row), data, test.layout.own_batch), lift.Partials()
 
-    def each_on(state, server, federation, trained, examples):
-        """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's sums."""
-        scores, votes = [], []
-        for j, part in enumerate(slices):
-            rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
-            names = {"stage": "evaluation", "names": rows.client}
-            score, vote = lift.over_clients(fulls[j], (server, examples), (rows, trained[part]), alike, **names)
-            scores.append(score)
-            votes.append(vote)
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean(), jax.tree.map(
-            lambda *x: sum(x[1:], x[0]), *votes
+        rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
+        score, _ = lift.over_clients(
+            client, (test.server, test.moment), rows, test.layout.lifting, stage="evaluation", names=rows.client
         )
-
-    @compiler(layout)
-    def evaluate(state, federation):
-        test, validation, scalars, per_client = federation.test, federation.validation, {}, {}
-        # Only what clients predict with: not the server's whole state to every device.
-        server = state.server if predict is not None or personal is None else ()
-        if algorithm.central is not None:
-            scalars["central_accuracy"], scalars["central_loss"] = central_on(state, test)
-        trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
-        own = []
-        for j, part in enumerate(slices):
-            rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
-            names = {"stage": "evaluation", "names": rows.client}
-            own.append(lift.over_clients(owns[j], (server, federation), rows, lifting, **names)[0])
-        own_accuracy, own_loss = jax.tree.map(lambda *x: jnp.concatenate(x), *own).mean()
-        per_client |= {"own_accuracy": own_accuracy, "own_loss": own_loss}
-        if not has_own:
-            scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
-        elif layout.full_eval:
-            (accuracy, loss), votes = each_on(state, server, federation, trained, test)
-            per_client |= {"local_accuracy": accuracy, "local_loss": loss}
-            scalars["local_accuracy"] = losses.weighted_mean(accuracy, trained)
-            scalars["local_loss"] = losses.weighted_mean(loss, trained)
-            if algorithm.ensemble:
-                scalars["central_accuracy"], scalars["central_loss"] = _ensemble(votes, test.y)
-        if validation is not None:
-            if algorithm.central is not None:
-                score = central_on(state, validation)
-            else:
-                each, votes = each_on(state, server, federation, trained, validation)
-                mean = [losses.weighted_mean(x, trained) for x in each]
-                score = _ensemble(votes, validation.y) if algorithm.ensemble else mean
-            scalars["validation_accuracy"], scalars["validation_loss"] = score
-        tested = federation.test_holdings.count > 0
-        scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
-        return scalars, per_client
-
-    return evaluate
+        scores.append(score)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean()
 
 
-def _ensemble(votes, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Accuracy and loss of the mean of softmax outputs; `votes`: their sum [M, K], and of how many."""
-    total, count = votes
-    logits = jnp.log(jnp.maximum(total / jnp.maximum(count, 1), 1e-30))
+def _personal(
+    test: _Test, state: State, trained: jax.Array, examples: Examples
+) -> tuple[jax.Array, jax.Array, _Votes | tuple[()]]:
+    """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's votes."""
+    federation, layout = test.moment.federation, test.layout
+    scores, totals = [], []
+    for j, part in enumerate(layout.slices):
+        model = _model_of(test, j)
+
+        def client(shared, row_and_trained, model=model):
+            (server, moment, examples), (row, trained) = shared, row_and_trained
+            predict, votes = model(moment, server, row), ()
+            if test.votes:
+                logits = testing.predict(predict, examples, layout.eval_batch)
+                votes = _Votes(trained * jax.nn.softmax(logits), trained)
+            return testing.test(predict, whole(examples), layout.eval_batch), lift.Partials(votes)
+
+        rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
+        score, total = lift.over_clients(
+            client, (test.server, test.moment, examples), (rows, trained[part]),
+            layout.lifting._replace(narrow=()), stage="evaluation", names=rows.client,
+        )  # fmt: skip
+        scores.append(score)
+        totals.append(total)
+    accuracy, loss = jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean()
+    return accuracy, loss, lift.combine(*totals).sum
+
+
+def _ensemble(votes: _Votes, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Accuracy and loss of the mean of softmax outputs."""
+    logits = jnp.log(jnp.maximum(votes.total / jnp.maximum(votes.voters, 1), _CERTAIN))
     return jnp.mean(losses.correct(logits, y)), jnp.mean(losses.cross_entropy(logits, y))
-
-
-def _split(size: int, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Start and count of the batches of `[0, size)`."""
-    start = jnp.arange(0, size, batch, dtype=jnp.int32)
-    return start, jnp.minimum(batch, size - start)
 
 
 def _across_clients(accuracy, loss, tested, examples) -> dict[str, jax.Array]:

@@ -1,17 +1,14 @@
-"""What a simulation carries from round to round, and how its clients are laid out."""
+"""What a simulation carries from round to round, what a round reports, and how clients are laid out."""
 
-import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from fdjax.data.federation import replicated
-from fdjax.engine import lift
-from fdjax.types import Array, Cohort, Federation, Holdings, PyTree
+from fdjax.engine.lift import Lifting
+from fdjax.exchange.traffic import Sent
+from fdjax.types import Array, Cohort, Federation, Holdings, Model, PyTree
 
 
 class State(NamedTuple):
@@ -26,46 +23,48 @@ class State(NamedTuple):
 class Layout(NamedTuple):
     """What is static about a simulation besides its algorithm."""
 
+    central: Model
     cohorts: tuple[Cohort, ...]
     participants: tuple[int, ...]  # per round, of each cohort
-    mesh: Mesh
-    chunk: int = 1  # clients vmapped together on one device
-    narrow: tuple[tuple[float, int], ...] = ()  # see lift.Lifting
+    lifting: Lifting
     eval_batch: int = 500
     own_batch: int = 500  # the same for the clients' own test parts, which may be small
     full_eval: bool = True  # test every personal model on the full test set too: C passes over it
-    kind: str = "shard_map"  # one of lift.KINDS
-    ordered_sums: bool = False  # bitwise the same sums on any number of devices, for memory of all chunks' partials
     drop_nonfinite: bool = False  # leave a client out of a round in which its numbers are not finite
 
     @property
-    def lifting(self) -> lift.Lifting:
-        """How clients are lifted."""
-        return lift.Lifting(self.kind, self.mesh, self.chunk, self.narrow, self.ordered_sums)
-
-    @property
     def slices(self) -> list[slice]:
-        """The rows of each cohort."""
+        """The rows of each cohort, which are also the ids of its clients."""
         bounds = np.cumsum((0, *(cohort.size for cohort in self.cohorts)))
         return [slice(int(low), int(high)) for low, high in itertools.pairwise(bounds)]
 
 
 class Row(NamedTuple):
-    """One client, as it is lifted."""
+    """One client, as it is lifted; stacked, some clients of a cohort."""
 
-    client: Array
+    client: Array  # [] int32 id
     start: Array
     count: Array
     state: PyTree
 
 
 def rows_of(federation: Federation, holdings: Holdings, part: slice, state: PyTree) -> Row:
-    """The rows of a cohort."""
+    """The rows [C_j, ...] of a cohort."""
     return Row(federation.client[part], holdings.start[part], holdings.count[part], state)
 
 
-def compiler(layout: Layout) -> Callable[..., Any]:
-    """jax.jit whose results have one placement, or the second superstep would compile anew; nothing under `loop`."""
-    if layout.kind == "loop":
-        return lambda function, **options: function
-    return functools.partial(jax.jit, out_shardings=replicated(layout.mesh))
+class NonFinite(NamedTuple):
+    """Whose numbers were not finite first, in the first exchange where any were; [R] each for a superstep."""
+
+    clients: jax.Array  # int32: how many, 0 for none
+    client: jax.Array  # int32 id, -1
+    exchange: jax.Array  # int32: number of the exchange, -1
+    leaf: jax.Array  # int32: number of the leaf in {metrics, state, upload}, -1
+
+
+class Report(NamedTuple):
+    """What a round (or the set-up) reports; stacked [R, ...] over the rounds of a superstep."""
+
+    metrics: dict[str, jax.Array]  # by name: means over participants weighted by n_k, and the server's
+    sent: tuple[tuple[Sent, ...], ...]  # exchange by exchange, cohort by cohort
+    nonfinite: NonFinite

@@ -1,9 +1,10 @@
 """From one client to many, and from one trial to many: the only place where either is vmapped, mapped or sharded.
 
-Clients are rows of a stacked pytree, in order of their work. A row of zeros is a client without examples: it runs no
-step and weighs nothing, so rows are padded with zeros to fill the last chunk.
+Clients are rows of a stacked pytree, in order of their work. A row of zeros is a client without examples: it weighs
+nothing, so rows are padded with zeros to fill the last chunk.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,39 @@ from fdjax.types import Array, PyTree
 AXIS = "clients"
 TRIALS = "trials"
 
-One = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # (shared, row) -> (kept, partial)
+
+class Partials(NamedTuple):
+    """What one client adds to the totals over all clients, by how it is combined: a pytree each."""
+
+    sum: PyTree = ()
+    min: PyTree = ()
+    max: PyTree = ()
+
+
+class _Combine(NamedTuple):
+    """How partials of one kind are combined: two of them, those of an axis, those of the devices, and none at all."""
+
+    two: Callable[[Any, Any], Any]
+    axis: Callable[..., Any]
+    devices: Callable[..., Any]
+    identity: Callable[[np.dtype], Any]
+
+
+def _largest(dtype: np.dtype) -> Any:
+    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+
+
+def _smallest(dtype: np.dtype) -> Any:
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
+
+
+_COMBINES = Partials(
+    sum=_Combine(jnp.add, jnp.sum, lax.psum, lambda dtype: 0),
+    min=_Combine(jnp.minimum, jnp.min, lax.pmin, _largest),
+    max=_Combine(jnp.maximum, jnp.max, lax.pmax, _smallest),
+)
+
+Client = Callable[[PyTree, PyTree], tuple[PyTree, Partials]]  # (shared, row) -> (kept, partials)
 
 KINDS = {
     "vmap": "all clients at once on one device",
@@ -46,31 +79,48 @@ def make_mesh(devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
+def combine(*partials: Partials) -> Partials:
+    """Partials or totals together, such as those of several cohorts."""
+    return _by_kind(lambda how, *x: functools.reduce(how.two, x), *partials)
+
+
+def identity_unless(present: Array, partials: Partials) -> Partials:
+    """`partials`, or where `present` [] is false what changes no total: 0, or the largest or smallest number."""
+    return _by_kind(lambda how, x: jnp.where(present, x, jnp.asarray(how.identity(x.dtype), x.dtype)), partials)
+
+
+def _by_kind(function: Callable[..., Any], *partials: Partials) -> Partials:
+    """`function(how it is combined, leaf of each of partials)` for every leaf."""
+    return Partials(
+        *(jax.tree.map(functools.partial(function, how), *kind) for how, *kind in zip(_COMBINES, *partials))
+    )
+
+
 def over_clients(
-    one: One, shared: PyTree, rows: PyTree, lifting: Lifting, *, stage: str = "", names: Array | None = None
-) -> tuple[PyTree, PyTree]:
-    """Run `one(shared, row) -> (kept, partial)` for every row: kept stacked `[S, ...]`, and the sum of partials.
+    client: Client, shared: PyTree, rows: PyTree, lifting: Lifting, *, stage: str = "", names: Array | None = None
+) -> tuple[PyTree, Partials]:
+    """Run `client(shared, row) -> (kept, partials)` for every row: kept stacked `[S, ...]`, and the totals.
 
     Memory follows the chunk, and a client waits only for others of like work. A chunk of one is not vmapped at all,
     which keeps native convolutions native. `stage` and `names` [S] (client ids) are what a failure under `loop` says.
     """
     (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
     if lifting.kind == "loop":
-        return _loop(one, shared, rows, size, stage, names)
+        return _loop(client, shared, rows, size, stage, names)
     parts, start = [], 0
     for share, chunk in (*lifting.narrow, (1.0, lifting.chunk)):
         stop = round(share * size)
         if start < stop:
             part = jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], rows) if stop - start < size else rows
-            parts.append(_in_chunks(one, shared, part, stop - start, lifting._replace(chunk=chunk)))
+            parts.append(_in_chunks(client, shared, part, stop - start, lifting._replace(chunk=chunk)))
             start = stop
     if len(parts) == 1:
         return parts[0]
     kept, totals = zip(*parts, strict=True)
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *kept), jax.tree.map(lambda *x: sum(x[1:], x[0]), *totals)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *kept), combine(*totals)
 
 
-def _in_chunks(one: One, shared: PyTree, rows: PyTree, size: int, lifting: Lifting) -> tuple[PyTree, PyTree]:
+def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting: Lifting) -> tuple[PyTree, Partials]:
     devices = lifting.mesh.size
     most = size if lifting.ordered else -(-size // devices)  # a sum in order is of the same chunks on any devices
     chunk = size if lifting.kind == "vmap" else min(lifting.chunk, most)
@@ -78,33 +128,44 @@ def _in_chunks(one: One, shared: PyTree, rows: PyTree, size: int, lifting: Lifti
     deal, collect = _dealing(devices, turns)
 
     @jax.jit  # traced once, for its shapes and for its use
-    def one_chunk(shared, rows):
+    def run_chunk(shared, rows):
         if chunk == 1:
-            kept, partial = one(shared, jax.tree.map(lambda x: x[0], rows))
-            return jax.tree.map(lambda x: x[None], kept), partial
-        kept, partial = jax.vmap(one, in_axes=(None, 0))(shared, rows)
-        return kept, jax.tree.map(lambda x: jnp.sum(x, axis=0), partial)
+            kept, partials = client(shared, jax.tree.map(lambda x: x[0], rows))
+            return jax.tree.map(lambda x: x[None], kept), partials
+        kept, partials = jax.vmap(client, in_axes=(None, 0))(shared, rows)
+        return kept, _by_kind(lambda how, x: how.axis(x, axis=0), partials)
 
-    def on_device(shared, rows):  # rows [turns, chunk, ...] -> kept, and the sum, or with `ordered` all [turns, ...]
+    def on_device(shared, rows):  # rows [turns, chunk, ...] -> kept, and totals, or with `ordered` all [turns, ...]
         if lifting.ordered:
-            return lax.map(lambda rows: one_chunk(shared, rows), rows)
-        _, partial = jax.eval_shape(one_chunk, shared, jax.tree.map(lambda x: x[0], rows))
+            return lax.map(lambda rows: run_chunk(shared, rows), rows)
+        _, shapes = jax.eval_shape(run_chunk, shared, jax.tree.map(lambda x: x[0], rows))
 
-        def turn(total, rows):
-            kept, partial = one_chunk(shared, rows)
-            return jax.tree.map(jnp.add, total, partial), kept
+        def turn(totals, rows):
+            kept, partials = run_chunk(shared, rows)
+            return combine(totals, partials), kept
 
-        total, kept = lax.scan(turn, _zeros(partial), rows)
-        return kept, total if devices == 1 else lax.psum(total, AXIS)
+        totals, kept = lax.scan(turn, _nothing(shapes), rows)
+        return kept, totals if devices == 1 else _over_devices(totals)
 
     def into_chunks(x):
         padding = turns * devices * chunk - size
         x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)]) if padding else x
         return deal(x.reshape(turns * devices, chunk, *x.shape[1:]))
 
-    kept, total = _spread(on_device, lifting)(shared, jax.tree.map(into_chunks, rows))
+    kept, totals = _spread(on_device, lifting)(shared, jax.tree.map(into_chunks, rows))
     kept = jax.tree.map(lambda x: collect(x).reshape(-1, *x.shape[3:])[:size], kept)
-    return kept, _sum_in_order(jax.tree.map(collect, total)) if lifting.ordered else total
+    return kept, _in_order(jax.tree.map(collect, totals)) if lifting.ordered else totals
+
+
+def _over_devices(totals: Partials) -> Partials:
+    return Partials(
+        *(how.devices(kind, AXIS) if jax.tree.leaves(kind) else kind for how, kind in zip(_COMBINES, totals))
+    )
+
+
+def _nothing(shapes: Partials) -> Partials:
+    """The totals of no client."""
+    return _by_kind(lambda how, x: jnp.full(x.shape, how.identity(x.dtype), x.dtype), shapes)
 
 
 def _spread(on_device, lifting: Lifting):
@@ -226,32 +287,28 @@ def over_trials(
     )
 
 
-def _zeros(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-def _sum_in_order(partials: PyTree) -> PyTree:
-    """[chunks, ...] summed from the first to the last, so that chunks of padding at the end change no bit."""
-    if not jax.tree.leaves(partials):  # clients that are made, say, add nothing
+def _in_order(partials: Partials) -> Partials:
+    """[chunks, ...] combined from the first to the last, so that chunks of padding at the end change no bit."""
+    if not jax.tree.leaves(partials):  # clients that are initialised, say, add nothing
         return partials
-    first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), partials)
-    return lax.scan(lambda total, partial: (jax.tree.map(jnp.add, total, partial), ()), first, partials)[0]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), partials)
+    return lax.scan(lambda totals, chunk: (combine(totals, chunk), ()), _nothing(shapes), partials)[0]
 
 
-def _loop(one: One, shared: PyTree, rows: PyTree, size: int, stage: str, names: Array | None):
-    kept, total = [], None
-    compiled = jax.jit(one)
+def _loop(client: Client, shared: PyTree, rows: PyTree, size: int, stage: str, names: Array | None):
+    all_kept, totals = [], None
+    compiled = jax.jit(client)
     for i in range(size):
         row = jax.tree.map(lambda x, i=i: x[i], rows)
         try:
-            mine, partial = jax.block_until_ready(compiled(shared, row))
+            kept, partials = jax.block_until_ready(compiled(shared, row))
         except Exception as error:
             who = f"row {i}" if names is None else f"client {int(names[i])}"
             error.add_note(f"{who}, {stage or 'unnamed stage'}\n  row: {_shapes(row)}\n  shared: {_shapes(shared)}")
             raise
-        kept.append(mine)
-        total = partial if total is None else jax.tree.map(jnp.add, total, partial)
-    return jax.tree.map(lambda *x: jnp.stack(x), *kept), total
+        all_kept.append(kept)
+        totals = partials if totals is None else combine(totals, partials)
+    return jax.tree.map(lambda *x: jnp.stack(x), *all_kept), totals
 
 
 def _shapes(tree: PyTree) -> str:

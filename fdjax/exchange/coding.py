@@ -7,6 +7,8 @@ All zeros stand for a row that was never sent.
 import jax
 import jax.numpy as jnp
 
+from fdjax.exchange.proxy import SoftLabels
+from fdjax.exchange.wrappers import Codec
 from fdjax.types import Array
 
 
@@ -47,6 +49,31 @@ def coded_bytes(symbols: Array, known: Array, bits: int) -> jax.Array:
     counts = jnp.zeros((body.shape[1], top + 1, top + 1)).at[position, left, body].add(changed[:, None] * 1.0)
     nats = _estimator(flags, jnp.int32(2)) + jnp.sum(_estimator(counts, jnp.arange(top + 1)[None] + 1))
     return jnp.floor(nats / jnp.log(2.0) / 8) + 2
+
+
+def quantised_labels(bits: int, memory: str) -> Codec:
+    """The codec of `SoftLabels` of probabilities [n, K]: quantised to `bits`, and only changes are sent.
+
+    A client's state has what was last sent of every proxy example as its entry `memory`, uint8 symbols [M, K], at first
+    `nothing_sent`. Ids are not counted. Source: Sattler et al. (2022), CFD.
+    """
+
+    def encode(tree: SoftLabels) -> SoftLabels:
+        return tree._replace(labels=quantise(tree.labels, bits).astype(jnp.uint8))
+
+    def decode(code: SoftLabels) -> SoftLabels:
+        return code._replace(labels=code.labels / levels(bits))
+
+    def count(ctx, code: SoftLabels, known):
+        at = slice(None) if isinstance(code.ids, tuple) else code.ids
+        return coded_bytes(code.labels, known[at], bits), known.at[at].set(code.labels)
+
+    return Codec(encode, decode, count, memory)
+
+
+def nothing_sent(examples: int, classes: int) -> jax.Array:
+    """The memory of `quantised_labels` before anything is sent."""
+    return jnp.zeros((examples, classes), jnp.uint8)
 
 
 def _estimator(counts: jax.Array, alphabet: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
-"""What the server makes of many uploads, as sums of partials.
+"""What the server makes of many uploads, as sums (or least or largest numbers) of partials.
 
 A partial is computed for one client; partials add, so the same reduction works across a chunk, a scan, devices, cohorts
 and hosts, and no two uploads need to exist at once. `robust` has the reductions that do need every upload.
 
-Throughout: an upload of weight 0 leaves no trace, also when it is not finite; without any weight the summary is 0.
+Throughout: an upload of weight 0 leaves no trace, also when it is not finite; without any weight a mean is 0.
+Every function takes the context that the engine gives it, and makes no use of it.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdjax.types import Array, PyTree, Reduction
+from fdjax.contract import Reduction
+from fdjax.types import Array, PyTree
 
 
 def _same(upload: PyTree) -> PyTree:
@@ -27,10 +29,10 @@ def weighted_mean(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
     Source: McMahan et al. (2017), Algorithm 1, last line of the server.
     """
 
-    def partial(upload, weight):
+    def partial(ctx, upload, weight):
         return jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, 0), each(upload)), weight
 
-    def finish(total):
+    def finish(ctx, total):
         weighted, weight = total
         return jax.tree.map(lambda x: _ratio(x, weight), weighted)
 
@@ -44,7 +46,27 @@ def mean(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
     to average the probabilities of uploaded logits, which is not the softmax of their average.
     """
     weighted = weighted_mean(each)
-    return Reduction(lambda upload, weight: weighted.partial(upload, _present(weight)), weighted.finish)
+    return Reduction(lambda ctx, upload, weight: weighted.partial(ctx, upload, _present(weight)), weighted.finish)
+
+
+def nothing() -> Reduction:
+    """For exchanges in which clients send nothing: the summary is ()."""
+    return Reduction(lambda ctx, upload, weight: (), lambda ctx, total: ())
+
+
+def stack(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
+    """Every participant's f(x_k), as a `Stack` [S, ...] with ids and weights; f = `each`."""
+    return Reduction(lambda ctx, upload, weight: each(upload), lambda ctx, stacked: stacked, "stack")
+
+
+def minimum(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
+    """min_k f(x_k), element by element over the participants; f = `each`."""
+    return Reduction(lambda ctx, upload, weight: each(upload), lambda ctx, least: least, "min")
+
+
+def maximum(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
+    """max_k f(x_k), element by element over the participants; f = `each`."""
+    return Reduction(lambda ctx, upload, weight: each(upload), lambda ctx, most: most, "max")
 
 
 class Weighted(NamedTuple):
@@ -63,12 +85,12 @@ def elementwise_mean() -> Reduction:
     The engine's weight says only whether a client is there.
     """
 
-    def partial(upload, weight):
+    def partial(ctx, upload, weight):
         x, s = upload
-        there = weight > 0
-        return Weighted(jnp.where(there & (s > 0), s * x, 0), jnp.where(there, s, 0))
+        counts = weight > 0
+        return Weighted(jnp.where(counts & (s > 0), s * x, 0), jnp.where(counts, s, 0))
 
-    return Reduction(partial, lambda total: _ratio(total.value, total.weight))
+    return Reduction(partial, lambda ctx, total: _ratio(total.value, total.weight))
 
 
 class ByLabel(NamedTuple):
@@ -100,25 +122,13 @@ def label_mean(by_example: bool = False) -> Reduction:
     A label that nobody holds has mean 0 and count 0. The engine's weight says only whether a client is there.
     """
 
-    def partial(upload, weight):
+    def partial(ctx, upload, weight):
         holds = (weight > 0) & (upload.count > 0)
         size = upload.count if by_example else jnp.ones_like(upload.count)
         value = upload.value if by_example else _ratio(upload.value, upload.count[:, None])
         return ByLabel(jnp.where(holds[:, None], value, 0), jnp.where(holds, size, 0))
 
-    return Reduction(partial, lambda total: ByLabel(_ratio(total.value, total.count[:, None]), total.count))
-
-
-def leave_one_out(reduction: Reduction, total: PyTree, upload: PyTree, weight: Array) -> PyTree:
-    """finish(total - partial(upload, weight)): what the summary would be without one client's upload.
-
-    `total` is the sum of partials, which is the summary of `reduction._replace(finish=lambda total: total)`. Exact
-    only where the partials' weights are whole numbers, as counts are: a rest of rounding would pass for a weight. What
-    is not finite cannot be subtracted.
-
-    Source: Jeong et al. (2018), FD: F^(k)[l] = sum_{j != k} F_j[l] / (M - 1), with `label_mean()`.
-    """
-    return reduction.finish(jax.tree.map(jnp.subtract, total, reduction.partial(upload, jnp.asarray(weight))))
+    return Reduction(partial, lambda ctx, total: ByLabel(_ratio(total.value, total.count[:, None]), total.count))
 
 
 def era(mean: Array, temperature: Array | float) -> jax.Array:

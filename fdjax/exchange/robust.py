@@ -1,4 +1,4 @@
-"""Reductions that a few wrong uploads cannot carry away; they need every upload at once and so say `gather`.
+"""Reductions that a few wrong uploads cannot carry away; they need every upload at once, a stack.
 
 Throughout: uploads are counted alike, since a client's weight is its own word; an upload of weight 0 is not there; one
 that is not finite is as far out as can be; without any upload the summary is 0.
@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdjax.contract import Reduction
 from fdjax.errors import InputError
-from fdjax.types import Array, PyTree, Reduction
+from fdjax.types import Array, PyTree
 
 
 def coordinate_median() -> Reduction:
@@ -20,7 +21,7 @@ def coordinate_median() -> Reduction:
 
     Finite while fewer than half of the uploads are not. Source: Yin et al. (2018), definition 1.
     """
-    return _gathered(
+    return _stacked(
         lambda uploads, weights: jax.tree.map(lambda x: _middle(x, _column(weights > 0, x), _half), uploads)
     )
 
@@ -31,7 +32,7 @@ def trimmed_mean(fraction: float) -> Reduction:
     Source: Yin et al. (2018), definition 2. Raises `InputError` unless 0 <= fraction < 1/2.
     """
     _check_fraction("trimmed_mean", fraction)
-    return _gathered(
+    return _stacked(
         lambda uploads, weights: jax.tree.map(
             lambda x: _middle(x, _column(weights > 0, x), lambda n: _share(fraction, n)), uploads
         )
@@ -154,8 +155,11 @@ def _top_projector(matrices: jax.Array) -> jax.Array:
     return lax.fori_loop(0, 20, square, normal(matrices))
 
 
-def _gathered(finish: Callable[[PyTree, jax.Array], PyTree]) -> Reduction:
-    return Reduction(lambda upload, weight: upload, finish, gather=True)
+def _stacked(finish: Callable[[PyTree, jax.Array], PyTree]) -> Reduction:
+    """The reduction of `finish(uploads [S, ...], weights [S])`."""
+    return Reduction(
+        lambda ctx, upload, weight: upload, lambda ctx, stack: finish(stack.partials, stack.weight), "stack"
+    )
 
 
 def _of_vectors(solve: Callable, rows: bool, count: bool = False) -> Reduction:
@@ -181,7 +185,7 @@ def _of_vectors(solve: Callable, rows: bool, count: bool = False) -> Reduction:
         summary = [one([leaf], weights)[0] for leaf in leaves] if rows else one(leaves, weights)
         return jax.tree.unflatten(structure, summary)
 
-    return _gathered(finish)
+    return _stacked(finish)
 
 
 def _middle(x: jax.Array, there: jax.Array, trim: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -1,7 +1,7 @@
 """A network in two parts, for methods that exchange or share what lies between: FedGKT's features, embeddings."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,20 +9,7 @@ import jax.numpy as jnp
 
 from fdjax.errors import InputError
 from fdjax.models import from_linen, make_module
-from fdjax.types import Model, PyTree
-
-
-class Split(NamedTuple):
-    """A model and its two parts, which share its params: `model.apply(p, x) == head(p, features(p, x))`.
-
-    `model` is a cohort's model like any other. A net on the features alone, FedGKT's server, is a model of inputs
-    `feature_shape`.
-    """
-
-    model: Model
-    features: Callable[[PyTree, jax.Array], jax.Array]  # (params, x [B, ...]) -> features [B, *feature_shape]
-    head: Callable[[PyTree, jax.Array], jax.Array]  # (params, features) -> logits [B, K]
-    feature_shape: tuple[int, ...]
+from fdjax.types import PyTree, Split
 
 
 def build_split(name: str, input_shape: Sequence[int], num_classes: int, **options: Any) -> Split:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fdjax.engine.simulate import State
+from fdjax.engine.layout import State
 from fdjax.errors import InputError
 
 

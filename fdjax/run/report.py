@@ -17,7 +17,8 @@ from tabulate import tabulate
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
-from fdjax.run.runner import Result
+from fdjax.run.record import Result
+from fdjax.run.settings import FOLDERS
 
 _VERSIONS = ("fdjax", "jax", "jaxlib", "flax", "optax", "numpy", "optuna")
 
@@ -79,19 +80,24 @@ def _revision() -> str | None:
 
 
 def bytes_of_one_client(result: Result, way: str) -> tuple[int, ...] | float:
-    """Bytes of a round and a client of each cohort; the mean over all where what is sent is coded or ragged."""
-    traffic, sent = result.traffic, result.rounds[f"bytes_{way}"]
-    if not len(sent) or sent[-1] == len(sent) * getattr(traffic, f"round_{way}"):
-        return getattr(traffic, way)
-    return sent[-1] / len(sent) / sum(traffic.participants)
+    """Bytes of a round and a participant of each cohort; the mean over all if not all of them sent the same.
+
+    That is so where what is sent is coded or ragged, or where participants without examples sent nothing.
+    """
+    traffic, rounds = result.traffic, result.rounds[f"bytes_{way}"]
+    sent = rounds[-1] - result.setup.get(f"bytes_{way}", 0.0) if rounds else 0.0
+    sizes = traffic.per_participant(way)
+    if sizes is not None and sent == len(rounds) * int(np.dot(sizes, traffic.participants)):
+        return sizes
+    return sent / max(len(rounds), 1) / sum(traffic.participants)
 
 
 def result_dict(result: Result) -> dict[str, Any]:
     """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
-    folders = ("data_dir", "cache_dir", "writers")
     return {
-        "settings": {name: value for name, value in result.settings.public().items() if name not in folders},
+        "settings": {name: value for name, value in result.settings.public().items() if name not in FOLDERS},
         "final": result.final,
+        "setup": result.setup,
         "rounds": result.rounds,
         "evaluations": result.evaluations,
         "clients": result.clients,

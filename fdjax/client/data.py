@@ -1,0 +1,94 @@
+"""What a client trains and tests on: views of examples that are stored once, taken by position."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fdjax.contract import Data
+from fdjax.types import Array, Examples, PyTree
+
+
+class ClientData(NamedTuple):
+    """One client's view of the shared examples; of proxy data, `order` being the ids in use."""
+
+    examples: Examples
+    order: Array  # [L] int32
+    start: Array  # [] int32
+    count: Array  # [] int32
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The client's examples at `position` [B] (0 <= position < count): x [B, ...] float32 and y [B] int32."""
+        index = self.order[self.start + position]
+        x = self.examples.x[index].astype(jnp.float32)
+        channels = (1,) * (x.ndim - 1) + (-1,)
+        return x * self.examples.scale.reshape(channels) + self.examples.shift.reshape(channels), self.examples.y[index]
+
+
+class Targets(NamedTuple):
+    """Proxy examples `ids` with a target each, such as a consensus, in place of labels."""
+
+    examples: Examples
+    ids: Array  # [n] int32
+    targets: PyTree  # [n, ...]
+
+    @property
+    def count(self) -> Array:
+        """n."""
+        return jnp.int32(len(self.ids))
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets [B, ...] at `position` [B]."""
+        data = ClientData(self.examples, self.ids, jnp.int32(0), self.count)
+        return data.take(position)[0], jax.tree.map(lambda t: t[position], self.targets)
+
+
+class Paired(NamedTuple):
+    """Data with a value for each example, by its position: its targets are pairs (y, value)."""
+
+    data: Data
+    values: PyTree  # [n_max, ...]
+
+    @property
+    def count(self) -> Array:
+        """That of the data."""
+        return self.data.count
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets at `position` [B]."""
+        x, y = self.data.take(position)
+        return x, (y, jax.tree.map(lambda value: value[position], self.values))
+
+
+class Ragged(NamedTuple):
+    """Padded rows, such as clients' uploads, as one set of examples; of row k, those from `ends[k-1]` to `ends[k]`."""
+
+    x: jax.Array  # [C, n_max, ...]
+    targets: PyTree  # [C, n_max, ...]
+    ends: jax.Array  # [C] int32, rising
+
+    @property
+    def count(self) -> Array:
+        """Of all rows together."""
+        return self.ends[-1]
+
+    def find(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The row, and the column there, of `position` [B]."""
+        row = jnp.searchsorted(self.ends, position, side="right")
+        return row, position - jnp.where(row > 0, self.ends[row - 1], 0)
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
+        """x [B, ...] and targets [B, ...] at `position` [B]."""
+        at = self.find(position)
+        return self.x[at], jax.tree.map(lambda target: target[at], self.targets)
+
+
+def whole(examples: Examples) -> ClientData:
+    """All of `examples` as one client's data."""
+    size = len(examples.y)
+    return ClientData(examples, jnp.arange(size, dtype=jnp.int32), jnp.int32(0), jnp.int32(size))
+
+
+def batches(count: Array, size: int) -> jax.Array:
+    """ceil(count / size): the steps of one epoch; the last batch may be short and is weighted by what it holds."""
+    return (jnp.asarray(count) + size - 1) // size

@@ -1,0 +1,53 @@
+"""Tests of a model, and its predictions, over many examples in batches."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdjax.client import losses
+from fdjax.client.data import ClientData, batches, whole
+from fdjax.types import Examples
+
+
+class Score(NamedTuple):
+    """Sums over examples, which add; `count` may be 0."""
+
+    correct: jax.Array
+    loss: jax.Array
+    count: jax.Array
+
+    def mean(self) -> tuple[jax.Array, jax.Array]:
+        """Accuracy in [0, 1] and mean cross-entropy, 0 where there was nothing to test."""
+        count = jnp.maximum(self.count, 1)
+        return self.correct / count, self.loss / count
+
+
+def test(model: Callable[[jax.Array], jax.Array], data: ClientData, batch_size: int) -> Score:
+    """Correct predictions and summed cross-entropy of a model, x -> logits, over all of `data`, in batches."""
+
+    def step(index, score):
+        position = index * batch_size + jnp.arange(batch_size)
+        weight = (position < data.count).astype(jnp.float32)
+        x, y = data.take(jnp.minimum(position, data.count - 1))
+        logits = model(x)
+        return Score(
+            score.correct + jnp.sum(weight * losses.correct(logits, y)),
+            score.loss + jnp.sum(weight * losses.cross_entropy(logits, y)),
+            score.count + jnp.sum(weight),
+        )
+
+    zero = jnp.float32(0)
+    return lax.fori_loop(0, batches(data.count, batch_size), step, Score(zero, zero, zero))
+
+
+def predict(model: Callable[[jax.Array], jax.Array], examples: Examples, batch_size: int) -> jax.Array:
+    """Logits [M, K] of a model, x -> logits, on all of `examples` [M, ...], in batches."""
+    size = len(examples.y)
+    batch_size = min(batch_size, size)
+    positions = jnp.arange(-(-size // batch_size) * batch_size).reshape(-1, batch_size)
+    data = whole(examples)
+    _, logits = lax.scan(lambda _, position: ((), model(data.take(jnp.minimum(position, size - 1))[0])), (), positions)
+    return logits.reshape(-1, logits.shape[-1])[:size]

@@ -1,0 +1,274 @@
+"""One exchange, one round, one superstep: pure functions of arrays, which a notebook can call and jit as it likes.
+
+exchange_step: broadcast -> lift(client -> partials) -> finish -> server
+round_step:    choose participants, gather their rows once, the round's exchange_steps, scatter them back once
+superstep:     a scan of rounds
+setup_step:    the set-up's exchange_steps, with all clients
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdjax import keys
+from fdjax.client.data import ClientData
+from fdjax.contract import Algorithm, Context, Exchange, HParams, Received, Reduction, Stack
+from fdjax.engine import lift, participation
+from fdjax.engine.check import Checker, check_names, name_of, reductions_of
+from fdjax.engine.layout import Layout, NonFinite, Report, Row, State
+from fdjax.exchange.traffic import Sent
+from fdjax.types import Array, Federation, Model, PyTree
+
+
+class Moment(NamedTuple):
+    """What every call of an exchange may read: a pytree of arrays."""
+
+    federation: Federation
+    hparams: HParams
+    round: jax.Array  # [] int32
+    key: jax.Array  # the exchange's own
+
+
+class _Kept(NamedTuple):
+    """What stays of each participant after the client's part of an exchange, [S_j, ...] after lifting."""
+
+    state: PyTree
+    metrics: dict[str, jax.Array]
+    weight: jax.Array
+    sent: Sent
+    nonfinite: jax.Array  # number of the first leaf that is not finite, or -1
+    stacked: dict[str, PyTree]  # partials of the reductions that combine by "stack"
+
+
+def context(moment: Moment, model: Model, key: jax.Array, client: Array | int = -1, cohort: int = 0) -> Context:
+    """The context of one call."""
+    client = jnp.asarray(client, jnp.int32)
+    return Context(model, cohort, client, moment.hparams, moment.round, key, moment.federation.proxy)
+
+
+def exchange_key(key: jax.Array, number: int) -> jax.Array:
+    """The key of exchange `number` below that of its round (or of the set-up), which the first exchange has itself."""
+    return keys.stream(key, "exchange", number) if number else key
+
+
+def exchange_step(
+    algorithm: Algorithm,
+    exchange: Exchange,
+    layout: Layout,
+    moment: Moment,
+    server: PyTree,
+    rows: Sequence[Row],
+    stage: str = "",
+) -> tuple[PyTree, tuple[Row, ...], Report]:
+    """One exchange with the clients of `rows` (cohort by cohort): the server, the rows and what there is to report."""
+    check = Checker(algorithm, exchange)
+    kept, totals = [], []
+    for j, row in enumerate(rows):
+        ctx = context(moment, layout.central, keys.stream(moment.key, "broadcast", j), cohort=j)
+        sent = check.broadcast(exchange.broadcast(ctx, server), j, layout.cohorts[j].size)
+        own = jax.tree.map(lambda x, row=row, j=j: x[row.client - layout.slices[j].start], sent.own)
+        cohort_kept, cohort_totals = lift.over_clients(
+            _client_part(algorithm, exchange, layout, j), (sent.shared, sent.known, moment), (row, own),
+            layout.lifting, stage=stage, names=row.client,
+        )  # fmt: skip
+        kept.append(cohort_kept)
+        totals.append(cohort_totals)
+    summary = _summary(exchange, layout, moment, rows, kept, totals)
+    weight = jnp.concatenate([cohort.weight for cohort in kept])
+    ctx = context(moment, layout.central, keys.stream(moment.key, "server"))
+    new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
+    server = _where(jnp.sum(weight) > 0, new, server)
+    report = _report(rows, kept, weight)
+    check_names(algorithm, (report.metrics, server_metrics))
+    report = report._replace(metrics=report.metrics | server_metrics)
+    return server, tuple(row._replace(state=k.state) for row, k in zip(rows, kept, strict=True)), report
+
+
+def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohort: int) -> lift.Client:
+    """One client's part of an exchange, as it is lifted."""
+    check, reductions, model = Checker(algorithm, exchange), reductions_of(exchange), layout.cohorts[cohort].model
+
+    def client(shared, row_and_own) -> tuple[_Kept, lift.Partials]:
+        (broadcast, known, moment), (row, own) = shared, row_and_own
+        ctx = context(moment, model, keys.stream(moment.key, "client", row.client), row.client, cohort)
+        data = ClientData(moment.federation.train, moment.federation.train_holdings.order, row.start, row.count)
+        result = exchange.client(ctx, Received(broadcast, own, known), row.state, data)
+        state, upload, metrics = check.client(result, row.state)
+        holds = jnp.asarray(row.count) > 0
+        nonfinite = jnp.where(holds, _first_nonfinite(state, upload.tree, metrics), -1)
+        counts = holds & (nonfinite < 0) if layout.drop_nonfinite else holds
+        weight = jnp.where(counts, jnp.asarray(row.count, jnp.float32), 0)
+        ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client))
+        partials = {label: r.partial(ctx, upload.tree, weight) for label, r in reductions.items()}
+
+        def of(kind):
+            return {label: partials[label] for label, r in reductions.items() if r.combine == kind}
+
+        kept = _Kept(
+            state=_where(counts, state, row.state),
+            metrics=_where(counts, metrics, jax.tree.map(jnp.zeros_like, metrics)),
+            weight=weight,
+            sent=Sent(holds.astype(jnp.int32), *(_if(holds, b) for b in (upload.bytes, upload.bytes_received))),
+            nonfinite=nonfinite,
+            stacked=_where(counts, of("stack"), jax.tree.map(jnp.zeros_like, of("stack"))),
+        )
+        return kept, lift.identity_unless(counts, lift.Partials(of("sum"), of("min"), of("max")))
+
+    return client
+
+
+def _summary(
+    exchange: Exchange, layout: Layout, moment: Moment, rows: Sequence[Row], kept: list[_Kept], totals: list
+) -> PyTree:
+    """What the server gets: every reduction finished, over all cohorts or for each apart."""
+
+    def combined(label: str, reduction: Reduction, cohorts: Sequence[int]) -> Any:
+        if reduction.combine == "stack":
+            parts = [(kept[j].stacked[label], rows[j].client, kept[j].weight) for j in cohorts]
+            return Stack(*jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+        return getattr(lift.combine(*(totals[j] for j in cohorts)), reduction.combine)[label]
+
+    def finished(number: int, label: str, reduction: Reduction) -> Any:
+        ctx = context(moment, layout.central, keys.stream(moment.key, "finish", number))
+        if not reduction.per_cohort:
+            return reduction.finish(ctx, combined(label, reduction, range(len(rows))))
+        return tuple(
+            reduction.finish(ctx.at("cohort", j)._replace(cohort=j), combined(label, reduction, [j]))
+            for j in range(len(rows))
+        )
+
+    summaries = {label: finished(i, label, r) for i, (label, r) in enumerate(reductions_of(exchange).items())}
+    return summaries[""] if isinstance(exchange.reduce, Reduction) else summaries
+
+
+def _report(rows: Sequence[Row], kept: Sequence[_Kept], weight: jax.Array) -> Report:
+    """The clients' metrics averaged, what was sent, and who was not finite first."""
+    metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *(k.metrics for k in kept))
+    total = jnp.maximum(jnp.sum(weight), 1)
+    bad, client = jnp.concatenate([k.nonfinite for k in kept]), jnp.concatenate([row.client for row in rows])
+    first = jnp.argmax(bad >= 0)
+    return Report(
+        metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
+        sent=(tuple(jax.tree.map(lambda x: jnp.sum(x, dtype=x.dtype), k.sent) for k in kept),),
+        nonfinite=NonFinite(
+            jnp.sum(bad >= 0, dtype=jnp.int32), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]
+        ),
+    )
+
+
+def exchanges_step(
+    algorithm: Algorithm,
+    exchanges: Sequence[Exchange],
+    layout: Layout,
+    moment: Moment,
+    server: PyTree,
+    rows: tuple[Row, ...],
+    stage: str = "",
+) -> tuple[PyTree, tuple[Row, ...], Report]:
+    """Exchanges with the same clients, one after another; `moment.key` is that of all of them."""
+    reports = []
+    for number, exchange in enumerate(exchanges):
+        own = moment._replace(key=exchange_key(moment.key, number))
+        where = f"{stage}, exchange {name_of(exchange)}" if len(exchanges) > 1 else stage
+        server, rows, report = exchange_step(algorithm, exchange, layout, own, server, rows, where)
+        reports.append(report)
+    check_names(algorithm, [report.metrics for report in reports])
+    bad = jax.tree.map(lambda *x: jnp.stack(x), *(report.nonfinite for report in reports))
+    first = jnp.argmax(bad.clients > 0)
+    some = bad.clients[first] > 0
+    return server, rows, Report(
+        metrics={name: value for report in reports for name, value in report.metrics.items()},
+        sent=tuple(sent for report in reports for sent in report.sent),
+        nonfinite=NonFinite(
+            bad.clients[first], bad.client[first], jnp.where(some, first, -1).astype(jnp.int32), bad.leaf[first]
+        ),
+    )  # fmt: skip
+
+
+def round_step(
+    algorithm: Algorithm, layout: Layout, state: State, federation: Federation, hparams: HParams
+) -> tuple[State, Report]:
+    """One round."""
+    key = keys.stream(jax.random.wrap_key_data(state.root), "round", state.round)
+    chosen = participation.choose(layout, key)
+    rows = participation.gather(layout, federation, state, chosen)
+    stage = f"round {int(state.round) + 1}" if layout.lifting.kind == "loop" else ""
+    server, rows, report = exchanges_step(
+        algorithm, algorithm.round, layout, Moment(federation, hparams, state.round, key), state.server, rows, stage
+    )
+    return State(server, participation.scatter(state, rows, chosen), state.round + 1, state.root), report
+
+
+def superstep(
+    step: Callable[[State, Federation, HParams], tuple[State, Report]],
+    state: State,
+    federation: Federation,
+    hparams: HParams,
+    rounds: int,
+) -> tuple[State, Report]:
+    """`rounds` rounds of `step`, a round_step of an algorithm and a layout, with reports stacked [R, ...]."""
+    return lax.scan(lambda state, _: step(state, federation, hparams), state, length=rounds)
+
+
+def setup_step(
+    algorithm: Algorithm, layout: Layout, state: State, federation: Federation, hparams: HParams
+) -> tuple[State, Report]:
+    """The exchanges of the set-up, with all clients."""
+    moment = Moment(federation, hparams, state.round, keys.stream(jax.random.wrap_key_data(state.root), "setup"))
+    everyone = (None,) * len(layout.cohorts)
+    rows = participation.gather(layout, federation, state, everyone)
+    server, rows, report = exchanges_step(algorithm, algorithm.setup, layout, moment, state.server, rows, "setup")
+    return state._replace(server=server, clients=participation.scatter(state, rows, everyone)), report
+
+
+def initial_state(algorithm: Algorithm, layout: Layout, seed: Array | int, federation: Federation) -> State:
+    """The state before the set-up and the first round; contexts have no hyperparameters yet."""
+    key = jax.random.key(seed)
+    moment = Moment(federation, {}, jnp.int32(0), key)
+
+    def client(cohort: int, model: Model):
+        def init(moment, client):
+            own = keys.stream(moment.key, "client", client)
+            return algorithm.init_client(context(moment, model, own, client, cohort)), lift.Partials()
+
+        return init
+
+    clients = tuple(
+        lift.over_clients(
+            client(j, cohort.model), moment, federation.client[part], layout.lifting, stage="init",
+            names=federation.client[part],
+        )[0]
+        for j, (cohort, part) in enumerate(zip(layout.cohorts, layout.slices, strict=True))
+    )  # fmt: skip
+    params = layout.central.init(keys.stream(key, "server"))
+    ctx = context(moment, layout.central, keys.stream(key, "server state"))
+    return State(algorithm.init_server(ctx, params), clients, jnp.int32(0), jax.random.key_data(key))
+
+
+def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+
+
+def _if(condition: jax.Array, number: Array | None) -> jax.Array | tuple[()]:
+    return () if number is None else jnp.where(condition, jnp.asarray(number, jnp.float32), 0)
+
+
+def client_leaves(state: PyTree, upload: PyTree, metrics: PyTree) -> PyTree:
+    """What is looked at for numbers that are not finite, in this order."""
+    return {"metrics": metrics, "state": state, "upload": upload}
+
+
+def _first_nonfinite(state: PyTree, upload: PyTree, metrics: PyTree) -> jax.Array:
+    """Number of the first leaf of `client_leaves` that is not finite, or -1."""
+    finite = [
+        jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool(True)
+        for x in map(jnp.asarray, jax.tree.leaves(client_leaves(state, upload, metrics)))
+    ]
+    if not finite:
+        return jnp.int32(-1)
+    bad = ~jnp.stack(finite)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)

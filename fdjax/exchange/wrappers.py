@@ -1,0 +1,93 @@
+"""Behaviour that many methods share, as functions that take an exchange or a reduction and return another one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from fdjax.contract import Context, Exchange, Reduction, Upload
+from fdjax.errors import InputError
+from fdjax.exchange import traffic
+from fdjax.types import PyTree
+
+
+def after(function: Callable[[Context, PyTree], PyTree], reduction: Reduction) -> Reduction:
+    """`reduction` of `function(ctx, upload)` in the upload's place: work of the server, on each upload by itself.
+
+    It is lifted with the clients, so no two uploads need to be in one place, and what it returns is not counted.
+    """
+
+    def partial(ctx, upload, weight):
+        return reduction.partial(ctx, function(ctx, upload), weight)
+
+    return reduction._replace(partial=partial)
+
+
+def require_sum(exchange: Exchange, purpose: str) -> Reduction:
+    """The exchange's only reduction. Raises InputError, with `purpose`, unless it is one sum over all clients."""
+    reduction, name = exchange.reduce, exchange.name or getattr(exchange.client, "__name__", "exchange")
+    if not isinstance(reduction, Reduction):
+        raise InputError(
+            f"{purpose} needs one reduction, but exchange {name} has {', '.join(reduction)}; make them one sum"
+        )
+    if reduction.combine != "sum" or reduction.per_cohort:
+        what = f"{reduction.combine} of each cohort" if reduction.per_cohort else reduction.combine
+        raise InputError(
+            f"{purpose} needs a sum over all clients, but exchange {name} reduces by {what}; use a mean, say"
+        )
+    return reduction
+
+
+class Codec(NamedTuple):
+    """How a pytree is sent in fewer bytes.
+
+    `memory` names an entry of the client's state, a dict, that holds what was last sent or received: both ends know it,
+    so a codec may send changes alone.
+    """
+
+    encode: Callable[[PyTree], PyTree]  # tree -> code
+    decode: Callable[[PyTree], PyTree]  # code -> tree, as the receiver has it
+    count: Callable[[Context, PyTree, PyTree], tuple[jax.Array, PyTree]]
+    # (ctx, code, memory) -> (bytes [] float32, the memory after it); memory is () for codecs without
+    memory: str = ""
+
+
+def coded(exchange: Exchange, up: Codec | None = None, down: Codec | None = None) -> Exchange:
+    """`exchange` with its uploads, and what it broadcasts to all (`shared`), coded; the coded bytes are counted."""
+    exchange = exchange._replace(name=exchange.name or getattr(exchange.client, "__name__", ""))
+
+    def broadcast(ctx, server):
+        sent = exchange.broadcast(ctx, server)
+        return sent if down is None else sent._replace(shared=down.encode(sent.shared))
+
+    def client(ctx, received, state, data):
+        remembered: dict[str, Any] = {}
+        bytes_received = None
+        if down is not None:
+            bytes_received, memory = down.count(ctx, received.shared, _memory(exchange, down, state))
+            bytes_received = bytes_received + traffic.size(received.own)
+            remembered |= {down.memory: memory} if down.memory else {}
+            received = received._replace(shared=down.decode(received.shared))
+        new, upload, metrics = exchange.client(ctx, received, state, data)
+        if up is not None:
+            code = up.encode(upload.tree)
+            count, memory = up.count(ctx, code, _memory(exchange, up, state))
+            remembered |= {up.memory: memory} if up.memory else {}
+            upload = Upload(up.decode(code), count, upload.bytes_received)
+        if bytes_received is not None:
+            upload = upload._replace(bytes_received=bytes_received)
+        return {**new, **remembered} if remembered else new, upload, metrics
+
+    return exchange._replace(broadcast=broadcast, client=client)
+
+
+def _memory(exchange: Exchange, codec: Codec, state: PyTree) -> PyTree:
+    if not codec.memory:
+        return ()
+    if not isinstance(state, dict) or codec.memory not in state:
+        found = f"dict of {', '.join(state)}" if isinstance(state, dict) else type(state).__name__
+        raise InputError(
+            f"a codec of exchange {exchange.name} keeps what was sent as {codec.memory!r} of a client's state, which "
+            f"must be a dict with that entry; it is a {found}: add it in init_client"
+        )
+    return state[codec.memory]

@@ -1,0 +1,149 @@
+"""The record that makes a method known: its name, its paper, what it is built from and with which hyperparameters.
+
+Every file in `fdjax/algorithms` holds such a record, `METHOD`; flags, checks, sweeps and tests read nothing else.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fdjax.contract import Algorithm
+from fdjax.errors import InputError, unknown
+from fdjax.types import Array, Model, Split
+
+_INT32_MAX = 2**31 - 1
+
+
+class HParam(NamedTuple):
+    """A traced hyperparameter: another value compiles nothing, and it may be an axis of a sweep."""
+
+    default: float | str  # a name: the value of that other hyperparameter
+    low: float = 0.0  # least value
+    high: float = math.inf  # largest value
+    integer: bool = False
+    help: str = ""
+    above: bool = False  # whether `low` itself is too little
+
+    def check(self, name: str, value: Any) -> float:
+        """The value as a number. Raises InputError if it is none, or out of range."""
+        wanted = self.expected()
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"--{name}={value}: expected {wanted}") from None
+        fits = self.low < number if self.above else self.low <= number
+        if not (fits and number <= self.high and math.isfinite(number)) or (self.integer and number != int(number)):
+            raise InputError(f"--{name}={value}: expected {wanted}")
+        return number
+
+    def expected(self) -> str:
+        """The range in words."""
+        kind = "a whole number" if self.integer else "a number" if math.isfinite(self.high) else "a finite number"
+        if not math.isfinite(self.high):
+            return f"{kind} {'above' if self.above else 'of at least'} {self.low:g}"
+        return f"{kind} {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
+
+
+def learning_rate(default: float | str = 0.01, help: str = "learning rate of the clients") -> HParam:
+    """The usual record of a learning rate."""
+    return HParam(default, help=help)
+
+
+def epochs(default: float | str = 1, help: str = "epochs over a client's own examples in a round") -> HParam:
+    """The usual record of a number of epochs or steps."""
+    return HParam(default, low=1, high=_INT32_MAX, integer=True, help=help)
+
+
+def temperature(default: float | str, help: str) -> HParam:
+    """The usual record of a temperature, which divides."""
+    return HParam(default, above=True, help=help)
+
+
+LOCAL_TRAINING = {"learning_rate": learning_rate(), "local_epochs": epochs()}  # what every method has
+
+
+class Training(NamedTuple):
+    """How a model is trained, as far as it is static; learning rate and epochs are hyperparameters."""
+
+    batch_size: int
+    optimizer: Callable[[Array, Array], optax.GradientTransformation]  # (learning rate [], round []) -> optimiser
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None  # (key, x [B, ...]) -> x
+
+
+class Task(NamedTuple):
+    """What a method is built for: everything static that it may want to know."""
+
+    model: Model  # the central one
+    models: tuple[Model, ...]  # the clients', cohort by cohort
+    sizes: tuple[int, ...]  # clients of each cohort
+    training: Training  # on a client's own examples
+    distilling: Training  # on proxy data
+    classes: int
+    largest: int = 0  # examples of the largest client
+    proxy_size: int = 0  # M, 0 without proxy data
+    proxy_per_round: int = 0  # of them used in one round
+    splits: tuple[Split, ...] = ()  # the clients' models in two parts, if the method needs them; `model` takes features
+    options: Mapping[str, str] = MappingProxyType({})  # the method's choices by name
+
+    @property
+    def clients(self) -> int:
+        """Clients of all cohorts."""
+        return sum(self.sizes)
+
+    def ids(self, cohort: int) -> slice:
+        """The ids of a cohort's clients, which are neighbours: tables [C, ...] by client id are cut with it."""
+        first = sum(self.sizes[:cohort])
+        return slice(first, first + self.sizes[cohort])
+
+
+class Method(NamedTuple):
+    """A method that programs, sweeps and tests can name."""
+
+    name: str
+    summary: str  # one line for --help, with the paper
+    build: Callable[[Task], Algorithm]
+    hparams: Mapping[str, HParam]
+    options: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # static choices by name, the default first
+    proxy: str | None = None  # the proxy data that it needs: "labelled" or "unlabelled"
+    labels_for: tuple[str, str] | None = None  # an option and its value that need them labelled
+    one_architecture: bool = False  # whether all clients must share the central model's architecture
+    split: bool = False  # whether clients' models are split in two, and the central one takes their features
+    pooled: bool = False  # whether one client holds what all would hold
+
+    def algorithm(self, task: Task) -> Algorithm:
+        """The method for a task, under its name."""
+        return self.build(task)._replace(name=self.name)
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, float]:
+        """The value of every hyperparameter: as given, or its default.
+
+        Raises InputError for a name that the method does not have and for a value out of range.
+        """
+        for name in given:
+            if name not in self.hparams:
+                raise unknown(f"hparam of {self.name}", name, self.hparams)
+        values = {name: given.get(name, record.default) for name, record in self.hparams.items()}
+        values = {name: values[value] if value in self.hparams else value for name, value in values.items()}
+        return {name: self.hparams[name].check(name, value) for name, value in values.items()}
+
+    def resolve(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The same as arrays [] of the dtypes that a compiled round takes."""
+        values = self.values(given)
+        return {n: np.asarray(v, np.int32 if self.hparams[n].integer else np.float32) for n, v in values.items()}
+
+    def choices(self, given: Mapping[str, str]) -> dict[str, str]:
+        """The value of every option. Raises InputError for what the method does not have."""
+        for name, value in given.items():
+            if name not in self.options:
+                raise unknown(f"option of {self.name}", name, self.options)
+            if value not in self.options[name]:
+                near = difflib.get_close_matches(str(value), self.options[name], n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise InputError(f"unknown {name} {value!r}{hint}; known: {', '.join(self.options[name])}")
+        return {name: given.get(name, allowed[0]) for name, allowed in self.options.items()}

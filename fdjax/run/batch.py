@@ -1,0 +1,158 @@
+"""Many runs as trials of one compiled batch: experiments of settings, their records, and who is to stop early."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
+from fdjax.errors import InputError
+from fdjax.exchange.traffic import Traffic
+from fdjax.run.experiment import Experiment, Shapes, build, common
+from fdjax.run.record import Clock, Record, Recording, Result, clock
+from fdjax.run.settings import Settings, of_role
+
+Watch = Callable[[int, dict[int, Record]], Collection[int]]
+# (rounds done, records by number of the trials that still run) -> numbers of those that are to stop
+
+
+class Batch(NamedTuple):
+    """A compiled batch of up to `slots` trials."""
+
+    run: Callable[[Sequence[Experiment], Watch], list[Result]]
+    fits: Callable[[Sequence[Experiment]], bool]  # whether these trials differ in no more than it was compiled for
+    slots: int
+    scalars: tuple[str, ...]  # what an evaluation gives
+    why: str  # how trials are laid out, in words
+
+
+def experiments(settings: Sequence[Settings]) -> list[Experiment]:
+    """One for each trial, on one device, for the others run other trials; those of the same data share them.
+
+    Raises InputError for settings that cannot work.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.name in of_role("traced")}
+    built: dict[Settings, Experiment] = {}
+    trials = []
+    for each in settings:
+        same_data = dataclasses.replace(
+            each, **defaults | {"devices": 1, "lifting": "auto", "partition_seed": each.data_seed}
+        )
+        if same_data not in built:
+            built[same_data] = _sharing_arrays(build(same_data), next(iter(built.values()), None))
+        hparams = each.method.resolve(dict(each.hparams))
+        trials.append(built[same_data]._replace(settings=each, hparams=hparams))
+    return trials
+
+
+def _sharing_arrays(experiment: Experiment, other: Experiment | None) -> Experiment:
+    """The experiment with the arrays of the other that are equal to its own, so that they are in memory once."""
+    if other is None or jax.tree.structure(experiment.federation) != jax.tree.structure(other.federation):
+        return experiment
+    shared = jax.tree.map(lambda a, b: b if np.array_equal(a, b) else a, experiment.federation, other.federation)
+    return experiment._replace(federation=shared)
+
+
+def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), devices: int = 0) -> Batch:
+    """Up to `slots` trials of the kind of `like`, which share one `signature`, compiled at the first run.
+
+    What differs in `like` may differ between trials, and whatever `space` names (hparams, seed, partition_seed ...).
+    Fewer trials run at once where `slots` of them do not fit in memory.
+
+    Raises InputError where not a single trial fits.
+    """
+    first, varies = common(like), _varies(like, space)
+    settings = first.settings
+    trials = compile_trials(
+        first.simulation.pure,
+        first.layout,
+        _inputs(first),
+        varies,
+        rounds=min(settings.eval_every, settings.rounds),
+        slots=slots,
+        devices=devices,
+        memory=math.ceil(settings.memory_limit * 1e9),
+    )
+    traffic = first.simulation.traffic(first.federation)
+
+    def fits(these: Sequence[Experiment]) -> bool:
+        return _fits(these, first.shapes, varies)
+
+    def run(these: Sequence[Experiment], watch: Watch) -> list[Result]:
+        results = []
+        for begin in range(0, len(these), trials.slots):
+            part = these[begin : begin + trials.slots]
+            if not fits(part):
+                raise InputError(
+                    "these trials differ in more than the batch was compiled for; compile another with them in `like`"
+                )
+            with clock() as time_spent:
+                results += _run(trials, part, traffic, _numbered_from(begin, watch), time_spent)
+        return results
+
+    return Batch(run, fits, trials.slots, trials.scalars, trials.why)
+
+
+def _run(
+    trials: Trials, experiments: Sequence[Experiment], traffic: Traffic, watch: Watch, time_spent: Clock
+) -> list[Result]:
+    """Run trials that fit in at once, until they are done or told to stop."""
+    settings = experiments[0].settings
+    recordings = [Recording(e, traffic, who=f"trial {number}: ") for number, e in enumerate(experiments)]
+    time_spent.start(recordings[0].record)
+    running, setups = trials.start([_inputs(experiment) for experiment in experiments])
+    if experiments[0].simulation.setup is not None:
+        for number, report in setups.items():
+            recordings[number].add_setup(report)
+    done = 0
+    while done < settings.rounds and running.numbers:
+        rounds = min(settings.eval_every, settings.rounds - done)
+        running, seen = trials.step(running, rounds)
+        done += rounds
+        for number, (report, scalars, clients) in seen.items():
+            recordings[number].add_superstep(done, report, scalars, clients)
+        if done < settings.rounds:
+            stopped = {*watch(done, {number: recordings[number].record for number in running.numbers})}
+            if stopped:
+                running = trials.keep(running, [n for n in running.numbers if n not in stopped])
+    times = time_spent.stamp(recordings[0].record)
+    return [recording.result(times) for recording in recordings]
+
+
+def _numbered_from(begin: int, watch: Watch) -> Watch:
+    """The watch of all trials, for a part of them from the trial `begin` on, whose numbers start at 0."""
+    return lambda done, records: [n - begin for n in watch(done, {n + begin: r for n, r in records.items()})]
+
+
+def _inputs(experiment: Experiment) -> Inputs:
+    return Inputs(np.asarray(experiment.settings.seed, np.int32), experiment.federation, experiment.hparams)
+
+
+def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
+    """Which leaves of the inputs may differ between trials."""
+    settings, method = like[0].settings, like[0].settings.method
+    varies = differ([_inputs(experiment) for experiment in like])
+    hparams = {
+        name: differs or name in space or method.hparams[name].default in space
+        for name, differs in varies.hparams.items()
+    }
+    federation = varies.federation
+    fixed_by_seed = set() if settings.partition_seed is None else {"seed"}
+    if {*space} & (of_role("data", "partition") | {"seed"}) - fixed_by_seed:
+        rows = (federation.client, federation.train_holdings, federation.test_holdings)
+        client, train, test = jax.tree.map(lambda _: True, rows)
+        federation = federation._replace(client=client, train_holdings=train, test_holdings=test)
+    varies = Inputs(varies.seed or "seed" in space, federation, hparams)
+    if not any(jax.tree.leaves(varies)):  # trials that are all the same
+        return varies._replace(seed=True)
+    return varies
+
+
+def _fits(experiments: Sequence[Experiment], room: Shapes, varies: Inputs) -> bool:
+    """Whether the clients of these are no larger than there is room for, and what differs between them may."""
+    small = all(e.shapes.largest <= room.largest and e.shapes.own_batch <= room.own_batch for e in experiments)
+    differing = differ([_inputs(experiment) for experiment in experiments])
+    return small and all(may or not does for may, does in zip(*map(jax.tree.leaves, (varies, differing)), strict=True))

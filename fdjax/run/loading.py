@@ -1,0 +1,117 @@
+"""From settings to data on the host: the data set, who holds what of it, and the proxy data."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fdjax import data
+from fdjax.data.holdings import from_counts
+from fdjax.errors import InputError
+from fdjax.run.settings import Settings, cohorts_of, of_role
+from fdjax.types import Holdings, Source
+
+
+class Loaded(NamedTuple):
+    """Data of a run, on the host."""
+
+    source: Source  # without the examples that became proxy or validation data
+    holdings: Holdings
+    proxy: data.Proxy | None
+
+
+def load(settings: Settings) -> Loaded:
+    """The data set, who holds what of it, and the proxy data. Raises InputError for settings that no data fit."""
+    of_source, of_partition = _options(settings)
+    source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
+    if not settings.standardize:
+        source = source._replace(mean=(0.0,), std=(1.0,))
+    source = _fraction(source, settings.train_fraction, settings.data_seed)
+    source, proxy = _take_proxy(settings, source)
+    source = data.take_validation(source, settings.validation_fraction, settings.data_seed)
+    holdings = data.partition(
+        settings.partition_name,
+        source.train_y,
+        _clients(settings),
+        settings.data_seed,
+        owner=source.train_owner,
+        num_classes=source.num_classes,
+        **of_partition,
+    )
+    if settings.method.pooled:
+        holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
+    return Loaded(source, holdings, proxy)
+
+
+def _options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the data set and those of the partition, as far as they are given."""
+
+    def given(names):
+        return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+
+    of_source = given(("writers", "iid", "samples_per_client"))
+    of_partition = given(sorted(of_role("partition")))
+    if settings.partition_name == "scarce" and "samples_per_client" in of_source:
+        of_partition["samples_per_client"] = of_source.pop("samples_per_client")
+    if settings.dataset == "synthetic":
+        if settings.partition_name.startswith(("dirichlet", "quantity")):
+            raise InputError(
+                f"--partition={settings.partition_name} of synthetic: --alpha and --beta would be both the data's and "
+                "the partition's; use natural or iid"
+            )
+        of_source |= {name: of_partition.pop(name) for name in ("alpha", "beta") if name in of_partition}
+        of_source |= given(("num_clients",)) | {"seed": settings.data_seed}
+    return of_source, of_partition
+
+
+def _clients(settings: Settings) -> int | None:
+    """The number of clients that the partition is asked for; None if the data know it."""
+    if settings.partition_name == "natural" and settings.dataset == "synthetic":
+        return None  # it was asked of the data set
+    if settings.num_clients is None and settings.partition_name not in ("writer", "natural"):
+        return 30 if settings.dataset == "synthetic" else 10
+    return settings.num_clients
+
+
+def _fraction(source: Source, fraction: float, seed: int) -> Source:
+    """The source with a random fraction of its training examples."""
+    if fraction == 1:
+        return source
+    size = len(source.train_y)
+    keep = np.sort(np.random.default_rng(seed).choice(size, max(1, round(fraction * size)), replace=False))
+    owner = None if source.train_owner is None else source.train_owner[keep]
+    return source._replace(train_x=source.train_x[keep], train_y=source.train_y[keep], train_owner=owner)
+
+
+def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy | None]:
+    """The source without what it gave up for proxy data, and the proxy data, labelled if the method needs labels."""
+    if settings.proxy is None:
+        return source, None
+    source, proxy = data.take_proxy(
+        source,
+        settings.proxy,
+        settings.proxy_size,
+        settings.data_seed,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+    )
+    method = settings.method
+    choices = method.choices(dict(settings.options))
+    for_option = next((choice for choice in choices.items() if choice == method.labels_for), None)
+    if (method.proxy == "labelled" or for_option) and not proxy.labelled:
+        with_option = f" with --{'='.join(for_option)}" if for_option else ""
+        raise InputError(
+            f"{method.name}{with_option} needs labelled proxy data, but --proxy={settings.proxy} has none of the "
+            f"{source.num_classes} labels; give --proxy=held_out, or a data set of the same classes"
+        )
+    return source, proxy
+
+
+def cohort_sizes(settings: Settings, clients: int) -> tuple[tuple[str, int], ...]:
+    """(model, clients) of each cohort, in order. Raises InputError unless they add up."""
+    if settings.models is None:
+        return ((settings.model, clients),)
+    cohorts = cohorts_of(settings.models)
+    total = sum(size for _, size in cohorts)
+    if total != clients:
+        raise InputError(f"--models={settings.models} names {total} clients, but the partition has {clients}")
+    return cohorts

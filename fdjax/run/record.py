@@ -1,0 +1,181 @@
+"""What is kept of a run: a record that grows superstep by superstep and survives JSON, and the result made of it."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from fdjax.engine.layout import NonFinite, Report
+from fdjax.errors import InputError
+from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
+from fdjax.run.experiment import Experiment
+from fdjax.run.settings import Settings
+
+_COUNTED = ("bytes_up", "bytes_down", "nonfinite_clients")  # of rounds, beside the metrics of the method
+
+
+Record = dict[str, Any]  # histories by name under "rounds", "evaluations" ..., see `empty_record`
+
+
+class Result(NamedTuple):
+    """What a run gives: histories by name, the last value of every client, bytes and seconds."""
+
+    settings: Settings
+    rounds: dict[str, list[float]]
+    # of every round: metrics of training, and cumulative bytes_up and bytes_down, those of the set-up among them
+    evaluations: dict[str, list[float]]  # of every evaluation; "round" says after how many rounds
+    clients: dict[str, list[float]]  # of every client in order of ids, at the last evaluation
+    traffic: Traffic
+    seconds: float  # wall, all parts of a resumed run together
+    compile_seconds: float  # of which compilation
+    setup: dict[str, float]  # bytes_up and bytes_down of the set-up, and its metrics; {} for a method without one
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last evaluation (not the best one)."""
+        return {name: values[-1] for name, values in self.evaluations.items()}
+
+
+def empty_record() -> Record:
+    """What is kept of a run before its set-up."""
+    return {"setup": {}, "rounds": {}, "evaluations": {}, "clients": {}, "seconds": 0.0, "compile_seconds": 0.0}
+
+
+class Recording:
+    """The record of a run while it grows; what needs attention is said as a warning that begins with `who`."""
+
+    def __init__(self, experiment: Experiment, traffic: Traffic, record: Record | None = None, who: str = ""):
+        self.record = record or empty_record()
+        self._experiment, self._traffic, self._who = experiment, traffic, who
+
+    def add_setup(self, report: Report) -> None:
+        """Keep what the set-up reports."""
+        report, setup = jax.device_get(report), self._traffic.setup
+        self.record["setup"] = _as_floats(self._metrics(report) | _sent(setup, report))
+        if report.nonfinite.clients:
+            names = [cohorts[0].exchange for cohorts in setup]
+            exchange = f", exchange {names[int(report.nonfinite.exchange)]}" if len(names) > 1 else ""
+            self._warn_of_nonfinite(report.nonfinite, "something", f"in the set-up{exchange}")
+
+    def add_superstep(self, done: int, report: Report, scalars: Any, clients: Any) -> None:
+        """Keep what the rounds of a superstep report, and the evaluation after it."""
+        report, scalars, clients = jax.device_get((report, scalars, clients))
+        rounds, evaluations = self.record["rounds"], self.record["evaluations"]
+        bad = report.nonfinite.clients
+        if bad.any() and not any(rounds.get("nonfinite_clients", [])):
+            self._warn_of_first_nonfinite(report.nonfinite, done - len(bad))
+        history = self._metrics(report) | _sent(self._traffic.round, report) | {"nonfinite_clients": bad}
+        for name, values in history.items():
+            rounds.setdefault(name, []).extend(np.asarray(values, float).tolist())
+        for name, value in {"round": done, **_as_floats(scalars)}.items():
+            evaluations.setdefault(name, []).append(value)
+        self._warn_of_divergence()
+        in_order_of_ids = np.argsort(np.asarray(self._experiment.federation.client))
+        self.record["clients"] = {
+            name: np.asarray(values, float)[in_order_of_ids].tolist() for name, values in clients.items()
+        }
+
+    def result(self, times: Mapping[str, float]) -> Result:
+        """The result of the run as far as it went: bytes add up, from those of the set-up on."""
+        rounds, setup = dict(self.record["rounds"]), self.record["setup"]
+        for name in ("bytes_up", "bytes_down"):
+            rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
+        return Result(
+            settings=self._experiment.settings,
+            rounds=rounds,
+            evaluations=self.record["evaluations"],
+            clients=self.record["clients"],
+            traffic=self._traffic,
+            seconds=times["seconds"],
+            compile_seconds=times["compile_seconds"],
+            setup=setup,
+        )
+
+    def _metrics(self, report: Report) -> dict[str, Any]:
+        """The metrics of the method. Raises InputError for a name that is taken."""
+        for name in _COUNTED:
+            if name in report.metrics:
+                method = self._experiment.algorithm.name
+                raise InputError(f"{method} has a metric named {name!r}, which fdjax counts by itself; rename it")
+        return dict(report.metrics)
+
+    def _warn_of_first_nonfinite(self, nonfinite: NonFinite, rounds_before: int) -> None:
+        """Say whose numbers stopped being finite first, in what, and when."""
+        simulation, federation = self._experiment.simulation, self._experiment.federation
+        first = int(np.argmax(nonfinite.clients > 0))
+        at = jax.tree.map(lambda values: values[first], nonfinite)
+        row = int(np.flatnonzero(np.asarray(federation.client) == at.client)[0])
+        slices = self._experiment.layout.slices
+        cohort = next(j for j, part in enumerate(slices) if part.start <= row < part.stop)
+        exchanges = self._traffic.round
+        exchange = f", exchange {exchanges[int(at.exchange)][cohort].exchange}" if len(exchanges) > 1 else ""
+        what = simulation.leaf(federation, cohort, int(at.exchange), int(at.leaf))
+        self._warn_of_nonfinite(at, what, f"in round {rounds_before + first + 1}{exchange}")
+
+    def _warn_of_nonfinite(self, at: NonFinite, what: str, where: str) -> None:
+        more = f" ({int(at.clients) - 1} more clients then)" if at.clients > 1 else ""
+        advice = (
+            "such clients are left out of the rounds in which it happens"
+            if self._experiment.settings.drop_nonfinite
+            else "nor is what is made of it then; lower the learning rates, or leave such clients out by "
+            "--drop_nonfinite"
+        )
+        self._warn(f"client {int(at.client)}: {what} is not finite {where}{more}; {advice}")
+
+    def _warn_of_divergence(self) -> None:
+        """Say that the loss is not finite, at the first evaluation where it is not."""
+        evaluations = self.record["evaluations"]
+        kind = "central" if "central_loss" in evaluations else "local"
+        losses = evaluations.get(f"{kind}_loss", [0.0])
+        if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
+            done = evaluations["round"][-1]
+            self._warn(f"the {kind} loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates")
+
+    def _warn(self, text: str) -> None:
+        tqdm.write(f"warning: {self._who}{text}", file=sys.stderr)
+
+
+def _sent(sizes: tuple[tuple[Sizes, ...], ...], report: Report) -> dict[str, Any]:
+    return {f"bytes_{way}": count for way, count in count_bytes(sizes, report.sent).items()}
+
+
+def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+class Clock:
+    """Wall and compilation seconds, added to those of a resumed record."""
+
+    def __init__(self):
+        self.began, self.compiling = time.perf_counter(), 0.0
+        self.before, self.compiling_before = 0.0, 0.0
+
+    def listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        """A listener of JAX's events of compilation."""
+        if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
+            self.compiling += duration_secs
+
+    def start(self, record: Record) -> None:
+        """Count on from the seconds of `record`."""
+        self.before, self.compiling_before = record["seconds"], record["compile_seconds"]
+
+    def stamp(self, record: Record) -> dict[str, Any]:
+        """The record with the seconds until now."""
+        seconds = self.before + time.perf_counter() - self.began
+        return record | {"seconds": seconds, "compile_seconds": self.compiling_before + self.compiling}
+
+
+@contextlib.contextmanager
+def clock() -> Iterator[Clock]:
+    """Seconds from here on, of them those of compilation: `clock.stamp(record)`."""
+    running = Clock()
+    jax.monitoring.register_event_duration_secs_listener(running.listen)
+    try:
+        yield running
+    finally:
+        jax.monitoring.unregister_event_duration_listener(running.listen)
