@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from fdjax.errors import InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
-    from fdjax.run.runner import InterruptedRun, Result, run
+    from fdjax.run.runner import InterruptedRun, Result
+    from fdjax.run.runner import start as run
     from fdjax.run.settings import Settings
     from fdjax.run.settings import make as settings
 

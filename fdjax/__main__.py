@@ -1,4 +1,4 @@
-"""One simulation of any registered algorithm.
+"""One simulation of any method.
 
     python -m fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
 
@@ -15,18 +15,19 @@ from absl import flags
 
 from fdjax import data
 from fdjax.errors import InputError
-from fdjax.run import experiment, program, report, settings
+from fdjax.run import loading, program, report, settings
 from fdjax.run.runner import Result, run
 
 
 def main() -> None:
+    """Run what the flags say, print the table and write the files."""
     given = flags.FLAGS
     chosen = settings.from_flags()
     if given.coordinator and not given.out:
         raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
-    out = report.prepare(given.out or fresh(chosen), overwrite=given.overwrite)
+    out = report.prepare(given.out or new_folder(chosen), overwrite=given.overwrite)
     if given.draw_partition:
-        source, holdings, _ = experiment.load(chosen)
+        source, holdings, _ = loading.load(chosen)
         data.draw_partition(holdings, source.train_y, source.num_classes, out / "partition.png", chosen.partition_name)
     result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
     text = summary(result)
@@ -37,7 +38,7 @@ def main() -> None:
     print(f"\nwritten: {out}/table.md, results.json, curves.png")
 
 
-def fresh(chosen: settings.Settings) -> Path:
+def new_folder(chosen: settings.Settings) -> Path:
     """A folder under runs/, another for each of the processes that start in one second."""
     dataset, when = chosen.dataset.replace("/", "-"), time.strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{when}-{chosen.algorithm}-{dataset}-{chosen.partition_name}-{os.getpid()}"
@@ -61,6 +62,11 @@ def summary(result: Result) -> str:
         *((f"{kind} loss", f"{final[f'{kind}_loss']:.4f}") for kind in ("central", "local") if f"{kind}_loss" in final),
         ("bytes up, of one client a round", _of_one_client(result, "up")),
         ("bytes down, to one client a round", _of_one_client(result, "down")),
+        *(
+            (f"bytes {way} of the set-up, all clients", report.byte_size(result.setup[f"bytes_{way}"]))
+            for way in ("up", "down")
+            if result.setup.get(f"bytes_{way}")
+        ),
         ("bytes of the whole run", report.byte_size(result.rounds["bytes_up"][-1] + result.rounds["bytes_down"][-1])),
         ("seconds, of which compilation", f"{result.seconds:.1f}, {result.compile_seconds:.1f}"),
     ]
@@ -71,6 +77,7 @@ def summary(result: Result) -> str:
 
 
 def _of_one_client(result: Result, way: str) -> str:
+    """Bytes of each cohort's clients, or their mean."""
     sent = report.bytes_of_one_client(result, way)
     if isinstance(sent, tuple):
         return ", ".join(map(report.byte_size, sent))
@@ -84,17 +91,16 @@ def draw(path: Path, result: Result) -> None:
     sent = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
     curves = [(n.replace("_", " "), evaluations["round"], [100 * v for v in evaluations[n]]) for n in names]
     over_bytes = [(curves[0][0], [sent[int(r) - 1] / 1e6 for r in evaluations["round"]], curves[0][2])]
-    panels: list[report.Panel] = [
-        ("accuracy", "round", "%", curves),
-        ("communication", "MB up and down", "%", over_bytes),
-    ]
     losses = [
         (n.replace("_", " "), list(range(1, len(v) + 1)), v) for n, v in result.rounds.items() if n.endswith("loss")
     ]
-    panels.append(("training loss", "round", "", losses))
-    report.draw_curves(
-        path, panels, f"{result.settings.algorithm}, {result.settings.dataset}, {result.settings.partition_name}"
-    )
+    panels: list[report.Panel] = [
+        ("accuracy", "round", "%", curves),
+        ("communication", "MB up and down", "%", over_bytes),
+        ("training loss", "round", "", losses),
+    ]
+    title = f"{result.settings.algorithm}, {result.settings.dataset}, {result.settings.partition_name}"
+    report.draw_curves(path, panels, title)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Context(NamedTuple):
     client: Array  # [] int32: id of the client, -1 at the server
     hparams: HParams  # traced hyperparameters by name, [] float32 or int32
     round: Array  # [] int32: rounds done before this one
-    key: Array  # [] key of this call alone: use it once, or split it by name with `at`
+    key: jax.Array  # [] key of this call alone: use it once, or split it by name with `at`
     proxy: Examples | None  # the proxy (public) data, if the run has any
 
     def at(self, purpose: str, *numbers: Array | int) -> "Context":
@@ -58,8 +58,8 @@ class Upload(NamedTuple):
     """What one client sends. Its arrays are counted, and so are those that it received, unless bytes are given."""
 
     tree: PyTree
-    bytes: Array | None = None  # [] float32: bytes sent, where these are not the arrays' (coded or ragged)
-    bytes_received: Array | None = None  # [] float32: the same of what it received
+    bytes: Array | float | None = None  # [] float32: bytes sent, where these are not the arrays' (coded or ragged)
+    bytes_received: Array | float | None = None  # [] float32: the same of what it received
 
 
 class Stack(NamedTuple):

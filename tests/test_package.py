@@ -12,29 +12,30 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fdjax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# The lowest layer first. A module may import from its own layer and from lower ones, and never in a circle.
+# The lowest layer first, as the diagram in WORKSPACE.md draws it. A module may import from its own layer and from lower
+# ones, and never in a circle.
 LAYERS = (
-    ("types", "errors", "runtime"),
-    ("models", "data", "federation", "augment"),
-    ("losses", "reductions", "robust", "keys", "privacy", "coding"),
-    ("local",),
-    ("lift",),
+    ("types", "errors", "keys", "runtime", "contract", "method"),
+    ("data",),
+    ("models",),
+    ("client",),
+    ("exchange",),
     ("algorithms",),
-    ("layout", "evaluate", "plan", "hosts", "simulate", "checkpoint", "communication", "settings"),
-    ("experiment", "runner", "trials"),
-    ("report", "program"),
+    ("engine",),
+    ("run",),
     ("__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# Ways to run a function for many clients. Only lift.py does that; whoever else uses one says over what.
+# Ways to run a function for many clients. Only engine/lift.py does that; whoever else uses one says over what.
 LIFTINGS = {"vmap", "pmap", "shard_map", "psum", "pmean", "all_gather", "lax.map"}
 LIFTINGS_ALLOWED = {
-    "lift.py": LIFTINGS,
-    "augment.py": {"vmap"},  # over the images of a batch
+    "engine/lift.py": LIFTINGS,
+    "client/augment.py": {"vmap"},  # over the images of a batch
     "models/convolution.py": {"lax.map", "vmap"},  # the rule of a custom_vmap: over whatever axis the caller batches
 }
 
+LONGEST_FUNCTION = 60  # lines; the builder of a method closes over its small functions and may be longer
 HEAVY = ("tensorflow", "torch", "tensorflow_datasets", "array_record", "pyarrow", "matplotlib", "orbax", "flax")
 
 
@@ -140,6 +141,33 @@ def test_files_stay_small(path):
     lines = len(path.read_text().splitlines())
     is_algorithm = path.parent.name == "algorithms" and path.name != "__init__.py"
     assert lines <= (150 if is_algorithm else 399), f"{relative(path)} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_functions_stay_small(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and path.parent.name != "algorithms":
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{relative(path)}: {node.name} has {lines} lines"
+
+
+def arrows_of_the_map() -> dict[str, set[str]]:
+    """The diagram of WORKSPACE.md: a line `folder -> folder, folder` for each folder that imports others."""
+    text = (ROOT / "WORKSPACE.md").read_text()
+    block = text.split("<!-- imports -->")[1].split("```")[1]
+    lines = [line.split("->") for line in block.splitlines() if "->" in line]
+    return {name.strip(): {other.strip() for other in others.split(",")} for name, others in lines}
+
+
+def test_the_map_draws_the_imports():
+    """Every arrow between folders, no more and no less; the modules beside the folders are the ground for all."""
+    ground, found = {*LAYERS[0]}, {}
+    for name, path in MODULES.items():
+        if (own := layer(name)) not in ground and own not in ("__init__", "__main__"):
+            others = {layer(module) for module in imported(path) if module in MODULES} - ground - {own, "__init__"}
+            found.setdefault(own, set()).update(others)
+    assert arrows_of_the_map() == {name: others for name, others in found.items() if others}
 
 
 def test_devices_may_wait_for_each_other():

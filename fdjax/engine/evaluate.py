@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.engine import lift
 from fdjax.engine.layout import Layout, State, rows_of
 from fdjax.engine.step import Moment, context
-from fdjax.types import Examples, Federation, PyTree
+from fdjax.types import Array, Examples, Federation, PyTree
 
 Scalars = dict[str, jax.Array]
 _CERTAIN = 1e-30  # least probability of an ensemble, whose logarithm is a logit
@@ -91,7 +91,7 @@ def _validation(test: _Test, state: State, trained: jax.Array, examples: Example
 def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
     """Accuracy and loss of the central model on all of `examples`, whose batches are dealt to the devices."""
     layout = test.layout
-    central: Callable = test.algorithm.central  # pyright: ignore[reportAssignmentType]  neither None nor ENSEMBLE here
+    central: Any = test.algorithm.central  # neither None nor ENSEMBLE here
 
     def batch(shared, row):
         server, moment, examples = shared
@@ -112,17 +112,19 @@ def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
 
 def _model_of(test: _Test, cohort: int) -> Callable:
     """(moment, server, row) -> the model, x -> logits, that a client of this cohort predicts with."""
-    layout, personal, central = test.layout, test.algorithm.personal, test.algorithm.central
+    layout = test.layout
+    central: Any = test.algorithm.central
+    personal: Any = test.algorithm.personal
 
-    def model(moment, server, row):
-        if personal is not None:
-            own = keys.stream(moment.key, "client", row.client)
-            ctx = context(moment, layout.cohorts[cohort].model, own, row.client, cohort)
-            return lambda x: personal(ctx, server, row.state, x)
-        ctx = context(moment, layout.central, moment.key)
-        return lambda x: central(ctx, server, x)  # pyright: ignore[reportCallIssue, reportOptionalCall]
+    def own_model(moment, server, row):
+        key = keys.stream(moment.key, "client", row.client)
+        ctx = context(moment, layout.cohorts[cohort].model, key, row.client, cohort)
+        return lambda x: personal(ctx, server, row.state, x)
 
-    return model
+    def central_model(moment, server, row):
+        return functools.partial(central, context(moment, layout.central, moment.key), server)
+
+    return own_model if test.has_personal else central_model
 
 
 def _own_parts(test: _Test, state: State) -> tuple[jax.Array, jax.Array]:
@@ -147,8 +149,8 @@ def _own_parts(test: _Test, state: State) -> tuple[jax.Array, jax.Array]:
 
 def _personal(
     test: _Test, state: State, trained: jax.Array, examples: Examples
-) -> tuple[jax.Array, jax.Array, _Votes | tuple[()]]:
-    """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's votes."""
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's `_Votes`, if any."""
     federation, layout = test.moment.federation, test.layout
     scores, totals = [], []
     for j, part in enumerate(layout.slices):
@@ -173,7 +175,7 @@ def _personal(
     return accuracy, loss, lift.combine(*totals).sum
 
 
-def _ensemble(votes: _Votes, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _ensemble(votes: Any, y: Array) -> tuple[jax.Array, jax.Array]:
     """Accuracy and loss of the mean of softmax outputs."""
     logits = jnp.log(jnp.maximum(votes.total / jnp.maximum(votes.voters, 1), _CERTAIN))
     return jnp.mean(losses.correct(logits, y)), jnp.mean(losses.cross_entropy(logits, y))

@@ -124,8 +124,8 @@ def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting:
     devices = lifting.mesh.size
     most = size if lifting.ordered else -(-size // devices)  # a sum in order is of the same chunks on any devices
     chunk = size if lifting.kind == "vmap" else min(lifting.chunk, most)
-    turns = -(-size // (chunk * devices))  # chunks that each device runs
-    deal, collect = _dealing(devices, turns)
+    chunks = -(-size // (chunk * devices))  # that each device runs
+    deal, collect = _dealing(devices, chunks)
 
     @jax.jit  # traced once, for its shapes and for its use
     def run_chunk(shared, rows):
@@ -135,22 +135,22 @@ def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting:
         kept, partials = jax.vmap(client, in_axes=(None, 0))(shared, rows)
         return kept, _by_kind(lambda how, x: how.axis(x, axis=0), partials)
 
-    def on_device(shared, rows):  # rows [turns, chunk, ...] -> kept, and totals, or with `ordered` all [turns, ...]
+    def on_device(shared, rows):  # rows [chunks, chunk, ...] -> kept, and totals, or with `ordered` all [chunks, ...]
         if lifting.ordered:
             return lax.map(lambda rows: run_chunk(shared, rows), rows)
         _, shapes = jax.eval_shape(run_chunk, shared, jax.tree.map(lambda x: x[0], rows))
 
-        def turn(totals, rows):
+        def next_chunk(totals, rows):
             kept, partials = run_chunk(shared, rows)
             return combine(totals, partials), kept
 
-        totals, kept = lax.scan(turn, _nothing(shapes), rows)
+        totals, kept = lax.scan(next_chunk, _nothing(shapes), rows)
         return kept, totals if devices == 1 else _over_devices(totals)
 
     def into_chunks(x):
-        padding = turns * devices * chunk - size
+        padding = chunks * devices * chunk - size
         x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)]) if padding else x
-        return deal(x.reshape(turns * devices, chunk, *x.shape[1:]))
+        return deal(x.reshape(chunks * devices, chunk, *x.shape[1:]))
 
     kept, totals = _spread(on_device, lifting)(shared, jax.tree.map(into_chunks, rows))
     kept = jax.tree.map(lambda x: collect(x).reshape(-1, *x.shape[3:])[:size], kept)
@@ -182,29 +182,29 @@ def _spread(on_device, lifting: Lifting):
 
     if lifting.kind != "shard_map":
         return rank_reduced
-    ours = PartitionSpec(AXIS)
+    by_device = PartitionSpec(AXIS)
     # check_vma would psum the gradient of replicated parameters over devices: clients training on each other's data.
     return jax.shard_map(
         rank_reduced,
         mesh=lifting.mesh,
-        in_specs=(PartitionSpec(), ours),
-        out_specs=(ours, ours if lifting.ordered else PartitionSpec()),
+        in_specs=(PartitionSpec(), by_device),
+        out_specs=(by_device, by_device if lifting.ordered else PartitionSpec()),
         check_vma=False,
     )
 
 
-def _dealing(devices: int, turns: int):
-    """Chunks of falling work to devices and back: there and back again like the turns of a plough, so work is even."""
-    order = np.arange(turns * devices).reshape(turns, devices)
+def _dealing(devices: int, chunks: int):
+    """Chunks of falling work to devices and back, in turns of alternating direction, so that work is even."""
+    order = np.arange(chunks * devices).reshape(chunks, devices)
     order[1::2] = order[1::2, ::-1]
-    there = order.T.ravel()
-    back = np.argsort(there)
+    to_devices = order.T.ravel()
+    back = np.argsort(to_devices)
 
-    def deal(x):  # [turns * devices, ...] -> [devices, turns, ...]
-        return (x if devices == 1 else x[there]).reshape(devices, turns, *x.shape[1:])
+    def deal(x):  # [chunks * devices, ...] -> [devices, chunks, ...]
+        return (x if devices == 1 else x[to_devices]).reshape(devices, chunks, *x.shape[1:])
 
     def collect(x):
-        x = x.reshape(turns * devices, *x.shape[2:])
+        x = x.reshape(chunks * devices, *x.shape[2:])
         return x if devices == 1 else x[back]
 
     return deal, collect
@@ -225,8 +225,8 @@ def trial_specs(varies: PyTree) -> PyTree:
     return jax.tree.map(lambda v: PartitionSpec(TRIALS) if v else PartitionSpec(), varies)
 
 
-def what_varies(one: Callable[..., PyTree], args: tuple[PyTree, ...], varies: tuple[PyTree, ...]) -> PyTree:
-    """Which leaves of `one(*args)` differ between trials if those of args marked in `varies`, [T, ...], do.
+def what_varies(function: Callable[..., PyTree], args: tuple[PyTree, ...], varies: tuple[PyTree, ...]) -> PyTree:
+    """Which leaves of `function(*args)` differ between trials if those of args marked in `varies`, [T, ...], do.
 
     What does not differ is computed once for all trials that run together: the teachers of FedDistill, which know
     nothing of temperature and weight, or the order of the examples.
@@ -242,21 +242,21 @@ def what_varies(one: Callable[..., PyTree], args: tuple[PyTree, ...], varies: tu
         found.append(batched[0])
         return out, batched[0]
 
-    out = jax.eval_shape(jax.vmap(lambda *args: probe(one(*args)), in_axes=trial_axes(varies)), *args)
+    out = jax.eval_shape(jax.vmap(lambda *args: probe(function(*args)), in_axes=trial_axes(varies)), *args)
     return found[0] if found else jax.tree.map(lambda _: False, out)
 
 
 def over_trials(
-    one: Callable[..., PyTree], varies: tuple[PyTree, ...], varies_out: PyTree, mesh: Mesh, width: int
+    function: Callable[..., PyTree], varies: tuple[PyTree, ...], varies_out: PyTree, mesh: Mesh, width: int
 ) -> Callable[..., PyTree]:
-    """`lifted(turns, *args)`: `one` for every trial, `width` of them vmapped together on a device.
+    """`lifted(chunks, *args)`: `function` for every trial, `width` of them vmapped together on a device.
 
-    Leaves marked in `varies` are [T, ...], the trials of each device one after another; `turns` [devices] int32 is how
+    Leaves marked in `varies` are [T, ...], the trials of each device one after another; `chunks` [devices] int32 is how
     many chunks of trials each device runs, so trials that ended cost nothing: their rows are zeros.
     """
-    vmapped = jax.vmap(one, in_axes=trial_axes(varies), out_axes=trial_axes(varies_out))
+    vmapped = jax.vmap(function, in_axes=trial_axes(varies), out_axes=trial_axes(varies_out))
 
-    def on_device(turns, *args):
+    def on_device(chunks, *args):
         (most,) = {x.shape[0] for x, v in zip(*map(jax.tree.leaves, (args, varies)), strict=True) if v}
         if most == width:
             return vmapped(*args)
@@ -265,7 +265,7 @@ def over_trials(
             part = jax.tree.map(lambda x, v: lax.dynamic_slice_in_dim(x, i * width, width) if v else x, args, varies)
             return vmapped(*part)
 
-        def turn(i, done):
+        def next_chunk(i, done):
             return jax.tree.map(
                 lambda all_, new, v: lax.dynamic_update_slice_in_dim(all_, new, i * width, 0) if v else new,
                 done, chunk(i), varies_out,
@@ -275,7 +275,7 @@ def over_trials(
             return jnp.zeros((most, *x.shape[1:]) if v else x.shape, x.dtype)
 
         nothing = jax.tree.map(room, jax.eval_shape(chunk, 0), varies_out)
-        return lax.fori_loop(0, turns[0], turn, nothing)
+        return lax.fori_loop(0, chunks[0], next_chunk, nothing)
 
     # check_vma=False as for clients: shared parameters are replicated, and their gradients are nobody else's business.
     return jax.shard_map(
@@ -296,7 +296,7 @@ def _in_order(partials: Partials) -> Partials:
 
 
 def _loop(client: Client, shared: PyTree, rows: PyTree, size: int, stage: str, names: Array | None):
-    all_kept, totals = [], None
+    all_kept, totals = [], Partials()
     compiled = jax.jit(client)
     for i in range(size):
         row = jax.tree.map(lambda x, i=i: x[i], rows)
@@ -307,7 +307,7 @@ def _loop(client: Client, shared: PyTree, rows: PyTree, size: int, stage: str, n
             error.add_note(f"{who}, {stage or 'unnamed stage'}\n  row: {_shapes(row)}\n  shared: {_shapes(shared)}")
             raise
         all_kept.append(kept)
-        totals = partials if totals is None else combine(totals, partials)
+        totals = combine(totals, partials) if i else partials
     return jax.tree.map(lambda *x: jnp.stack(x), *all_kept), totals
 
 

@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
     state: PyTree
     metrics: dict[str, jax.Array]
     weight: jax.Array
-    sent: Sent
+    sent: tuple[Any, Any]  # bytes of its upload and of what it received, where it counts them
     nonfinite: jax.Array  # number of the first leaf that is not finite, or -1
     stacked: dict[str, PyTree]  # partials of the reductions that combine by "stack"
 
@@ -112,7 +112,7 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
             state=_where(counts, state, row.state),
             metrics=_where(counts, metrics, jax.tree.map(jnp.zeros_like, metrics)),
             weight=weight,
-            sent=Sent(holds.astype(jnp.int32), *(_if(holds, b) for b in (upload.bytes, upload.bytes_received))),
+            sent=(_if(holds, upload.bytes), _if(holds, upload.bytes_received)),
             nonfinite=nonfinite,
             stacked=_where(counts, of("stack"), jax.tree.map(jnp.zeros_like, of("stack"))),
         )
@@ -153,7 +153,12 @@ def _report(rows: Sequence[Row], kept: Sequence[_Kept], weight: jax.Array) -> Re
     first = jnp.argmax(bad >= 0)
     return Report(
         metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
-        sent=(tuple(jax.tree.map(lambda x: jnp.sum(x, dtype=x.dtype), k.sent) for k in kept),),
+        sent=(
+            tuple(
+                Sent(jnp.sum(row.count > 0, dtype=jnp.int32), *jax.tree.map(jnp.sum, k.sent))
+                for row, k in zip(rows, kept, strict=True)
+            ),
+        ),
         nonfinite=NonFinite(
             jnp.sum(bad >= 0, dtype=jnp.int32), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]
         ),
@@ -253,7 +258,7 @@ def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
 
 
-def _if(condition: jax.Array, number: Array | None) -> jax.Array | tuple[()]:
+def _if(condition: jax.Array, number: Array | float | None) -> jax.Array | tuple[()]:
     return () if number is None else jnp.where(condition, jnp.asarray(number, jnp.float32), 0)
 
 

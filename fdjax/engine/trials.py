@@ -1,7 +1,7 @@
 """Many trials of one simulation as one compiled call: hparams, seeds and partitions are rows of arrays [T, ...].
 
 Trials are shared out over devices, and on each run in chunks of `width` that are vmapped together. What does not differ
-between trials is held once, and computed once for a chunk. A trial gives the numbers that it gives alone, to the
+between trials is stored once, and computed once for a chunk. A trial gives the numbers that it gives alone, to the
 rounding of a sum's order.
 """
 

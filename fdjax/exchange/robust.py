@@ -54,8 +54,8 @@ def geometric_median(iterations: int = 32, rows: bool = False) -> Reduction:
         whole upload is one vector.
     """
 
-    def solve(parts, there):
-        weigh = there.astype(jnp.float32)
+    def solve(parts, present):
+        weigh = present.astype(jnp.float32)
 
         def step(_, y):
             squared = sum(jnp.sum(jnp.square(x - at[None]), axis=-1) for x, at in zip(parts, y, strict=True))
@@ -69,7 +69,7 @@ def geometric_median(iterations: int = 32, rows: bool = False) -> Reduction:
             stay = jnp.where(force > met, met / jnp.where(force > 0, force, 1), 1)
             return [at + (1 - stay)[:, None] * move for at, move in zip(y, moved, strict=True)]
 
-        return lax.fori_loop(0, iterations, step, [_middle(x, there[..., None], _half) for x in parts])
+        return lax.fori_loop(0, iterations, step, [_middle(x, present[..., None], _half) for x in parts])
 
     return _of_vectors(solve, rows)
 
@@ -94,16 +94,16 @@ def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -
     """
     _check_fraction("filtered_mean", fraction)
 
-    def solve(parts, there, number):
+    def solve(parts, present, number):
         # Around the median, because an outlier's square would swamp the others' in float32.
-        centers = [_middle(x, there[..., None], _half) for x in parts]
-        parts = [jnp.where(there[..., None], x - at[None], 0) for x, at in zip(parts, centers, strict=True)]
+        centers = [_middle(x, present[..., None], _half) for x in parts]
+        parts = [jnp.where(present[..., None], x - at[None], 0) for x, at in zip(parts, centers, strict=True)]
         einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
         squares = [einsum("sgd,sgd->gs", x, x) for x in parts]
-        kept = there.T & jnp.isfinite(sum(squares[1:], squares[0]))
+        kept = present.T & jnp.isfinite(sum(squares[1:], squares[0]))
         allowed = _share(fraction, number)
 
-        if len(parts) == 1 and parts[0].shape[2] < len(there):
+        if len(parts) == 1 and parts[0].shape[2] < len(present):
             x = jnp.where(kept.T[..., None], parts[0], 0)
 
             def by_covariance(kept, ones):
@@ -133,7 +133,7 @@ def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -
             wide = (spread / jnp.maximum(size, 1) > threshold) & (number - size < allowed)
             return kept & ~(wide[:, None] & (jnp.arange(kept.shape[1])[None] == worst[:, None]))
 
-        kept = lax.fori_loop(0, _share(fraction, len(there)), drop, kept).T
+        kept = lax.fori_loop(0, _share(fraction, len(present)), drop, kept).T
         share = kept / jnp.maximum(jnp.sum(kept, axis=0, keepdims=True), 1)
         return [_combine(share, x) + at for x, at in zip(parts, centers, strict=True)]
 
@@ -163,35 +163,35 @@ def _stacked(finish: Callable[[PyTree, jax.Array], PyTree]) -> Reduction:
 
 
 def _of_vectors(solve: Callable, rows: bool, count: bool = False) -> Reduction:
-    """Uploads as parts `[S, G, D]` of G vectors each: `solve(parts, who is there and finite [S, G])` -> parts `[G, D]`.
+    """Uploads as parts `[S, G, D]` of G vectors: `solve(parts, who is present and finite [S, G])` -> parts `[G, D]`.
 
-    With `count` it is also told how many are there, finite or not.
+    With `count` it is also told how many are present, finite or not.
     """
 
-    def one(leaves, weights):
+    def summarise(leaves, weights):
         parts = [x.reshape(x.shape[0], -1, x.shape[-1] if x.ndim > 1 else 1) for x in leaves]
         parts = parts if rows else [x.reshape(x.shape[0], 1, -1) for x in parts]
-        there = (weights > 0)[:, None]
+        present = (weights > 0)[:, None]
         for x in parts:
-            there = there & jnp.all(jnp.isfinite(x), axis=-1)
-        parts = [jnp.where(there[..., None], x, 0) for x in parts]
+            present = present & jnp.all(jnp.isfinite(x), axis=-1)
+        parts = [jnp.where(present[..., None], x, 0) for x in parts]
         extra = (jnp.sum(weights > 0),) if count else ()
         return [
-            y.reshape(x.shape[1:]).astype(x.dtype) for x, y in zip(leaves, solve(parts, there, *extra), strict=True)
+            y.reshape(x.shape[1:]).astype(x.dtype) for x, y in zip(leaves, solve(parts, present, *extra), strict=True)
         ]
 
     def finish(uploads, weights):
         leaves, structure = jax.tree.flatten(uploads)
-        summary = [one([leaf], weights)[0] for leaf in leaves] if rows else one(leaves, weights)
+        summary = [summarise([leaf], weights)[0] for leaf in leaves] if rows else summarise(leaves, weights)
         return jax.tree.unflatten(structure, summary)
 
     return _stacked(finish)
 
 
-def _middle(x: jax.Array, there: jax.Array, trim: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Mean over axis 0 of those `there` `[S, ...]`, but for the `trim(n)` largest and smallest of each coordinate."""
-    ordered = jnp.sort(jnp.where(there, x, jnp.nan), axis=0)  # NaN comes last
-    n = jnp.sum(there, axis=0, keepdims=True)
+def _middle(x: jax.Array, present: jax.Array, trim: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Mean over axis 0 of those `present` `[S, ...]`, but for the `trim(n)` largest and smallest of each coordinate."""
+    ordered = jnp.sort(jnp.where(present, x, jnp.nan), axis=0)  # NaN comes last
+    n = jnp.sum(present, axis=0, keepdims=True)
     b = trim(n)
     rank = _column(jnp.arange(x.shape[0]), x)
     kept = (rank >= b) & (rank < n - b)

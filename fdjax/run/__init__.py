@@ -1,8 +1,7 @@
 """What defines a run, makes it ready, carries it out and keeps its results.
 
-This package is also a function: `fdjax.run(...)` is `fdjax.run.runner.run(...)`, so that a run is started by one word,
-while its modules import as those of any package. Its module object has the class below for that, and nothing else is
-unusual about it.
+This package is also a function: `fdjax.run(...)` is `fdjax.run.runner.start(...)`, so that one word starts a run, while
+its modules import as those of any package. Its module object has the class below for that.
 """
 
 import sys
@@ -17,10 +16,10 @@ class _CallablePackage(ModuleType):
     """A package that can be called."""
 
     def __call__(self, *args: Any, **named: Any) -> "Result":
-        """Carry out a run: see `fdjax.run.runner.run`, which takes the same arguments."""
-        from fdjax.run.runner import run
+        """Carry out a run: see `fdjax.run.runner.start`, which takes the same arguments."""
+        from fdjax.run.runner import start
 
-        return run(*args, **named)
+        return start(*args, **named)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

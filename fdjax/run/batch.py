@@ -11,7 +11,7 @@ import numpy as np
 from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
-from fdjax.run.experiment import Experiment, Shapes, build, common
+from fdjax.run.experiment import Experiment, Shapes, build, common, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
 
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 def experiments(settings: Sequence[Settings]) -> list[Experiment]:
-    """One for each trial, on one device, for the others run other trials; those of the same data share them.
+    """The experiment of each trial, on one device, as the other devices run other trials; equal data are stored once.
 
     Raises InputError for settings that cannot work.
     """
@@ -57,7 +57,7 @@ def _sharing_arrays(experiment: Experiment, other: Experiment | None) -> Experim
 
 
 def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), devices: int = 0) -> Batch:
-    """Up to `slots` trials of the kind of `like`, which share one `signature`, compiled at the first run.
+    """A batch of up to `slots` trials of the kind of `like`, which share one `signature`; supersteps are compiled here.
 
     What differs in `like` may differ between trials, and whatever `space` names (hparams, seed, partition_seed ...).
     Fewer trials run at once where `slots` of them do not fit in memory.
@@ -76,7 +76,7 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
         devices=devices,
         memory=math.ceil(settings.memory_limit * 1e9),
     )
-    traffic = first.simulation.traffic(first.federation)
+    traffic = traffic_of(first)
 
     def fits(these: Sequence[Experiment]) -> bool:
         return _fits(these, first.shapes, varies)

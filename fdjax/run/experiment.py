@@ -17,9 +17,10 @@ from fdjax.engine.layout import Layout
 from fdjax.engine.lift import Lifting
 from fdjax.engine.simulation import Simulation, simulation
 from fdjax.errors import InputError
+from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task, Training
 from fdjax.models.split import build_split
-from fdjax.run.loading import Loaded, cohort_sizes, load
+from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.settings import Settings
 from fdjax.types import Array, Cohort, Federation, Holdings, Model, Source, Split
 
@@ -48,7 +49,7 @@ class Signature(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Settings made real."""
+    """A run that is ready to start: its settings, its data on the devices, and its compiled simulation."""
 
     settings: Settings
     source: Source
@@ -58,6 +59,7 @@ class Experiment(NamedTuple):
     simulation: Simulation
     hparams: HParams
     layout: Layout
+    lifted: Callable[[Lifting], tuple[Layout, Simulation]]  # layout and simulation for another lifting
     plan: plan.Plan
     signature: Signature
     shapes: Shapes
@@ -70,60 +72,17 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     Raises InputError for settings that cannot work with these data and devices.
     """
     with hosts.all_or_none():
-        loaded = load(settings)
+        source, holdings, proxy = load(settings)
     if change_holdings is not None:
-        loaded = loaded._replace(holdings=change_holdings(loaded.holdings))
-    source, holdings, proxy = loaded
+        holdings = change_holdings(holdings)
+    largest = int(np.max(holdings.count))
+    if not largest:
+        raise InputError("no client holds a single training example; use another partition or more data")
     own_tests = data.own_test_part(
         source.train_y, holdings, source.test_y, source.num_classes, settings.data_seed,
         train_owner=source.train_owner, test_owner=source.test_owner,
     )  # fmt: skip
-    shapes = _shapes(settings, loaded, own_tests)
-    static = settings.static(int(np.max(holdings.count)))
-    chosen = plan.choose(
-        plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums),
-        plan.Work(_networks(static, shapes).all, _participants(static, shapes), _steps(static, shapes, holdings)),
-    )
-    bound = _bind(static, shapes, chosen.lifting)
-    mesh, sizes = chosen.lifting.mesh, bound.task.sizes
-    federation = federate(source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y))
-    return Experiment(
-        settings=settings,
-        source=source,
-        holdings=holdings,
-        federation=federation,
-        algorithm=bound.algorithm,
-        simulation=bound.simulation,
-        hparams=jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh)),
-        layout=bound.layout,
-        plan=chosen,
-        signature=_signature(settings, static, shapes, federation, chosen.lifting),
-        shapes=shapes,
-    )
-
-
-def in_chunks_of(experiment: Experiment, chunk: int) -> Experiment:
-    """The same experiment, lifted in other chunks."""
-    changed = experiment.plan.in_chunks_of(chunk)
-    bound = _bind(experiment.signature.static, experiment.shapes, changed.lifting)
-    return experiment._replace(plan=changed, simulation=bound.simulation, layout=bound.layout)
-
-
-def common(experiments: Sequence[Experiment]) -> Experiment:
-    """The first of experiments of one signature, with a simulation that can run all of them."""
-    first = experiments[0]
-    largest, own_batch = (max(getattr(e.shapes, name) for e in experiments) for name in ("largest", "own_batch"))
-    shapes = first.shapes._replace(largest=largest, own_batch=own_batch)
-    bound = _bind(first.signature.static, shapes, first.plan.lifting)
-    return first._replace(algorithm=bound.algorithm, simulation=bound.simulation, layout=bound.layout, shapes=shapes)
-
-
-def _shapes(settings: Settings, loaded: Loaded, own_tests: Holdings) -> Shapes:
-    source, holdings, proxy = loaded
-    largest = int(np.max(holdings.count))
-    if largest == 0:
-        raise InputError("no client holds a single training example; use another partition or more data")
-    return Shapes(
+    shapes = Shapes(
         cohorts=cohort_sizes(settings, len(holdings.count)),
         inputs=source.train_x.shape[1:],
         classes=source.num_classes,
@@ -131,6 +90,56 @@ def _shapes(settings: Settings, loaded: Loaded, own_tests: Holdings) -> Shapes:
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),
     )
+    static = settings.static(largest)
+    request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
+    chosen = plan.choose(request, _work(static, shapes, holdings))
+    bound = _bind(static, shapes)
+    layout, simulation = bound.lifted(chosen.lifting)
+    mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
+    hparams = jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh))
+    federation = federate(source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y))
+    return Experiment(
+        settings=settings,
+        source=source,
+        holdings=holdings,
+        federation=federation,
+        algorithm=bound.algorithm,
+        simulation=simulation,
+        hparams=hparams,
+        layout=layout,
+        lifted=bound.lifted,
+        plan=chosen,
+        signature=Signature(
+            static=static,
+            shapes=shapes._replace(largest=0, own_batch=0),
+            arrays=tuple(leaf.shape for leaf in jax.tree.leaves(federation)),
+            rounds=settings.rounds,
+            eval_every=settings.eval_every,
+            chunk=chosen.lifting.chunk,
+            ordered=chosen.lifting.ordered,
+        ),
+        shapes=shapes,
+    )
+
+
+def with_plan(experiment: Experiment, changed: plan.Plan) -> Experiment:
+    """The same experiment with another lifting."""
+    layout, simulation = experiment.lifted(changed.lifting)
+    return experiment._replace(plan=changed, layout=layout, simulation=simulation)
+
+
+def traffic_of(experiment: Experiment) -> Traffic:
+    """Bytes that one participant of each cohort sends and receives."""
+    return experiment.simulation.traffic(experiment.federation, experiment.hparams)
+
+
+def common(experiments: Sequence[Experiment]) -> Experiment:
+    """The first of experiments of one signature, with a simulation that can run all of them."""
+    first = experiments[0]
+    largest, own_batch = (max(getattr(e.shapes, name) for e in experiments) for name in ("largest", "own_batch"))
+    shapes = first.shapes._replace(largest=largest, own_batch=own_batch)
+    bound = _bind(first.signature.static, shapes)
+    return with_plan(first._replace(algorithm=bound.algorithm, lifted=bound.lifted, shapes=shapes), first.plan)
 
 
 def _power_of_two(size: int) -> int:
@@ -138,17 +147,15 @@ def _power_of_two(size: int) -> int:
     return 1 << int(size - 1).bit_length()
 
 
-def _signature(
-    settings: Settings, static: Settings, shapes: Shapes, federation: Federation, lifting: Lifting
-) -> Signature:
-    return Signature(
-        static=static,
-        shapes=shapes._replace(largest=0, own_batch=0),
-        arrays=tuple(leaf.shape for leaf in jax.tree.leaves(federation)),
-        rounds=settings.rounds,
-        eval_every=settings.eval_every,
-        chunk=lifting.chunk,
-        ordered=lifting.ordered,
+def _work(settings: Settings, shapes: Shapes, holdings: Holdings) -> plan.Work:
+    """What a round has to do, for a plan."""
+    networks = _networks(settings, shapes)
+    steps_of_each = -(-np.asarray(holdings.count) // settings.batch_size)
+    ends = np.cumsum([size for _, size in shapes.cohorts])[:-1]
+    return plan.Work(
+        models=(networks.central, *networks.clients),
+        participants=_participants(settings, shapes),
+        steps=tuple(np.split(steps_of_each, ends)),
     )
 
 
@@ -157,22 +164,12 @@ def _participants(settings: Settings, shapes: Shapes) -> tuple[int, ...]:
     return tuple(max(1, round(settings.participation * size)) for _, size in shapes.cohorts)
 
 
-def _steps(settings: Settings, shapes: Shapes, holdings: Holdings) -> tuple[np.ndarray, ...]:
-    """Steps of an epoch of every client, cohort by cohort."""
-    ends = np.cumsum([size for _, size in shapes.cohorts])[:-1]
-    return tuple(np.split(-(-np.asarray(holdings.count) // settings.batch_size), ends))
-
-
 class _Networks(NamedTuple):
     """The models of a run."""
 
     central: Model
     clients: tuple[Model, ...]  # cohort by cohort
     splits: tuple[Split, ...] = ()  # these in two parts, if the method needs it
-
-    @property
-    def all(self) -> tuple[Model, ...]:
-        return (self.central, *self.clients)
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,32 +234,35 @@ def _task(settings: Settings, shapes: Shapes) -> Task:
         proxy_size=shapes.proxy,
         proxy_per_round=min(settings.proxy_per_round or shapes.proxy, shapes.proxy),
         splits=networks.splits,
-        options=settings.method.choices(dict(settings.options)),
+        options=dict(settings.options),
     )
 
 
 class _Bound(NamedTuple):
-    """A method bound to its models, clients and devices."""
+    """A method, and its clients laid out for any lifting."""
 
-    task: Task
     algorithm: Algorithm
-    layout: Layout
-    simulation: Simulation
+    lifted: Callable[[Lifting], tuple[Layout, Simulation]]
 
 
 @functools.lru_cache(maxsize=8)
-def _bind(settings: Settings, shapes: Shapes, lifting: Lifting) -> _Bound:
-    """Cached, so that experiments of the same static settings, shapes and lifting share what is compiled for one."""
+def _bind(settings: Settings, shapes: Shapes) -> _Bound:
+    """Cached, and so are the simulations: experiments whose static settings are equal share what is compiled."""
     task = _task(settings, shapes)
-    algorithm = settings.method.build(task)
-    layout = Layout(
-        central=task.model,
-        cohorts=tuple(Cohort(model, size) for model, size in zip(task.models, task.sizes, strict=True)),
-        participants=_participants(settings, shapes),
-        lifting=lifting,
-        eval_batch=settings.eval_batch,
-        own_batch=shapes.own_batch,
-        full_eval=settings.local_eval == "full",
-        drop_nonfinite=settings.drop_nonfinite,
-    )
-    return _Bound(task, algorithm, layout, simulation(algorithm, layout))
+    algorithm = settings.method.algorithm(task)
+
+    @functools.lru_cache(maxsize=8)
+    def lifted(lifting: Lifting) -> tuple[Layout, Simulation]:
+        layout = Layout(
+            central=task.model,
+            cohorts=tuple(Cohort(model, size) for model, size in zip(task.models, task.sizes, strict=True)),
+            participants=_participants(settings, shapes),
+            lifting=lifting,
+            eval_batch=settings.eval_batch,
+            own_batch=shapes.own_batch,
+            full_eval=settings.local_eval == "full",
+            drop_nonfinite=settings.drop_nonfinite,
+        )
+        return layout, simulation(algorithm, layout)
+
+    return _Bound(algorithm, lifted)

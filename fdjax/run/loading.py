@@ -95,8 +95,7 @@ def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy 
         cache_dir=settings.cache_dir,
     )
     method = settings.method
-    choices = method.choices(dict(settings.options))
-    for_option = next((choice for choice in choices.items() if choice == method.labels_for), None)
+    for_option = next((choice for choice in settings.options if choice == method.labels_for), None)
     if (method.proxy == "labelled" or for_option) and not proxy.labelled:
         with_option = f" with --{'='.join(for_option)}" if for_option else ""
         raise InputError(

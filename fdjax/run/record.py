@@ -106,7 +106,7 @@ class Recording:
 
     def _warn_of_first_nonfinite(self, nonfinite: NonFinite, rounds_before: int) -> None:
         """Say whose numbers stopped being finite first, in what, and when."""
-        simulation, federation = self._experiment.simulation, self._experiment.federation
+        federation, hparams = self._experiment.federation, self._experiment.hparams
         first = int(np.argmax(nonfinite.clients > 0))
         at = jax.tree.map(lambda values: values[first], nonfinite)
         row = int(np.flatnonzero(np.asarray(federation.client) == at.client)[0])
@@ -114,7 +114,7 @@ class Recording:
         cohort = next(j for j, part in enumerate(slices) if part.start <= row < part.stop)
         exchanges = self._traffic.round
         exchange = f", exchange {exchanges[int(at.exchange)][cohort].exchange}" if len(exchanges) > 1 else ""
-        what = simulation.leaf(federation, cohort, int(at.exchange), int(at.leaf))
+        what = self._experiment.simulation.leaf(federation, hparams, cohort, int(at.exchange), int(at.leaf))
         self._warn_of_nonfinite(at, what, f"in round {rounds_before + first + 1}{exchange}")
 
     def _warn_of_nonfinite(self, at: NonFinite, what: str, where: str) -> None:
@@ -122,7 +122,7 @@ class Recording:
         advice = (
             "such clients are left out of the rounds in which it happens"
             if self._experiment.settings.drop_nonfinite
-            else "nor is what is made of it then; lower the learning rates, or leave such clients out by "
+            else "nor is what the server computes from it; lower the learning rates, or leave such clients out by "
             "--drop_nonfinite"
         )
         self._warn(f"client {int(at.client)}: {what} is not finite {where}{more}; {advice}")

@@ -24,7 +24,7 @@ _VERSIONS = ("fdjax", "jax", "jaxlib", "flax", "optax", "numpy", "optuna")
 
 
 def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
-    """The folder `out`, made if need be; with `overwrite`, without the runs that it holds.
+    """The folder `out`, created if it does not exist; with `overwrite`, without the checkpoints that it holds.
 
     Raises InputError if nothing can be written there.
     """

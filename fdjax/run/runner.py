@@ -16,11 +16,11 @@ from fdjax.engine import hosts, plan
 from fdjax.engine.layout import State
 from fdjax.errors import InputError
 from fdjax.run.checkpoint import Checkpoints
-from fdjax.run.experiment import Experiment, build, in_chunks_of
+from fdjax.run.experiment import Experiment, build, traffic_of, with_plan
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import FOLDERS, Settings, make
 
-__all__ = ["InterruptedRun", "Result", "run"]
+__all__ = ["InterruptedRun", "Result", "run", "start"]
 
 _SAVE_SECONDS = 30
 
@@ -33,7 +33,7 @@ class InterruptedRun(Exception):  # noqa: N818
         self.round, self.out = round, out
 
 
-def run(
+def start(
     settings: Settings | None = None,
     out: str | os.PathLike | None = None,
     *,
@@ -42,7 +42,26 @@ def run(
     progress: bool = True,
     **named: Any,
 ) -> Result:
-    """Simulate a run that is given as `Settings`, or by the names of settings, hyperparameters and options.
+    """`run` as users call it, by the name `fdjax.run`: with `Settings`, or with the names of what is to be set.
+
+    These are names of settings, and of hyperparameters and options of the method. All else is as in `run`.
+    """
+    if settings is not None and named:
+        raise InputError(f"run takes Settings or names of settings, but got both; leave out {', '.join(named)}")
+    checked = make(**named) if settings is None else settings.check()
+    folder = None if out is None else Path(out).expanduser()
+    return run(checked, folder, resume=resume, checkpoint_every=checkpoint_every, progress=progress)
+
+
+def run(
+    settings: Settings,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Simulate the rounds of checked settings.
 
     With `out`, checkpoints are kept in that folder; with `resume`, the run goes on from the latest of them.
     `checkpoint_every` is in rounds; 0 saves about every 30 seconds. The last round is always saved.
@@ -50,14 +69,11 @@ def run(
     Raises InputError for settings that cannot work or that differ from the checkpoint's, before anything compiles, and
     InterruptedRun after the first SIGINT or SIGTERM.
     """
-    if settings is not None and named:
-        raise InputError(f"run takes Settings or names of settings, but got both; leave out {', '.join(named)}")
-    settings = make(**named) if settings is None else settings.check()
-    public, folder = settings.public(), None if out is None else Path(out)
+    public = settings.public()
     with contextlib.ExitStack() as stack:
         time_spent = stack.enter_context(clock())
         hosts.check_agreement(public | {"resume": resume, "out": str(out)}, FOLDERS)
-        saves = stack.enter_context(contextlib.closing(_Saves(folder, checkpoint_every, public, time_spent)))
+        saves = stack.enter_context(contextlib.closing(_Saves(out, checkpoint_every, public, time_spent)))
         saves.check(settings, resume)
         experiment = build(settings)
         state = experiment.simulation.init(settings.seed, experiment.federation)
@@ -65,7 +81,7 @@ def run(
         progress = progress and hosts.is_first()
         if progress:
             tqdm.write(f"lifting: {experiment.plan.why}{needed}", file=sys.stderr)
-        recording = Recording(experiment, experiment.simulation.traffic(experiment.federation), saves.record)
+        recording = Recording(experiment, traffic_of(experiment), saves.record)
         state = saves.restore(state) if saves.round else _set_up(experiment, state, recording)
         time_spent.start(recording.record)
         bar = stack.enter_context(
@@ -110,17 +126,17 @@ def _show(bar: tqdm, record: Record, rounds: int) -> None:
 
 
 class _Saves:
-    """When and where a run is saved; nowhere without a folder."""
+    """The saves of a run: whether there is one to go on from, and when to make the next. None without a folder."""
 
     def __init__(self, folder: Path | None, every: int, public: dict[str, Any], time_spent: Clock):
         self.folder, self.round = folder, 0  # rounds done at the last save
-        self.record: Record | None = None  # of the last save, if the run is to go on from there
+        self.record: Record | None = None  # of the save from which the run goes on, if there is one
         self._every, self._public, self._time_spent = every, public, time_spent
         self._checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
         self._saved_at = time.perf_counter()
 
     def check(self, settings: Settings, resume: bool) -> None:
-        """Find what was saved before. Raises InputError if there is something and it cannot be gone on with."""
+        """Find the last save. Raises InputError if the folder holds a run that these settings cannot continue."""
         latest = self._checkpoints.latest() if self._checkpoints else None
         if self._checkpoints is None or latest is None:
             return
@@ -177,7 +193,7 @@ def _fit_in_memory(experiment: Experiment, state: State) -> tuple[Experiment, st
     tried: dict[int, Experiment] = {}
 
     def needed_by(chunk: int) -> int:
-        tried[chunk] = experiment if chunk == planned.lifting.chunk else in_chunks_of(experiment, chunk)
+        tried[chunk] = with_plan(experiment, planned.in_chunks_of(chunk))
         run: Any = tried[chunk].simulation.run  # both are jitted, and keep what is compiled here for their first call
         evaluate: Any = tried[chunk].simulation.evaluate
         calls = (

@@ -83,6 +83,8 @@ class Setting(NamedTuple):
             return {str: "text", bool: "true or false", tuple: "pairs of a name and a value"}[self.kind]
         words = "a whole number" if self.kind is int else "a number" if math.isfinite(self.high) else "a finite number"
         low, high = (repr(int(x)) if math.isfinite(x) and x == int(x) else f"{x:g}" for x in (self.low, self.high))
+        if math.isfinite(self.low) and math.isfinite(self.high) and not self.above and not self.below:
+            return f"{words} from {low} to {high}"
         if math.isfinite(self.low):
             words += f" above {low}" if self.above else f" of at least {low}"
         if math.isfinite(self.high):
@@ -92,7 +94,7 @@ class Setting(NamedTuple):
     def flag_help(self) -> str:
         """The help of its flag, which names the choices."""
         if isinstance(self.choices, Mapping):
-            return f"{self.help}: {'; '.join(f'{name}: {_summary(row)}' for name, row in self.choices.items())}"
+            return f"{self.help}. {'; '.join(f'{name}: {_summary(row)}' for name, row in self.choices.items())}"
         return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
 
 
@@ -113,7 +115,7 @@ _run = functools.partial(_setting, role="run")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run: what a researcher would write in the caption of a table. `make` builds checked ones."""
+    """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
     algorithm: str = _setting("fedavg", "the method", choices=ALGORITHMS)
     dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
@@ -233,11 +235,15 @@ class Settings:
         return dataclasses.replace(self, **others | {"batch_size": batch_size, "rounds": rounds})
 
     def check(self) -> "Settings":
-        """Self. Raises InputError for what can be seen to be wrong before any data are loaded."""
+        """The same with all hyperparameters and options of the method, at their defaults where none are given.
+
+        Raises InputError for what can be seen to be wrong before any data are loaded.
+        """
         for name, setting in SETTINGS.items():
             setting.check(name, getattr(self, name))
-        self.method.choices(dict(self.options))
-        self.method.values(dict(self.hparams))
+        options = self.method.choices(dict(self.options))
+        hparams = self.method.values(dict(self.hparams))
+        whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}
         if self.method.proxy and self.proxy is None:
             labels = "with labels" if self.method.proxy == "labelled" else "whose labels it does not use"
             raise InputError(f"{self.algorithm} needs proxy data, {labels}; give --proxy=held_out, or another (--help)")
@@ -245,23 +251,24 @@ class Settings:
             raise InputError(
                 f"--proxy_per_round={self.proxy_per_round}, but --proxy_size={self.proxy_size}; give at most as many"
             )
-        cohorts = cohorts_of(self.models) if self.models is not None else ((self.model, 0),)
-        for name, _ in cohorts:
+        if self.models is not None:
+            self._check_models(self.models)
+        return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
+
+    def _check_models(self, models: str) -> None:
+        names = [name for name, _ in cohorts_of(models)]
+        for name in names:
             if name not in MODELS:
                 raise unknown("model", name, MODELS)
-        if self.method.one_architecture and (len(cohorts) > 1 or cohorts[0][0] != self.model):
+        if self.method.one_architecture and names != [self.model]:
             raise InputError(
-                f"--models={self.models}: clients of {self.algorithm} have no model of their own, only "
+                f"--models={models}: clients of {self.algorithm} have no model of their own, only "
                 f"--model={self.model}; leave --models out"
             )
-        return self
 
     def public(self) -> dict[str, Any]:
-        """As a flat dict for results and checkpoints: hparams beside the other settings, defaults included."""
-        plain = {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.kind is not tuple}
-        hparams = self.method.values(dict(self.hparams))
-        whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}
-        return plain | self.method.choices(dict(self.options)) | whole
+        """As a flat dict for results and checkpoints: hyperparameters and options beside the other settings."""
+        return {name: getattr(self, name) for name in FLAGS} | dict(self.options) | dict(self.hparams)
 
 
 SETTINGS: dict[str, Setting] = {field.name: field.metadata["setting"] for field in dataclasses.fields(Settings)}
@@ -296,7 +303,7 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
         if name in FLAGS:
             fields[name] = value
         elif name in _names_of_options():
-            options[name] = value
+            options[name] = str(value)
         elif name in _names_of_hparams():
             hparams[name] = value
         else:

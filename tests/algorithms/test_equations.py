@@ -1,4 +1,4 @@
-"""FedAvg, FedDistill and the evaluation against NumPy in float64, on logistic regression."""
+"""FedAvg and its kin, FedDistill and the evaluation against NumPy in float64, on logistic regression."""
 
 import chex
 import engine_cases as cases
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from fdjax import keys
-from fdjax.client import local
-from fdjax.engine import simulate
+from fdjax.algorithms import ALGORITHMS, fedavg
+from fdjax.client import losses
+from fdjax.client.data import ClientData
+from fdjax.contract import Context, Received
 
 ROUNDS, EPOCHS, RATE = 2, 2, 0.3  # two rounds, so that what clients keep between rounds is seen
 BATCHES = {"minibatches": 4, "full batch": 64}  # the largest client has 12 examples
@@ -17,11 +19,16 @@ TEMPERATURE, WEIGHT = 3.0, 0.7
 
 def simulate_rounds(name, batch_size, federation=None, **hparams):
     """(initial state, state, metrics) on the host."""
-    algorithm, simulation = cases.simulation(name, batch_size=batch_size)
-    federation = federation or cases.federation()
+    _, simulation = cases.simulation(name, batch_size=batch_size)
+    given = cases.hparams_of(name, learning_rate=RATE, local_epochs=EPOCHS, **hparams)
+    return run(simulation, federation or cases.federation(), given)
+
+
+def run(simulation, federation, hparams):
+    """The same of any simulation."""
     start = jax.device_get(simulation.init(0, federation))
-    given = cases.hparams_of(algorithm, learning_rate=RATE, local_epochs=EPOCHS, **hparams)
-    return start, *jax.device_get(simulation.run(simulation.init(0, federation), federation, given, ROUNDS))
+    state, report = jax.device_get(simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS))
+    return start, state, report.metrics
 
 
 def rows_of(stacked):
@@ -43,14 +50,11 @@ def test_fedavg(batch_size):
     np.testing.assert_allclose(metrics["train_loss"], losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", BATCHES.values(), ids=BATCHES)
-def test_fedprox(batch_size):
-    start, state, metrics = simulate_rounds("fedprox", batch_size, mu=0.8)
+def test_fedprox():
+    start, state, metrics = simulate_rounds("fedprox", 4, mu=0.8)
     server, losses = start.server, []
     for r in range(ROUNDS):
-        server, loss = cases.fedavg_round(
-            server, cases.federation(), cases.round_key(0, r), **common(batch_size), mu=0.8
-        )
+        server, loss = cases.fedavg_round(server, cases.federation(), cases.round_key(0, r), **common(4), mu=0.8)
         losses.append(loss)
     chex.assert_trees_all_close(state.server, server, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["train_loss"], losses, rtol=1e-5)
@@ -60,6 +64,79 @@ def test_fedprox_of_no_mu_is_fedavg():
     _, near, _ = simulate_rounds("fedprox", 4, mu=0.0)
     _, averaged, _ = simulate_rounds("fedavg", 4)
     chex.assert_trees_all_close(near.server, averaged.server, rtol=1e-6, atol=1e-7)
+
+
+def test_fedavg_with_an_objective_of_ones_own():
+    """Three lines like FedNTD's: CE plus beta KL to the received model, both without the logit of the true class."""
+
+    def objective(ctx, start, params, x, y):
+        z, teacher = (ctx.model.apply(w, x) for w in (params, start))
+        others = 1e9 * jax.nn.one_hot(y, cases.CLASSES)
+        return losses.cross_entropy(z, y) + ctx.hparams["beta"] * losses.kl_divergence(teacher - others, z - others)
+
+    beta, task = np.float32(0.9), cases.task()
+    simulation = cases.bind(fedavg.with_objective(task, objective), task, (cases.PARTICIPANTS,))
+    hparams = cases.hparams_of("fedavg", learning_rate=RATE, local_epochs=EPOCHS) | {"beta": beta}
+    start, state, metrics = run(simulation, cases.federation(), hparams)
+
+    def without(logits, y):
+        z = np.array(logits)
+        z[np.arange(len(y)), y] = -np.inf
+        return z
+
+    server, clients = start.server, cases.clients_of(cases.federation())
+    for r in range(ROUNDS):
+        uploads, means, weights, key = [], [], [], cases.round_key(0, r)
+        for row in cases.participants_of(key, len(clients), cases.PARTICIPANTS):
+            i, x, y = clients[row]
+            if not len(y):
+                continue
+            model, teacher, losses_of_epoch = cases.Logistic(server), cases.Logistic(server), []
+            for epoch in range(EPOCHS):
+                order, losses_of_epoch = cases.epoch_order(keys.stream(key, "client", i), epoch, len(y)), []
+                for first in range(0, len(order), 4):
+                    b = order[first : first + 4]
+                    z, label = model(x[b]), y[b]
+                    p, q = (cases.softmax(without(logits, label)) for logits in (z, teacher(x[b])))
+                    true = np.arange(len(b)), label
+                    ratio = np.log(np.where(q > 0, q, 1) / np.where(p > 0, p, 1))
+                    assert (q[true] == 0).all()
+                    losses_of_epoch.append((cases.cross_entropy(z, label) + beta * (q * ratio).sum(-1)).mean())
+                    slope = cases.softmax(z) - np.eye(cases.CLASSES)[label] + beta * (p - q)
+                    model.W, model.b = model.W - RATE * x[b].T @ slope / len(b), model.b - RATE * slope.mean(0)
+            uploads.append(model.params())
+            means.append(np.mean(losses_of_epoch))
+            weights.append(len(y))
+        server = cases.weighted_average(uploads, weights)
+        np.testing.assert_allclose(metrics["train_loss"][r], np.average(means, weights=weights), rtol=1e-5)
+    chex.assert_trees_all_close(state.server, server, rtol=1e-4, atol=1e-5)
+
+
+CENTRAL = {  # where a method's server keeps the central model's parameters
+    "fedavg": lambda server: server,
+    "fedprox": lambda server: server,
+    "feddistill": lambda server: server,
+    "feddf": lambda server: server[0],
+    "cfd": lambda server: server["params"],
+    "dsfl": lambda server: server.params,
+    "fedgems": lambda server: server["params"],
+}
+
+
+def test_methods_of_one_seed_start_from_the_same_central_weights():
+    federation, task = cases.federation(), cases.task()
+    starts = {}
+    for name, method in ALGORITHMS.items():
+        choices = method.choices({})
+        if not method.split and callable(method.algorithm(task._replace(options=choices)).central):
+            _, simulation = cases.simulation(name)
+            starts[name] = [CENTRAL[name](jax.device_get(simulation.init(seed, federation)).server) for seed in (0, 1)]
+    assert starts.keys() == {*CENTRAL}
+    for seed in (0, 1):
+        expected = jax.jit(lambda seed: cases.model().init(keys.stream(jax.random.key(seed), "server")))(seed)
+        for name in starts:
+            chex.assert_trees_all_equal(starts[name][seed], expected)
+    assert np.abs(starts["fedavg"][0]["Dense_0"]["kernel"] - starts["fedavg"][1]["Dense_0"]["kernel"]).max() > 0.1
 
 
 @pytest.mark.parametrize("batch_size", BATCHES.values(), ids=BATCHES)
@@ -104,17 +181,22 @@ def test_feddistill_without_distillation_is_fedavg():
     np.testing.assert_allclose(with_teacher["train_loss"], metrics["train_loss"], rtol=1e-5)
 
     federation, key = cases.federation(), jax.random.key(4)
-    data = local.ClientData(federation.train, federation.train_holdings.order, np.int32(8), np.int32(12))
-    model, (fedavg, _), (feddistill, _) = cases.model(), cases.simulation("fedavg"), cases.simulation("feddistill")
+    data = ClientData(federation.train, federation.train_holdings.order, np.int32(8), np.int32(12))
+    model = cases.model()
     params, teacher = model.init(jax.random.key(0)), model.init(jax.random.key(1))
 
-    def client(algorithm, state, key, **hparams):
-        given = cases.hparams_of(algorithm, **hparams) | {"round": np.int32(0)}
-        return jax.jit(lambda p, s, k: algorithm.client(model, p, s, data, None, given, k))(params, state, key)
+    def client(name, state, key, **hparams):
+        ((exchange,), given) = cases.simulation(name)[0].round, cases.hparams_of(name, **hparams)
 
-    _, distilled, _ = client(feddistill, teacher, key, weight=0.0)
-    _, averaged, _ = client(fedavg, (), keys.stream(key, "student"))
-    chex.assert_trees_all_close(distilled, averaged, rtol=1e-5, atol=1e-6)
+        @jax.jit
+        def work(params, state, key):
+            ctx = Context(model, 0, np.int32(0), given, np.int32(0), key, None)
+            return exchange.client(ctx, Received(params, (), ()), state, data)[1].tree
+
+        return work(params, state, key)
+
+    distilled = client("feddistill", teacher, key, weight=0.0)
+    chex.assert_trees_all_close(distilled, client("fedavg", (), keys.stream(key, "student")), rtol=1e-5, atol=1e-6)
 
 
 def test_a_client_does_not_depend_on_its_neighbours():
@@ -132,10 +214,10 @@ def test_a_client_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("name", ["fedavg", "feddistill"])
 def test_evaluation(name):
-    algorithm, simulation = cases.simulation(name)
-    federation = cases.federation()
-    state, _ = simulation.run(simulation.init(0, federation), federation, cases.hparams_of(algorithm), ROUNDS)
-    scalars, clients = jax.device_get(simulation.evaluate(state, federation))
+    _, simulation = cases.simulation(name)
+    federation, hparams = cases.federation(), cases.hparams_of(name)
+    state, _ = simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS)
+    scalars, clients = jax.device_get(simulation.evaluate(state, federation, hparams))
     state, test, holdings = jax.device_get((state, federation.test, federation.test_holdings))
     x, central = (test.x.astype(float) - 0.25) / 1.5, cases.Logistic(state.server)
 
@@ -178,17 +260,18 @@ def test_evaluation_without_any_test_part_is_zero():
     federation = cases.federation()
     count = cases.replicated(np.zeros(7, np.int32), federation)
     nothing = federation._replace(test_holdings=federation.test_holdings._replace(count=count))
-    scalars, _ = jax.device_get(simulation.evaluate(simulation.init(0, nothing), nothing))
+    start, hparams = simulation.init(0, nothing), cases.hparams_of("fedavg")
+    scalars, _ = jax.device_get(simulation.evaluate(start, nothing, hparams))
     across = ("own_accuracy", "own_loss", "own_accuracy_weighted", "worst_client", "quantile_10", "client_std")
     assert {name: float(scalars[name]) for name in across} == dict.fromkeys(across, 0.0)
 
 
 def test_followed_hparams():
     """A default that names another hparam takes its value, given or not."""
-    algorithm, _ = cases.simulation("feddistill")
-    assert simulate.resolve_hparams(algorithm, {})["teacher_learning_rate"] == np.float32(0.01)
-    followed = simulate.resolve_hparams(algorithm, {"learning_rate": 0.5, "local_epochs": 7})
+    resolve = ALGORITHMS["feddistill"].resolve
+    assert resolve({})["teacher_learning_rate"] == np.float32(0.01)
+    followed = resolve({"learning_rate": 0.5, "local_epochs": 7})
     assert (followed["teacher_learning_rate"], followed["teacher_epochs"]) == (0.5, 7)
-    own = simulate.resolve_hparams(algorithm, {"learning_rate": 0.5, "teacher_learning_rate": 0.25})
+    own = resolve({"learning_rate": 0.5, "teacher_learning_rate": 0.25})
     assert (own["learning_rate"], own["teacher_learning_rate"]) == (0.5, 0.25)
     assert {value.dtype for name, value in own.items() if name.endswith("epochs")} == {np.dtype(np.int32)}

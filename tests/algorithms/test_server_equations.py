@@ -11,21 +11,25 @@ import pytest
 from coding_cases import coded, nearest
 
 from fdjax import keys
+from fdjax.contract import Context
+from fdjax.exchange import traffic as counting
 
 ROUNDS, EPOCHS, RATE, BATCH = 2, 2, 0.3, 4
 
 
 def simulate_rounds(name, rounds=ROUNDS, options=None, begin=lambda server: server, **hparams):
-    """(initial state, states and metrics after each round, traffic) on the host; `begin` changes the first server."""
-    algorithm, simulation = cases.simulation(name, batch_size=BATCH, options=options)
-    federation, given = cases.federation(), cases.hparams_of(algorithm, learning_rate=RATE, **hparams)
+    """(initial state; state, metrics and bytes sent of each round) on the host; `begin` changes the first server."""
+    _, simulation = cases.simulation(name, batch_size=BATCH, options=options)
+    federation, given = cases.federation(), cases.hparams_of(name, learning_rate=RATE, **hparams)
+    traffic = simulation.traffic(federation, given)
     state = simulation.init(0, federation)
     state = state._replace(server=cases.replicated(begin(state.server), federation))
     start, history = jax.device_get(state), []
     for _ in range(rounds):
-        state, metrics = simulation.run(state, federation, given, 1)
-        history.append(jax.device_get((state, jax.tree.map(lambda x: x[0], metrics))))
-    return start, history, simulation.traffic(federation)
+        state, report = simulation.run(state, federation, given, 1)
+        kept, report = jax.device_get((state, jax.tree.map(lambda x: x[0], report)))
+        history.append((kept, report.metrics, counting.count_bytes(traffic.round, report.sent)))
+    return start, history
 
 
 def row(stacked, i):
@@ -44,6 +48,12 @@ def participants(number):
         i, x, y = clients[at]
         if len(y):
             yield int(at), keys.stream(key, "client", i), x, y
+
+
+def first_subset():
+    """The proxy examples that a server draws before the first round."""
+    key = keys.stream(jax.random.key(0), "server state")
+    return np.asarray(jax.random.choice(key, cases.PROXIES, (cases.PER_ROUND,), replace=False))
 
 
 def orders(key, epochs, count):
@@ -74,21 +84,21 @@ def subset(key, size=cases.PER_ROUND):
 # FedDF.
 
 
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@pytest.mark.parametrize("weighting", ["examples", pytest.param("uniform", marks=pytest.mark.exhaustive)])
 def test_feddf(weighting):
     """Adam with a cosine and a clipped gradient, the best student by the KL on the held tenth."""
     steps, rate, options = 20, 0.05, {"weighting": weighting}
-    start, history, traffic = simulate_rounds("feddf", server_steps=steps, server_learning_rate=rate, options=options)
+    start, history = simulate_rounds("feddf", server_steps=steps, server_learning_rate=rate, options=options)
     P = cases.FEATURES * cases.CLASSES + cases.CLASSES
-    assert (traffic.up, traffic.down) == ((4 * P,), (4 * P,))
     (px, _), mean = proxies(), start.server[0]
-    for number, (state, metrics) in enumerate(history):
+    for number, (state, metrics, sent) in enumerate(history):
         uploads, weights = [], []
         for _, key, x, y in participants(number):
             mine = cases.Logistic(mean)
             descend(mine, x, hard(y), orders(key, EPOCHS, len(y)), RATE)
             uploads.append(mine)
             weights.append(len(y) if weighting == "examples" else 1)
+        assert sent == {"up": 4 * P * len(uploads), "down": 4 * P * len(uploads)}
         teacher = np.mean([mine(px) for mine in uploads], axis=0)
         student = cases.Logistic(cases.weighted_average([mine.params() for mine in uploads], weights))
         ids = subset(server_key(number))
@@ -123,14 +133,14 @@ def test_feddf(weighting):
 
 def test_feddf_of_two_prototypes_stops_early_and_reverts_to_the_average():
     """Each starts from its own clients' average and has the clients of both for teachers; eta = 0 finds nothing new."""
-    algorithm, simulation = cases.simulation("feddf", cohorts=(("mclr", 3), ("mclr", 4)), participants=(2, 3))
+    _, simulation = cases.simulation("feddf", cohorts=(("mclr", 3), ("mclr", 4)), participants=(2, 3))
     federation = cases.federation(cohort_sizes=(3, 4))
     hparams = cases.hparams_of(
-        algorithm, learning_rate=RATE, local_epochs=EPOCHS, server_steps=200, server_learning_rate=0.0
+        "feddf", learning_rate=RATE, local_epochs=EPOCHS, server_steps=200, server_learning_rate=0.0
     )
     state = simulation.init(0, federation)
     before = jax.device_get(state.server)
-    after, metrics = jax.device_get(simulation.run(state, federation, hparams, 1))
+    after, report = jax.device_get(simulation.run(state, federation, hparams, 1))
     key, clients, (px, _) = cases.round_key(0, 0), cases.clients_of(federation), proxies()
     uploads, weights = ([], []), ([], [])
     for j, (first, size, drawn) in enumerate([(0, 3, 2), (3, 4, 3)]):
@@ -148,50 +158,65 @@ def test_feddf_of_two_prototypes_stops_early_and_reverts_to_the_average():
         chex.assert_trees_all_close(after.server[j], average, rtol=1e-4, atol=1e-5)
         kls.append(cases.kl_divergence(teacher[held], cases.Logistic(average)(px[held])).mean())
     assert len(uploads[0]) != len(uploads[1])
-    np.testing.assert_allclose(metrics["distill_loss"], np.mean(kls), rtol=1e-3)
-    assert metrics["server_steps"] == 20  # a tenth of N
+    np.testing.assert_allclose(report.metrics["distill_loss"], np.mean(kls), rtol=1e-3)
+    assert report.metrics["server_steps"] == 20  # a tenth of N
+
+
+def fused(options, *uploads):
+    """Params of a server that reverts to the average of uploads of 1, 2, ... examples, and their KL to the teacher."""
+    algorithm, _ = cases.simulation("feddf", options=options)
+    (exchange,) = algorithm.round
+    hparams = cases.hparams_of("feddf", server_steps=20, server_learning_rate=0.0)
+
+    @jax.jit
+    def reduce_and_serve(uploads):
+        proxy = cases.federation().proxy
+        ctx = Context(cases.model(), 0, np.int32(-1), hparams, np.int32(0), jax.random.key(3), proxy)
+        partials = [exchange.reduce.partial(ctx, x, jnp.float32(n + 1)) for n, x in enumerate(uploads)]
+        total = exchange.reduce.finish(ctx, jax.tree.map(lambda *x: sum(x), *partials))
+        before = jax.tree.map(jnp.zeros_like, uploads[0])
+        (params,), metrics = exchange.server(ctx, (before,), (total,))
+        return params, metrics["distill_loss"]
+
+    return reduce_and_serve(uploads)
+
+
+def test_feddf_weighs_its_average():
+    uploads = [cases.model().init(jax.random.key(seed)) for seed in (0, 1)]
+    for weighting, weights in (("examples", (1, 2)), ("uniform", (1, 1))):
+        params, _ = fused({"weighting": weighting}, *uploads)
+        chex.assert_trees_all_close(params, cases.weighted_average(uploads, weights), rtol=1e-5, atol=1e-6)
 
 
 def test_feddf_drops_clients_that_guess():
     """One whose accuracy on the proxy data is no better than chance counts in no mean; if all are so, all count."""
-    algorithm, _ = cases.simulation("feddf", options={"drop_worst": "on"})
-    model, proxy = cases.model(), cases.federation().proxy
-    good = cases.Logistic(model.init(jax.random.key(0)))
+    drop = {"drop_worst": "on"}
+    good = cases.Logistic(cases.model().init(jax.random.key(0)))
     px, py = proxies()
     descend(good, px, hard(py), [np.arange(len(py))] * 200, 0.1)
     good = jax.tree.map(jnp.float32, good.params())
     guess = jax.tree.map(jnp.zeros_like, good)
     guess["Dense_0"]["bias"] = jnp.asarray([0.0, 0.0, 0.0, 9.0])  # a class of 2 in 11
-
-    def summary(*uploads):
-        seen = [algorithm.examine(model, upload, proxy, {}) for upload in uploads]
-        return [
-            r.finish(
-                jax.tree.map(lambda *x: sum(x), *(r.partial(one, jnp.float32(n + 1)) for n, one in enumerate(seen)))
-            )
-            for r in (algorithm.reduction, algorithm.within)
-        ]
-
-    chex.assert_trees_all_close(summary(good, guess), [(s[0], s[1]) for s in summary(good)])
-    (logits, _), (params, weight) = summary(guess, guess)
-    chex.assert_trees_all_close(params, guess)
-    np.testing.assert_allclose(logits[:, 3], 9.0)
-    assert weight == 3
+    chex.assert_trees_all_close(fused(drop, good, guess), (good, 0.0), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(fused(drop, guess, guess), (guess, 0.0), rtol=1e-6, atol=1e-6)
 
 
 # CFD.
 
 
-@pytest.mark.parametrize(("bits_up", "bits_down"), [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("bits_up", "bits_down"),
+    [(1, 2), *(pytest.param(*bits, marks=pytest.mark.exhaustive) for bits in ((1, 1), (2, 1)))],
+)
 def test_cfd(bits_up, bits_down):
     """Labels of few bits, and the bytes of each round."""
     options = {"bits_up": str(bits_up), "bits_down": str(bits_down)}
-    start, history, _ = simulate_rounds("cfd", rounds=3, distill_epochs=3, options=options)
+    start, history = simulate_rounds("cfd", rounds=3, distill_epochs=3, options=options)
     px, _ = proxies()
     most_up, most_down = 2**bits_up - 1, 2**bits_down - 1
-    central, ids, labels = cases.Logistic(start.server["params"]), start.server["ids"], None
+    central, ids, labels = cases.Logistic(start.server["params"]), first_subset(), None
     had, gave = {}, {}  # what each client last received and sent, of every proxy example
-    for number, (state, metrics) in enumerate(history):
+    for number, (state, _, sent_bytes) in enumerate(history):
         uploads, up, down = [], 0, 0
         for at, key, x, y in participants(number):
             mine = cases.Logistic(row(start.clients[0]["start"], at))
@@ -207,16 +232,20 @@ def test_cfd(bits_up, bits_down):
             uploads.append(nearest(cases.softmax(mine(px[ids])), most_up))
             up += coded(uploads[-1], sent[ids], most_up)
             sent[ids] = uploads[-1]
-            chex.assert_trees_all_close(row(state.clients[0]["params"], at), mine.params(), rtol=1e-4, atol=1e-5)
-        assert (metrics["bytes_up"], metrics["bytes_down"]) == (up, down)
+            own = row(state.clients[0], at)
+            chex.assert_trees_all_close(own["params"], mine.params(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(own["received"], received)
+            np.testing.assert_array_equal(own["sent"], sent)
+        assert sent_bytes == {"up": up, "down": down}
         target, key = np.mean(uploads, axis=0) / most_up, server_key(number)
         epochs = orders(keys.stream(key, "distill"), 3, len(ids))
         descend(central, px[ids], lambda z, b, target=target: cases.softmax(z) - target[b], epochs, RATE)
         chex.assert_trees_all_close(state.server["params"], central.params(), rtol=1e-4, atol=1e-5)
         ids = subset(key)
-        labels = nearest(cases.softmax(central(px[ids])), most_down)
-        np.testing.assert_array_equal(state.server["ids"], ids)
-        np.testing.assert_array_equal(state.server["symbols"], labels)
+        probabilities = cases.softmax(central(px[ids]))
+        labels = nearest(probabilities, most_down)
+        np.testing.assert_array_equal(state.server["labels"].ids, ids)
+        np.testing.assert_allclose(state.server["labels"].labels, probabilities, rtol=1e-3, atol=1e-4)
 
 
 # FedGKT.
@@ -256,10 +285,11 @@ class Edge:
 
 def test_fedgkt():
     T, alpha, epochs = 2.0, 0.8, 3
-    start, history, _ = simulate_rounds("fedgkt", temperature=T, weight=alpha, server_epochs=epochs)
+    start, history = simulate_rounds("fedgkt", temperature=T, weight=alpha, server_epochs=epochs)
     edges = [Edge(row(start.clients[0], i)) for i in range(7)]
+    ids = np.asarray(cases.federation().client)  # by which the server keeps what it says
     net, taught = cases.Logistic(start.server["params"]), {}
-    for number, (state, metrics) in enumerate(history):
+    for number, (state, _, sent) in enumerate(history):
         h, z, labels, owners, up, down = [], [], [], [], 0, 0
         for at, key, x, y in participants(number):
             known = taught.get(at)
@@ -277,7 +307,7 @@ def test_fedgkt():
             z.append(edges[at](x))
             labels.append(y)
             owners.append(at)
-        assert (metrics["bytes_up"], metrics["bytes_down"]) == (up, down)
+        assert sent == {"up": up, "down": down}
         sizes = [len(y) for y in labels]
         h, teacher, y = np.concatenate(h), np.concatenate(z), np.concatenate(labels)
 
@@ -288,17 +318,17 @@ def test_fedgkt():
         chex.assert_trees_all_close(state.server["params"], net.params(), rtol=1e-3, atol=1e-4)
         for at, mine in zip(owners, np.split(net(h), np.cumsum(sizes)[:-1]), strict=True):
             taught[at] = mine
-            np.testing.assert_allclose(state.server["logits"][at, : len(mine)], mine, rtol=1e-3, atol=1e-3)
-        np.testing.assert_array_equal(np.flatnonzero(state.server["known"]), sorted(taught))
+            np.testing.assert_allclose(state.server["logits"][ids[at], : len(mine)], mine, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(np.flatnonzero(state.server["known"]), sorted(ids[at] for at in taught))
         for at, edge in enumerate(edges):
             chex.assert_trees_all_close(row(state.clients[0], at), edge.params(), rtol=1e-3, atol=1e-4)
 
 
 def test_fedgkt_predicts_with_the_server_on_a_clients_features():
-    algorithm, simulation = cases.simulation("fedgkt")
-    federation = cases.federation()
-    state, _ = simulation.run(simulation.init(0, federation), federation, cases.hparams_of(algorithm), 1)
-    scalars, clients = jax.device_get(simulation.evaluate(state, federation))
+    _, simulation = cases.simulation("fedgkt")
+    federation, hparams = cases.federation(), cases.hparams_of("fedgkt")
+    state, _ = simulation.run(simulation.init(0, federation), federation, hparams, 1)
+    scalars, clients = jax.device_get(simulation.evaluate(state, federation, hparams))
     state, test = jax.device_get((state, federation.test))
     x, net = (test.x.astype(float) - 0.25) / 1.5, cases.Logistic(state.server["params"])
     right = [(net(Edge(row(state.clients[0], i)).features(x)).argmax(1) == test.y).mean() for i in range(7)]
@@ -310,24 +340,25 @@ def test_fedgkt_predicts_with_the_server_on_a_clients_features():
 
 
 def test_fedgems():
-    """The server was right about every other example before, so that it remembers some of those it is wrong about."""
+    """The server starts from the contrary of what it drew, and once was right about half of what it is wrong about."""
     weight, rounds, kinds, n, K = 0.4, 4, set(), cases.PER_ROUND, cases.CLASSES
-    memory = {one: np.random.default_rng(one).normal(size=K) for one in range(0, cases.PROXIES, 2)}
+    (px, py), memory = proxies(), {}
 
     def remember(server):
         known, logits = np.zeros(cases.PROXIES, np.float32), np.zeros((cases.PROXIES, K), np.float32)
-        for one, z in memory.items():
-            known[one], logits[one] = 1, z
-        return server | {"known": known, "memory": logits}
+        contrary = jax.tree.map(jnp.negative, server["params"])
+        wrong = np.flatnonzero(cases.Logistic(contrary)(px).argmax(1) != py)
+        for example in wrong[::2].tolist():
+            memory[example] = np.random.default_rng(example).normal(size=K)
+            known[example], logits[example] = 1, memory[example]
+        return server | {"params": contrary, "known": known, "memory": logits}
 
-    start, history, traffic = simulate_rounds(
+    start, history = simulate_rounds(
         "fedgems", rounds=rounds, weight=weight, distill_epochs=2, server_epochs=3, begin=remember
     )
-    assert traffic.down == (4 * n * K + 4 * n,)
-    px, py = proxies()
     central, clients = cases.Logistic(start.server["params"]), [row(start.clients[0], i) for i in range(7)]
     clients = [cases.Logistic(params) for params in clients]
-    ids, sent = start.server["ids"], None
+    ids, said_by_server = first_subset(), None
 
     def mixed(teacher, weights, y):
         def slope(z, batch):
@@ -336,35 +367,36 @@ def test_fedgems():
 
         return slope
 
-    for number, (state, metrics) in enumerate(history):
+    for number, (state, _, sent) in enumerate(history):
         uploads = []
         for at, key, x, y in participants(number):
-            if sent is not None:
+            if said_by_server is not None:
                 epochs = orders(keys.stream(key, "distill"), 2, n)
-                descend(clients[at], px[ids], mixed(sent, np.full(n, weight), py[ids]), epochs, RATE)
+                descend(clients[at], px[ids], mixed(said_by_server, np.full(n, weight), py[ids]), epochs, RATE)
             descend(clients[at], x, hard(y), orders(keys.stream(key, "train"), EPOCHS, len(y)), RATE)
             uploads.append(clients[at](px[ids]))
             chex.assert_trees_all_close(row(state.clients[0], at), clients[at].params(), rtol=1e-3, atol=1e-4)
-        assert metrics["bytes_up"] == 4 * n * K * len(uploads)
+        down = 4 * n + (0 if said_by_server is None else 4 * n * K)
+        assert sent == {"up": 4 * n * K * len(uploads), "down": down * len(uploads)}
         teacher, weights = np.zeros((n, K)), np.full(n, weight)
-        for i, one in enumerate(ids):
-            z = central(px[one])
-            if z.argmax() == py[one]:
-                memory[one], weights[i] = z, 0
+        for i, example in enumerate(ids.tolist()):
+            z = central(px[example])
+            if z.argmax() == py[example]:
+                memory[example], weights[i] = z, 0
                 kinds.add("right")
-            elif one in memory:
-                teacher[i] = memory[one]
+            elif example in memory:
+                teacher[i] = memory[example]
                 kinds.add("remembered")
             else:
                 said = np.array([upload[i] for upload in uploads])
                 p = cases.softmax(said)
-                score = (said.argmax(1) == py[one]) / np.maximum(-(p * np.log(p)).sum(1), 1 / 16)
+                score = (said.argmax(1) == py[example]) / np.maximum(-(p * np.log(p)).sum(1), 1 / 16)
                 teacher[i] = np.exp(score) / np.exp(score).sum() @ said
                 kinds.add("asked")
         epochs = orders(keys.stream(server_key(number), "train"), 3, n)
         descend(central, px[ids], mixed(teacher, weights, py[ids]), epochs, RATE)
         chex.assert_trees_all_close(state.server["params"], central.params(), rtol=1e-3, atol=1e-4)
         ids = subset(server_key(number))
-        sent = central(px[ids])
-        np.testing.assert_allclose(state.server["logits"], sent, rtol=1e-3, atol=1e-3)
+        said_by_server = central(px[ids])
+        np.testing.assert_allclose(state.server["logits"], said_by_server, rtol=1e-3, atol=1e-3)
     assert kinds == {"right", "remembered", "asked"}

@@ -21,25 +21,35 @@ FLAGS = (
 )  # fmt: skip
 
 
-def start(folder, *flags, devices=1):
+def begin(folder, *command, devices=1):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": programs.quick(os.environ.get("XLA_FLAGS", "")),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine"))),
     }  # fmt: skip
-    command = [sys.executable, "-m", "fdjax", *FLAGS, *flags]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def start(folder, *flags, devices=1):
+    return begin(folder, "-m", "fdjax", *FLAGS, *flags, devices=devices)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def finish(*processes):
+    """(exit code, stdout, stderr) of each."""
+    return [(p.returncode, *said) for p, said in [(p, p.communicate(timeout=600)) for p in processes]]
 
 
 def together(folder, *flags, second=()):
-    """Both processes' (exit code, stdout, last line of stderr)."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    cluster = (f"--coordinator=localhost:{port}", "--num_processes=2")
-    processes = [start(folder, *flags, *cluster, f"--process_id={i}", *(second if i else ())) for i in range(2)]
-    ends = [process.communicate(timeout=200) for process in processes]
-    return [(p.returncode, out, (err.splitlines() or [""])[-1]) for p, (out, err) in zip(processes, ends, strict=True)]
+    """Both processes' (exit code, stdout, stderr)."""
+    cluster = (f"--coordinator=localhost:{free_port()}", "--num_processes=2")
+    return finish(*(start(folder, *flags, *cluster, f"--process_id={i}", *(second if i else ())) for i in range(2)))
 
 
 def numbers(folder):
@@ -49,9 +59,8 @@ def numbers(folder):
 
 
 def test_two_processes_are_one_simulation(tmp_path):
-    alone = start(tmp_path, "--rounds=4", f"--out={tmp_path}/one", devices=2)
-    said = alone.communicate(timeout=200)[1]
-    assert alone.returncode == 0, said
+    ((code, _, said),) = finish(start(tmp_path, "--rounds=4", f"--out={tmp_path}/one", devices=2))
+    assert code == 0, said
     for rounds, resume in ((2, ()), (4, ("--resume",))):
         first, second = together(tmp_path, f"--rounds={rounds}", f"--out={tmp_path}/two", *resume)
         assert (first[0], second[0]) == (0, 0), (first, second)
@@ -63,6 +72,17 @@ def test_two_processes_are_one_simulation(tmp_path):
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def test_every_feature_of_the_engine_in_two_processes(tmp_path):
+    program, cluster = str(ROOT / "tests/engine/probe_on_hosts.py"), (f"localhost:{free_port()}", "2")
+    both = [begin(tmp_path, program, f"{tmp_path}/two.npz", *cluster, str(i)) for i in range(2)]
+    for code, _, said in finish(begin(tmp_path, program, f"{tmp_path}/one.npz", devices=2), *both):
+        assert code == 0, said
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert len(one.files) == len(two.files) > 20
+    for name in one.files:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [
@@ -72,9 +92,9 @@ def test_two_processes_are_one_simulation(tmp_path):
 )
 def test_hosts_that_disagree_say_on_what(tmp_path, second, message):
     ends = together(tmp_path, "--rounds=2", f"--out={tmp_path}/out", second=(second,))
-    for code, _, last in ends:
-        assert code == 2
-        assert last.startswith(f"error: hosts disagree: {message}")
+    for code, _, said in ends:
+        assert code == 2, said
+        assert said.splitlines()[-1].startswith(f"error: hosts disagree: {message}"), said
 
 
 @pytest.mark.parametrize(

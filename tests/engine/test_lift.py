@@ -31,14 +31,15 @@ def work(shared, row):
     """As much work as the row says; a row of zeros does none and adds nothing."""
     matrix, _ = shared
     state = lax.fori_loop(0, row["steps"], lambda _, v: jnp.tanh(matrix @ v), row["vector"])
-    return {"id": row["id"], "state": state}, (row["steps"] * state, row["steps"])
+    partials = lift.Partials((row["steps"] * state, row["steps"]), row["id"], row["id"])
+    return {"id": row["id"], "state": state}, lift.identity_unless(row["id"] > 0, partials)
 
 
 def problem(size):
     rng = np.random.default_rng(size)
     shared = rng.normal(size=(3, 3)).astype(np.float32), np.int32(0)
     rows = {
-        "id": rng.permutation(size).astype(np.int32),
+        "id": 1 + rng.permutation(size).astype(np.int32),
         "steps": np.sort(rng.integers(0, 9, size))[::-1].astype(np.int32),
         "vector": rng.normal(size=(size, 3)).astype(np.float32),
     }
@@ -60,19 +61,22 @@ def loop(size):
 @pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS)
 def test_lifting_is_a_loop(kind, chunk, devices):
     for size in (1, 11) if chunk in (1, 100) else (11,):
-        kept, (total, steps) = lifted(work, chunk, devices, kind)(*problem(size))
+        kept, totals = lifted(work, chunk, devices, kind)(*problem(size))
+        total, steps = totals.sum
         expected, (expected_total, expected_steps) = loop(size)
         np.testing.assert_array_equal(kept["id"], expected["id"])  # order
         np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(total, expected_total, rtol=1e-5, atol=1e-5)
         assert steps == expected_steps
+        assert (totals.min, totals.max) == (1, size)
 
 
 @pytest.mark.parametrize(("kind", "devices"), [("chunk", 1), ("shard_map", 2), ("pmap", 2)])
 @pytest.mark.parametrize("narrow", [((0.2, 1), (0.6, 2)), ((0.01, 1), (1.0, 2))], ids=str)
 def test_narrower_chunks_for_the_first_change_nothing(kind, devices, narrow):
     one = lifting(kind, 4, devices)._replace(narrow=narrow)
-    kept, (total, steps) = jax.jit(functools.partial(lift.over_clients, work, lifting=one))(*problem(11))
+    kept, totals = jax.jit(functools.partial(lift.over_clients, work, lifting=one))(*problem(11))
+    total, steps = totals.sum
     expected, (expected_total, expected_steps) = loop(11)
     np.testing.assert_array_equal(kept["id"], expected["id"])
     np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
@@ -83,10 +87,12 @@ def test_narrower_chunks_for_the_first_change_nothing(kind, devices, narrow):
 def test_rows_may_be_arrays_of_any_rank_and_dtype():
     rows = (np.arange(5, dtype=np.uint32), np.arange(30, dtype=np.float32).reshape(5, 2, 3), np.eye(5) > 0)
     for chunk, devices in ((2, 1), (2, 4)):
-        kept, total = lifted(lambda shared, row: (row, row[1].sum()), chunk, devices)(np.float32(0), rows)
+        kept, total = lifted(lambda shared, row: (row, lift.Partials(row[1].sum())), chunk, devices)(
+            np.float32(0), rows
+        )
         chex.assert_trees_all_equal(kept, rows)
         chex.assert_trees_all_equal_dtypes(kept, rows)
-        assert total == rows[1].sum()
+        assert total.sum == rows[1].sum()
 
 
 def test_a_chunk_of_one_is_not_vmapped():
@@ -103,7 +109,7 @@ def test_a_chunk_of_one_is_not_vmapped():
         return 2 * x, True
 
     def one(shared, row):
-        return double(row), ()
+        return double(row), lift.Partials()
 
     rows = np.arange(6, dtype=np.float32)
     for chunk, expected in ((1, []), (3, [3])):
@@ -113,7 +119,9 @@ def test_a_chunk_of_one_is_not_vmapped():
 
 
 def test_a_python_loop_is_a_loop():
-    kept, (total, steps) = lift.over_clients(work, *problem(11), lifting("loop"))
+    kept, totals = lift.over_clients(work, *problem(11), lifting("loop"))
+    total, steps = totals.sum
+    assert (totals.min, totals.max) == (1, 11)
     expected, (expected_total, expected_steps) = loop(11)
     np.testing.assert_allclose(kept["state"], expected["state"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(total, expected_total, rtol=1e-5, atol=1e-5)
@@ -122,7 +130,7 @@ def test_a_python_loop_is_a_loop():
 
 def test_a_failure_in_the_loop_names_client_stage_and_shapes():
     def one(shared, row):
-        return shared["matrix"] @ row["vector"], ()
+        return shared["matrix"] @ row["vector"], lift.Partials()
 
     shared, rows = {"matrix": np.eye(3, dtype=np.float32)}, {"vector": np.ones((2, 4), np.float32)}
     with pytest.raises(TypeError) as caught:
@@ -138,15 +146,17 @@ def test_ordered_sums_are_bitwise_the_same_on_any_number_of_devices(kind, chunk)
     results = [jax.device_get(lifted(work, chunk, d, kind, ordered=True)(shared, rows)) for d in (1, 2, 4)]
     for result in results[1:]:
         chex.assert_trees_all_equal(result, results[0])
-    chex.assert_trees_all_close(results[0][1], loop(11)[1], rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(results[0][1].sum, loop(11)[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_ordered_sums_of_clients_that_add_nothing(devices):
     """As when the states of clients are made: FedDistill could not begin."""
     shared, rows = problem(5)
-    kept, total = lifted(lambda shared, row: (work(shared, row)[0], ()), 2, devices, ordered=True)(shared, rows)
-    assert total == ()
+    kept, totals = lifted(lambda shared, row: (work(shared, row)[0], lift.Partials()), 2, devices, ordered=True)(
+        shared, rows
+    )
+    assert totals == lift.Partials()
     np.testing.assert_array_equal(kept["id"], rows["id"])
 
 
@@ -173,7 +183,7 @@ def test_gradients_of_shared_parameters_stay_with_their_client(kind, chunk, devi
     def one(params, row):
         x, y = row
         gradient = jax.grad(lambda p: losses.cross_entropy(x @ p["W"] + p["b"][None], y).mean())(params)
-        return gradient, ()
+        return gradient, lift.Partials()
 
     gradients, _ = lifted(one, chunk, devices, kind)(params, rows)
     for i, (x, y) in enumerate(zip(*rows, strict=True)):

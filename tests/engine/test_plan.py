@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from fdjax import models
 from fdjax.engine import lift, plan
 from fdjax.errors import InputError
 from fdjax.run import experiment, runner, settings
@@ -14,10 +15,16 @@ SMALL = {
 }  # fmt: skip
 
 
-def choose(kind="auto", chunk=0, devices=0, participants=(6,)):
-    built = experiment.build(settings.make(**SMALL))
-    steps = [np.ones(size, np.int32) for size in participants]
-    return plan.choose(kind, chunk, devices, [cohort.model for cohort in built.layout.cohorts], participants, steps)
+MODEL = models.build("mclr", (60,), 10)
+
+
+def work(*steps):
+    """Rounds of all clients, whose steps are given cohort by cohort."""
+    return plan.Work((MODEL,), tuple(map(len, steps)), steps)
+
+
+def choose(clients=6, **request):
+    return plan.choose(plan.Request(**request), work(np.ones(clients, np.int32)))
 
 
 @pytest.mark.parametrize(
@@ -30,21 +37,20 @@ def choose(kind="auto", chunk=0, devices=0, participants=(6,)):
         ({"kind": "vmap"}, ("vmap", 1, 6)),
         ({"kind": "loop"}, ("loop", 1, 6)),
         ({"chunk": 5}, ("shard_map", 4, 2)),  # no device gets five of six
+        ({"chunk": 5, "ordered": True}, ("shard_map", 4, 5)),  # a sum in order is of the chunks that were asked for
     ],
     ids=str,
 )
 def test_what_is_picked(given, expected):
     chosen = choose(**given)
-    assert (chosen.kind, chosen.mesh.size, chosen.chunk) == expected
+    assert (chosen.lifting.kind, chosen.lifting.mesh.size, chosen.lifting.chunk) == expected
     assert chosen.why.startswith(f"{expected[0]} on {expected[1]} cpu device")
 
 
 def test_the_automatic_chunk_is_evened_out_over_the_turns():
-    model = experiment.build(settings.make(**SMALL)).layout.cohorts[0].model
     mesh = lift.make_mesh(jax.devices()[:2])
-    chunk = plan.automatic_chunk([model], mesh, 1000)
-    assert chunk == 167  # 500 each, at most 214 at once: three turns
-    assert plan.automatic_chunk([model], mesh, 5) == 3
+    assert plan.automatic_chunk(work(np.ones(1000)), mesh) == 167  # 500 each, at most 214 at once: three turns
+    assert plan.automatic_chunk(work(np.ones(5)), mesh) == 3
 
 
 def executed(steps, chunk, narrow, devices):
@@ -64,14 +70,25 @@ def test_a_power_law_federation_runs_few_idle_steps(seed, devices):
     mesh = lift.make_mesh(jax.devices()[:devices])
     sizes = np.random.default_rng(seed).lognormal(4, 2, 1000).astype(int) + 50  # synthetic(alpha, beta)'s
     steps = -(-sizes // 10)
-    narrow = plan.narrower([steps], [1000], 167, mesh)
+    narrow = plan.narrower(work(steps), 167, mesh)
     assert executed(steps, 167, (), devices) > 5 * steps.sum()
     assert executed(steps, 167, narrow, devices) < 1.3 * steps.sum()
 
 
 def test_clients_of_like_size_share_one_chunk_size():
     for steps in (np.full(1000, 20), np.arange(1000) // 200 + 20):
-        assert plan.narrower([steps], [1000], 167, lift.make_mesh(jax.devices()[:2])) == ()
+        assert plan.narrower(work(steps), 167, lift.make_mesh(jax.devices()[:2])) == ()
+
+
+def test_another_chunk_has_narrower_chunks_of_its_own():
+    steps = np.asarray([500] * 2 + [1] * 998)
+    chosen = plan.choose(plan.Request(devices=1), work(steps))
+    assert chosen.lifting.narrow
+    changed = chosen.in_chunks_of(50)
+    assert changed.lifting.chunk == 50
+    assert changed.lifting.narrow == plan.narrower(work(steps), 50, chosen.lifting.mesh)
+    assert changed.lifting._replace(chunk=chosen.lifting.chunk, narrow=chosen.lifting.narrow) == chosen.lifting
+    assert plan.choose(plan.Request(devices=1, chunk=100), work(steps)).in_chunks_of(50).lifting.narrow == ()
 
 
 def test_a_mesh_that_does_not_divide_the_clients_says_so():
@@ -117,22 +134,22 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts():
 
 def test_the_chunk_shrinks_to_what_fits(capsys):
     """The estimate that the compiler makes grows with the chunk, so a limit between two chunks picks the smaller."""
-    made = SMALL | {"algorithm": "fedavg", "num_clients": 16, "devices": 1, "lifting": "chunk"}
-    built = experiment.build(settings.make(**made))
+    fields = SMALL | {"algorithm": "fedavg", "num_clients": 16, "devices": 1, "lifting": "chunk"}
+    built = experiment.build(settings.make(**fields))
     state = built.simulation.init(0, built.federation)
 
     def needed(chunk):
-        other = built.rechunked(chunk)
+        other = experiment.with_plan(built, built.plan.in_chunks_of(chunk))
         calls = (
             other.simulation.run.lower(state, built.federation, built.hparams, 1),
-            other.simulation.evaluate.lower(state, built.federation),
+            other.simulation.evaluate.lower(state, built.federation, built.hparams),
         )
         return max(plan.needed_bytes(call.compile()) for call in calls)
 
     small, large = needed(1), needed(16)
     assert small < large
     limit = (small + large) / 2e9
-    result = runner.run(settings.make(**made, memory_limit=limit), progress=True)
+    result = runner.run(settings.make(**fields, memory_limit=limit), progress=True)
     said = capsys.readouterr().err
     assert "because 16 does not fit" in said
     assert np.isfinite(result.final["central_loss"])

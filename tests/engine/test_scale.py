@@ -7,16 +7,18 @@ import pytest
 
 from fdjax import models
 from fdjax.algorithms import ALGORITHMS
-from fdjax.client.local import Task, Training
 from fdjax.data.federation import federate
-from fdjax.engine import lift, simulate
+from fdjax.engine import lift
 from fdjax.engine.layout import Layout
+from fdjax.engine.simulation import simulation
+from fdjax.method import Task, Training
 from fdjax.types import Cohort, Holdings, Source
 
 FEATURES, CLASSES, CHUNK, EACH = 8, 10, 250, 2
 UPLOAD = 4 * (FEATURES * CLASSES + CLASSES)  # bytes of one client's parameters
-# Rows of a client's id, start and count, dealt to chunks and back, and what it returns: its weight and its loss.
-INDICES = 6 * 4
+# Rows of a client's id, start and count, dealt to chunks and back, and what it returns: its weight, its loss, and which
+# of its numbers is not finite.
+INDICES = 7 * 4
 
 
 def build(clients):
@@ -34,12 +36,12 @@ def build(clients):
     test = Holdings(np.zeros(1, np.int32), 0 * ids, 0 * ids)
     mesh = lift.make_mesh(jax.devices()[:1])
     model = models.build("mclr", (FEATURES,), CLASSES)
-    training = Training(EACH, lambda h: optax.sgd(h["learning_rate"]))
-    algorithm = ALGORITHMS["fedavg"].build(Task(model, (model,), training, training, clients, CLASSES))
-    layout = Layout((Cohort(model, clients),), (clients,), mesh, chunk=CHUNK)
+    training = Training(EACH, lambda learning_rate, round: optax.sgd(learning_rate))
+    fedavg = ALGORITHMS["fedavg"]
+    algorithm = fedavg.algorithm(Task(model, (model,), (clients,), training, training, CLASSES))
+    layout = Layout(model, (Cohort(model, clients),), (clients,), lift.Lifting("shard_map", mesh, CHUNK))
     federation = federate(source, train, test, (clients,), mesh)
-    hparams = simulate.resolve_hparams(algorithm, {"learning_rate": 1.0})
-    return simulate.simulation(algorithm, layout), federation, hparams
+    return simulation(algorithm, layout), federation, fedavg.resolve({"learning_rate": 1.0})
 
 
 def compile_round(simulation, federation, hparams):
@@ -54,13 +56,13 @@ def hundred_thousand():
 
 def test_a_round_of_100_000_clients(hundred_thousand):
     simulation, federation, hparams, run = hundred_thousand
-    state, metrics = run(simulation.init(0, federation), federation, hparams)
+    state, report = run(simulation.init(0, federation), federation, hparams)
     before = simulation.init(0, federation)
     loss = {
-        when: float(simulation.evaluate(s, federation)[0]["central_loss"])
+        when: float(simulation.evaluate(s, federation, hparams)[0]["central_loss"])
         for when, s in (("before", before), ("after", state))
     }
-    assert np.isfinite(metrics["train_loss"]).all()
+    assert np.isfinite(report.metrics["train_loss"]).all()
     assert loss["after"] < 0.9 * loss["before"]
 
     # One step on both of a client's examples, averaged over clients of equal size, is one step on all of them.
@@ -74,7 +76,7 @@ def test_a_round_of_100_000_clients(hundred_thousand):
 
 
 def test_memory_follows_the_chunk(hundred_thousand):
-    """Five times the clients may cost 24 bytes more for each, their share of index arrays: not 360, an upload each."""
+    """Five times the clients may cost 28 bytes more for each, their share of index arrays: not 360, an upload each."""
     *_, run = hundred_thousand
     small, large = (compiled.memory_analysis().temp_size_in_bytes for compiled in (compile_round(*build(20_000)), run))
     print(

@@ -1,5 +1,6 @@
 """Reductions against NumPy in float64."""
 
+import functools
 import itertools
 
 import engine_cases as cases
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fdjax.contract import Algorithm, Broadcast, Exchange, Stack, Upload
 from fdjax.engine import lift
 from fdjax.exchange import reductions
 from fdjax.exchange.reductions import ByLabel, Weighted
@@ -26,13 +28,19 @@ def uploads(size, seed=0):
     ]
 
 
+def contribution(reduction, upload, weight):
+    """What one client adds to the totals: the engine leaves out the absent where they cannot be added as zeros."""
+    partials = lift.Partials(**{reduction.combine: reduction.partial(None, upload, weight)})
+    return partials if reduction.combine == "sum" else lift.identity_unless(weight > 0, partials)
+
+
 def reduce(trees, weights, groups=None, reduction=None):
-    """finish(sum of partials), the partials added group by group, as chunks and devices do."""
+    """finish(partials combined), the partials combined group by group, as chunks and devices do."""
     reduction = reduction or reductions.weighted_mean()
-    partials = [reduction.partial(x, jnp.float32(w)) for x, w in zip(trees, weights, strict=True)]
-    add = lambda parts: jax.tree.map(lambda *x: sum(x), *parts)  # noqa: E731
+    partials = [contribution(reduction, x, jnp.float32(w)) for x, w in zip(trees, weights, strict=True)]
     cuts = [0, *(groups or []), len(partials)]
-    return reduction.finish(add([add(partials[i:j]) for i, j in itertools.pairwise(cuts) if i < j]))
+    total = lift.combine(*(lift.combine(*partials[i:j]) for i, j in itertools.pairwise(cuts) if i < j))
+    return reduction.finish(None, getattr(total, reduction.combine))
 
 
 def expected(trees, weights):
@@ -154,6 +162,14 @@ def numpy_label_mean_by_example(*drawn):
     return numpy_label_mean(*drawn, by_example=True)
 
 
+def numpy_minimum(logits, certainty, counts, sums):
+    return np.min([z for z, _ in there(logits)], axis=0), np.min([n for n, _ in there(counts)], axis=0)
+
+
+def numpy_maximum_probability(logits, certainty, counts, sums):
+    return np.max([cases.softmax(z) for z, _ in there(logits)], axis=0)
+
+
 REDUCTIONS = {
     "weighted_mean": (reductions.weighted_mean(), lambda z, s, n, v: z, numpy_weighted_mean),
     "mean": (reductions.mean(), lambda z, s, n, v: z, numpy_mean),
@@ -166,7 +182,10 @@ REDUCTIONS = {
         lambda z, s, n, v: ByLabel(v, n),
         numpy_label_mean_by_example,
     ),
+    "minimum": (reductions.minimum(), lambda z, s, n, v: (z, n.astype(np.int32)), numpy_minimum),
+    "maximum": (reductions.maximum(jax.nn.softmax), lambda z, s, n, v: z, numpy_maximum_probability),
 }
+EXTREMES = ("minimum", "maximum")
 ALL = pytest.mark.parametrize("name", REDUCTIONS)
 
 
@@ -177,7 +196,12 @@ def rows_of(tree):
 def spoiled(stacked, bad):
     """The uploads with `bad` in place of everything that clients of weight 0 sent."""
     gone = np.array(WEIGHTS) == 0
-    return jax.tree.map(lambda x: np.where(gone.reshape(-1, *(1,) * (x.ndim - 1)), np.float32(bad), x), stacked)
+
+    def spoil(x):
+        worst = np.float32(bad) if x.dtype == np.float32 else np.iinfo(np.int32).min
+        return np.where(gone.reshape(-1, *(1,) * (x.ndim - 1)), worst, x).astype(x.dtype)
+
+    return jax.tree.map(spoil, stacked)
 
 
 @ALL
@@ -188,13 +212,20 @@ def test_reduction_is_its_equation_and_the_absent_leave_no_trace(name, bad):
     assert_close(summary, equation(*draws()))
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in REDUCTIONS if name not in EXTREMES])
 @pytest.mark.parametrize("bad", [1.0, np.nan])
 def test_without_any_client_the_summary_is_zero(name, bad):
     reduction, pack, _ = REDUCTIONS[name]
     stacked = jax.tree.map(lambda x: np.full_like(x, bad), pack(*draws()))
     for leaf in jax.tree.leaves(reduce(rows_of(stacked), [0] * 7, reduction=reduction)):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@pytest.mark.parametrize(("name", "least_or_most"), zip(EXTREMES, (np.inf, -np.inf), strict=True))
+def test_without_any_client_an_extreme_is_what_no_upload_exceeds(name, least_or_most):
+    reduction, pack, _ = REDUCTIONS[name]
+    summary = reduce(rows_of(pack(*draws())), [0] * 7, reduction=reduction)
+    np.testing.assert_array_equal(jax.tree.leaves(summary)[0], np.full((5, K), least_or_most))
 
 
 @ALL
@@ -213,19 +244,99 @@ def test_reduction_over_devices_and_chunks(name, devices):
 
     def one(shared, row):
         upload, weight = row
-        return (), reduction.partial(upload, weight)
+        return (), contribution(reduction, upload, weight)
 
     rows = spoiled(pack(*draws()), np.nan), np.array(WEIGHTS, np.float32)
-    for chunk in (1, 2, 3, 7):
+    for chunk in (1, 3):  # of seven clients, so that chunks and devices are filled up with clients of no weight
+        lifting = lift.Lifting("shard_map", cases.mesh(devices), chunk)
 
         @jax.jit
-        def run(rows, chunk=chunk):
-            _, total = lift.over_clients(
-                one, np.float32(0), rows, lift.Lifting("shard_map", cases.mesh(devices), chunk)
-            )
-            return reduction.finish(total)
+        def run(rows, lifting=lifting):
+            _, total = lift.over_clients(one, np.float32(0), rows, lifting)
+            return reduction.finish(None, getattr(total, reduction.combine))
 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), run(rows), equation(*draws()))
+
+
+# Several reductions of one upload, in a round.
+
+INFINITE = 4  # the id of a client whose upload is not finite
+
+
+def upload_of(client, x):
+    """What a client of examples x [n, F] sends: their sum, and its own id."""
+    return {"total": x.sum(0), "id": client}
+
+
+@functools.cache
+def probe(devices):
+    """A simulation whose server keeps the summary of `upload_of` under every way to combine, and nothing else."""
+    upload = {"total": jnp.zeros(cases.FEATURES), "id": jnp.int32(0)}
+    stack = Stack(upload["total"], jnp.int32(0), jnp.float32(0))
+
+    def send(ctx, received, state, data):
+        position = jnp.arange(max(cases.COUNTS))
+        x, _ = data.take(jnp.minimum(position, jnp.maximum(data.count - 1, 0)))
+        total = upload_of(ctx.client, jnp.where((position < data.count)[:, None], x, 0))
+        total["total"] = jnp.where(ctx.client == INFINITE, jnp.inf, total["total"])
+        return state, Upload(total), {}
+
+    exchange = Exchange(
+        broadcast=lambda ctx, server: Broadcast(()),
+        client=send,
+        reduce={
+            "least": reductions.minimum(),
+            "most": reductions.maximum(lambda upload: upload["id"]),
+            "each": reductions.stack(lambda upload: upload["total"]),
+            "mean": reductions.mean(lambda upload: upload["total"]),
+            "nothing": reductions.nothing(),
+        },
+        server=lambda ctx, server, summary: (summary, {}),
+    )
+    size = (cases.PARTICIPANTS,)
+    first = {
+        "least": upload,
+        "most": jnp.int32(0),
+        "each": jax.tree.map(lambda x: jnp.zeros(size + x.shape, x.dtype), stack),
+        "mean": upload["total"],
+        "nothing": (),
+    }
+    algorithm = Algorithm(
+        init_server=lambda ctx, params: first,
+        init_client=lambda ctx: (),
+        round=(exchange,),
+        central=lambda ctx, server, x: jnp.zeros((len(x), cases.CLASSES)),
+        name="probe",
+    )
+    return cases.bind(algorithm, cases.task(), size, devices=devices, drop_nonfinite=True)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_every_way_to_combine_in_a_round_of_the_absent_and_the_infinite(devices):
+    federation = cases.federation(devices=devices)
+    clients = cases.clients_of(federation)
+
+    def drawn(seed):
+        rows = cases.participants_of(cases.round_key(seed, 0), len(clients), cases.PARTICIPANTS)
+        return [clients[row] for row in rows]
+
+    empty = cases.COUNTS.index(0)
+    seed = next(seed for seed in range(50) if {empty, INFINITE} <= {i for i, *_ in drawn(seed)})
+    summary = jax.device_get(probe(devices).run(probe(devices).init(seed, federation), federation, {}, 1)[0].server)
+    uploads = [(i, x.sum(0)) for i, x, y in drawn(seed) if i not in (empty, INFINITE)]
+    totals = np.array([total for _, total in uploads])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(summary["least"]["total"], totals.min(0))
+    assert summary["least"]["id"] == min(i for i, _ in uploads)
+    assert summary["most"] == max(i for i, _ in uploads)
+    close(summary["mean"], totals.mean(0))
+    assert summary["nothing"] == ()
+    each = summary["each"]
+    np.testing.assert_array_equal(each.client, [i for i, *_ in drawn(seed)])
+    there = np.isin(each.client, [i for i, _ in uploads])
+    np.testing.assert_array_equal(each.weight, [len(y) * here for (_, _, y), here in zip(drawn(seed), there)])
+    close(each.partials[there], totals)
+    np.testing.assert_array_equal(each.partials[~there], 0)
 
 
 # Means by label.
@@ -248,32 +359,6 @@ def test_sum_by_label(values, labels, mask):
     np.testing.assert_array_equal(actual.count, count)
     everything = reductions.sum_by_label(values, labels, K)
     np.testing.assert_array_equal(everything.count, np.bincount(labels, minlength=K))
-
-
-@pytest.mark.parametrize("by_example", [False, True])
-@pytest.mark.parametrize("left_out", range(7))
-def test_leave_one_out_is_the_mean_of_the_others(left_out, by_example):
-    reduction = reductions.label_mean(by_example)
-    drawn = draws()
-    trees = rows_of(ByLabel(drawn[3], drawn[2]))
-    total = reduce(trees, WEIGHTS, reduction=reduction._replace(finish=lambda total: total))
-    actual = reductions.leave_one_out(reduction, total, trees[left_out], jnp.float32(WEIGHTS[left_out]))
-    others = tuple(0 if i == left_out else w for i, w in enumerate(WEIGHTS))
-    expected = numpy_label_mean(*drawn, by_example=by_example, weights=others)
-    assert_close(actual, expected)
-    np.testing.assert_array_equal(actual.value[expected.count == 0], 0)  # and no rest of rounding
-
-
-def test_leave_one_out_by_hand():
-    """FD's own case: M = 3 devices, every label at each, F^(k) = (sum_{j != k} F_j) / (M - 1)."""
-    means = [np.full((2, 2), x, np.float32) for x in (0.0, 0.3, 0.9)]
-    trees = [ByLabel(m * 10, np.full(2, 10, np.float32)) for m in means]
-    reduction = reductions.label_mean()
-    total = reduce(trees, [5, 6, 7], reduction=reduction._replace(finish=lambda total: total))
-    for tree, weight, expected in zip(trees, (5, 6, 7), (0.6, 0.45, 0.15), strict=True):
-        got = reductions.leave_one_out(reduction, total, tree, weight)
-        np.testing.assert_allclose(got.value, np.full((2, 2), expected), rtol=1e-6)
-        np.testing.assert_array_equal(got.count, [2, 2])
 
 
 # Sharpening.

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fdjax.contract import Stack
 from fdjax.errors import InputError
 from fdjax.exchange import robust
 
@@ -66,14 +67,16 @@ BY_ROW = {
 @functools.cache
 def compiled(reduction):
     def run(uploads, weights):
-        partials = [reduction.partial(jax.tree.map(lambda x, i=i: x[i], uploads), w) for i, w in enumerate(weights)]
-        return reduction.finish(jax.tree.map(lambda *x: jnp.stack(x), *partials), weights)
+        rows = [jax.tree.map(lambda x, i=i: x[i], uploads) for i in range(len(weights))]
+        partials = [reduction.partial(None, row, weight) for row, weight in zip(rows, weights, strict=True)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *partials)
+        return reduction.finish(None, Stack(stacked, jnp.arange(len(weights)), weights))
 
     return jax.jit(run)
 
 
 def reduce(reduction, uploads, weights=None):
-    assert reduction.gather
+    assert reduction.combine == "stack"
     size = len(jax.tree.leaves(uploads)[0])
     weights = np.ones(size) if weights is None else weights
     return jax.device_get(compiled(reduction)(uploads, np.asarray(weights, np.float32)))

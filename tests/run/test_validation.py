@@ -1,11 +1,13 @@
 """A validation split: nobody trains on it, every evaluation tests it, and without it nothing changes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fdjax import __main__ as command
 from fdjax import data
+from fdjax.contract import Context
 from fdjax.data.federation import examples
 from fdjax.errors import InputError
 from fdjax.run import experiment, runner, settings
@@ -17,7 +19,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def built(**fields):
+def build(**fields):
     return experiment.build(settings.make(**SMALL | fields))
 
 
@@ -25,9 +27,16 @@ def rows(x):
     return {row.tobytes() for row in np.asarray(x)}
 
 
+def last_scalars(simulation, federation, hparams, rounds):
+    """The state and the scalars of an evaluation after so many rounds."""
+    state = cases.begin(simulation, federation, hparams)
+    state, _ = simulation.run(state, federation, hparams, rounds)
+    return state, jax.device_get(simulation.evaluate(state, federation, hparams)[0])
+
+
 @pytest.mark.parametrize("proxy", [{}, {"proxy": "held_out", "proxy_size": 12}])
 def test_nobody_holds_a_validation_example(proxy):
-    whole, split = built(**proxy), built(validation_fraction=0.25, **proxy)
+    whole, split = build(**proxy), build(validation_fraction=0.25, **proxy)
     have = len(whole.source.train_y)
     assert len(split.federation.validation.y) == round(0.25 * have)
     train, held_out = (jax.device_get(part) for part in (split.federation.train, split.federation.validation))
@@ -35,8 +44,8 @@ def test_nobody_holds_a_validation_example(proxy):
     assert rows(train.x) | rows(held_out.x) == rows(whole.federation.train.x)
     np.testing.assert_array_equal(held_out.scale, train.scale)
     order, start, count = jax.device_get(split.federation.train_holdings)
-    held = np.concatenate([order[s : s + n] for s, n in zip(start, count, strict=True)])
-    assert sorted(held) == list(range(have - round(0.25 * have)))
+    of_clients = np.concatenate([order[s : s + n] for s, n in zip(start, count, strict=True)])
+    assert sorted(of_clients) == list(range(have - round(0.25 * have)))
     if proxy:
         np.testing.assert_array_equal(split.federation.proxy.x, whole.federation.proxy.x)
         assert rows(split.federation.proxy.x).isdisjoint(rows(held_out.x))
@@ -52,11 +61,12 @@ def test_the_split_is_drawn_by_the_data_seed():
 
 
 def test_without_a_split_nothing_is_added():
-    plain = built()
+    plain = build()
     assert plain.federation.validation is None
-    scalars, _ = plain.simulation.evaluate(plain.simulation.init(0, plain.federation), plain.federation)
+    state = plain.simulation.init(0, plain.federation)
+    scalars, _ = plain.simulation.evaluate(state, plain.federation, plain.hparams)
     assert not [name for name in scalars if name.startswith("validation")]
-    assert built(validation_fraction=0.25).simulation is plain.simulation  # rounds are compiled by shapes alone
+    assert build(validation_fraction=0.25).simulation is plain.simulation  # rounds are compiled by shapes alone
 
 
 # fedavg and feddistill have a central model, fd only the clients', the ensemble their mean; fedgkt's clients predict.
@@ -69,10 +79,10 @@ def test_accuracy_and_loss_on_the_split(name, cohorts):
     algorithm, simulation = cases.simulation(name, cohorts=cohorts, participants=sizes)
     federation, (x, y) = cases.federation(cohort_sizes=sizes), _split()
     federation = federation._replace(validation=cases.replicated(examples(x, y, cases.source(1)), federation))
-    state, _ = simulation.run(simulation.init(0, federation), federation, cases.hparams_of(algorithm), 2)
-    scalars, _ = jax.device_get(simulation.evaluate(state, federation))
+    state, scalars = last_scalars(simulation, federation, cases.hparams_of(name), 2)
     if name in ("fedavg", "feddistill"):
-        expected = _score(cases.model().apply(state.server, (x - 0.25) / 1.5), y)
+        logits = algorithm.central(_context(cases.model()), state.server, (x - 0.25) / 1.5)
+        expected = _score(logits, y)
     else:
         logits = _personal(algorithm, state, federation, cohorts, (x - 0.25) / 1.5)
         assert len(logits) == 6  # a client without examples has no model of its own to speak of
@@ -86,13 +96,11 @@ def test_clients_that_predict_with_the_server():
     algorithm, simulation = cases.simulation("fedgkt")
     federation, (x, y) = cases.federation(), _split()
     federation = federation._replace(validation=cases.replicated(examples(x, y, cases.source(1)), federation))
-    state, _ = simulation.run(simulation.init(0, federation), federation, cases.hparams_of(algorithm), 1)
-    scalars, _ = jax.device_get(simulation.evaluate(state, federation))
-    clients = [jax.tree.map(lambda p, i=i: p[i], state.clients[0]) for i in range(7)]
-    scores = np.array([_score(algorithm.predict(0)(state.server, one, (x - 0.25) / 1.5), y) for one in clients])
-    trained = np.asarray(federation.train_holdings.count) > 0
-    np.testing.assert_allclose(scalars["validation_accuracy"], scores[trained, 0].mean(), rtol=1e-5)
-    np.testing.assert_allclose(scalars["validation_loss"], scores[trained, 1].mean(), rtol=1e-4)
+    state, scalars = last_scalars(simulation, federation, cases.hparams_of("fedgkt"), 1)
+    logits = _personal(algorithm, state, federation, (("mclr", 7),), (x - 0.25) / 1.5)
+    scores = np.array([_score(z, y) for z in logits])
+    np.testing.assert_allclose(scalars["validation_accuracy"], scores[:, 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scalars["validation_loss"], scores[:, 1].mean(), rtol=1e-4)
 
 
 def _split():
@@ -106,11 +114,16 @@ def _score(z, y):
     return (z.argmax(1) == y).mean(), cases.cross_entropy(z, y).mean()
 
 
+def _context(model, cohort=0):
+    return Context(model, cohort, jnp.int32(0), {}, jnp.int32(1), jax.random.key(0), None)
+
+
 def _personal(algorithm, state, federation, cohorts, x):
+    """Logits of every client that holds an example."""
     counts = np.split(np.asarray(federation.train_holdings.count), np.cumsum([size for _, size in cohorts])[:-1])
     return [
-        cases.model(kind).apply(algorithm.personal(jax.tree.map(lambda p, i=i: p[i], clients)), x)
-        for (kind, _), clients, count in zip(cohorts, state.clients, counts, strict=True)
+        algorithm.personal(_context(cases.model(kind), j), state.server, jax.tree.map(lambda p, i=i: p[i], clients), x)
+        for j, ((kind, _), clients, count) in enumerate(zip(cohorts, state.clients, counts, strict=True))
         for i in np.flatnonzero(count)
     ]
 
@@ -124,15 +137,15 @@ def test_a_run_records_it():
 @pytest.mark.parametrize(
     ("fraction", "message"),
     [
-        (1.0, "--validation_fraction=1.0: expected 0 or a fraction below 1"),
-        (-0.1, "--validation_fraction=-0.1: expected 0 or"),
-        (float("nan"), "--validation_fraction=nan: expected 0 or"),
+        (1.0, "--validation_fraction=1.0: expected a number of at least 0 and below 1"),
+        (-0.1, "--validation_fraction=-0.1: expected a number"),
+        (float("nan"), "--validation_fraction=nan: expected a number"),
         (0.001, "--validation_fraction=0.001 of 108 training examples holds out 0; expected 1 to 107"),
         (0.999, "--validation_fraction=0.999 of 108 training examples holds out 108; expected 1 to 107"),
     ],
 )
 def test_bad_fractions_are_one_line(fraction, message):
     with pytest.raises(InputError) as error:
-        built(validation_fraction=fraction)
+        build(validation_fraction=fraction)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
