@@ -1,13 +1,17 @@
-"""Where XLA:CPU of jaxlib 0.10 gives wrong numbers but for `fdjax.runtime`; `test_runtime.py` compiles it as in use."""
+"""What depends on XLA's optimisations, such as where it gives wrong numbers but for `fdjax.runtime`.
+
+`test_runtime.py` compiles it as in use.
+"""
 
 import engine_cases as cases
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from fdjax import models
-from fdjax.client import local
+from fdjax.client import testing
+from fdjax.client.data import whole
 from fdjax.engine import lift
 from fdjax.run import experiment, settings
 from fdjax.types import Examples
@@ -49,9 +53,7 @@ def test_sums_over_wide_chunks_are_right():
     apply = models.build("mclr", (features,), classes).apply
 
     def one(examples, row):
-        everything = jnp.arange(size, dtype=jnp.int32)
-        data = local.ClientData(examples, everything, jnp.int32(0), jnp.int32(size))
-        return local.test(apply, {"Dense_0": row}, data, batch), ()
+        return testing.test(lambda x: apply({"Dense_0": row}, x), whole(examples), batch), lift.Partials()
 
     rows = {"kernel": W, "bias": b}
     by_map = jax.jit(lambda shared, rows: lax.map(lambda row: one(shared, row)[0], rows))(examples, rows)
@@ -62,3 +64,19 @@ def test_sums_over_wide_chunks_are_right():
         by_vmap, _ = jax.jit(lambda shared, rows, by=lifting: lift.over_clients(one, shared, rows, by))(examples, rows)
         np.testing.assert_allclose(by_vmap.loss, by_map.loss, rtol=1e-5)
         np.testing.assert_array_equal(by_vmap.correct, by_map.correct)
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "feddistill"])
+def test_ordered_sums_are_bitwise_the_same_run_on_any_number_of_devices(algorithm):
+    def after(devices):
+        chosen = settings.make(
+            {"learning_rate": 0.05}, algorithm=algorithm, model="mclr", dataset="synthetic", num_clients=7, chunk=1,
+            devices=devices, ordered_sums=True, participation=0.8, batch_size=10,
+        )  # fmt: skip
+        built = experiment.build(chosen)
+        state = built.simulation.init(0, built.federation)
+        return jax.device_get(built.simulation.run(state, built.federation, built.hparams, 2))
+
+    alone = after(1)
+    for devices in (2, 4):
+        jax.tree.map(np.testing.assert_array_equal, after(devices), alone)

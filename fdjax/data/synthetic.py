@@ -54,10 +54,7 @@ def synthetic(
             W, b = rng.normal(u[k], 1, (FEATURES, CLASSES)), rng.normal(u[k], 1, CLASSES)
         x = v + std * rng.standard_normal((sizes[k], FEATURES))
         y = np.argmax(x @ W + b, axis=1)
-        train, test = (
-            slice(train_end[k] - train_sizes[k], train_end[k]),
-            slice(test_end[k] - test_sizes[k], test_end[k]),
-        )
+        train, test = (slice(end[k] - n[k], end[k]) for end, n in ((train_end, train_sizes), (test_end, test_sizes)))
         train_x[train], test_x[test] = np.split(x, [train_sizes[k]])
         train_y[train], test_y[test] = np.split(y, [train_sizes[k]])
     return Source(

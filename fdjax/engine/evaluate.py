@@ -147,9 +147,7 @@ def _own_parts(test: _Test, state: State) -> tuple[jax.Array, jax.Array]:
     return jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean()
 
 
-def _personal(
-    test: _Test, state: State, trained: jax.Array, examples: Examples
-) -> tuple[jax.Array, jax.Array, Any]:
+def _personal(test: _Test, state: State, trained: jax.Array, examples: Examples) -> tuple[jax.Array, jax.Array, Any]:
     """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's `_Votes`, if any."""
     federation, layout = test.moment.federation, test.layout
     scores, totals = [], []

@@ -15,6 +15,8 @@ from fdjax.contract import Reduction
 from fdjax.errors import InputError
 from fdjax.types import Array, PyTree
 
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
 
 def coordinate_median() -> Reduction:
     """The median of every coordinate over the clients; of an even number, the mean of the middle two.
@@ -98,32 +100,11 @@ def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -
         # Around the median, because an outlier's square would swamp the others' in float32.
         centers = [_middle(x, present[..., None], _half) for x in parts]
         parts = [jnp.where(present[..., None], x - at[None], 0) for x, at in zip(parts, centers, strict=True)]
-        einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-        squares = [einsum("sgd,sgd->gs", x, x) for x in parts]
+        squares = [_einsum("sgd,sgd->gs", x, x) for x in parts]
         kept = present.T & jnp.isfinite(sum(squares[1:], squares[0]))
         allowed = _share(fraction, number)
 
-        if len(parts) == 1 and parts[0].shape[2] < len(present):
-            x = jnp.where(kept.T[..., None], parts[0], 0)
-
-            def by_covariance(kept, ones):
-                centered = jnp.where(kept.T[..., None], x - einsum("gs,sgd->gd", ones, x)[None], 0)
-                covariance = einsum("sgd,sge->gde", centered, centered)
-                top = _top_projector(covariance)
-                return einsum("sgd,gde,sge->gs", centered, top, centered), jnp.sum(top * covariance, axis=(1, 2))
-
-            project = by_covariance
-        else:
-            gram = jnp.where(_pairs(kept), sum(einsum("sgd,tgd->gst", x, x) for x in parts), 0)
-
-            def by_gram(kept, ones):
-                row = einsum("gst,gt->gs", gram, ones)
-                grand = jnp.sum(row * ones, axis=1)[:, None, None]
-                centered = jnp.where(_pairs(kept), gram - row[:, :, None] - row[:, None, :] + grand, 0)
-                top = _top_projector(centered)
-                return jnp.diagonal(top, axis1=1, axis2=2), jnp.sum(top * centered, axis=(1, 2))
-
-            project = by_gram
+        project = _projections(parts, kept)
 
         def drop(_, kept):
             size = jnp.sum(kept, axis=1)
@@ -138,6 +119,31 @@ def filtered_mean(fraction: float, threshold: float = 0.0, rows: bool = False) -
         return [_combine(share, x) + at for x, at in zip(parts, centers, strict=True)]
 
     return _of_vectors(solve, rows, count=True)
+
+
+def _projections(parts: list[jax.Array], kept: jax.Array):
+    """A function of (kept [G, S], weights of the mean [G, S]): squared projections [G, S] on the main direction, and
+    the variance along it [G], both times S; from the covariance where coordinates are fewer than clients."""
+    if len(parts) == 1 and parts[0].shape[2] < parts[0].shape[0]:
+        x = jnp.where(kept.T[..., None], parts[0], 0)
+
+        def by_covariance(kept, weights):
+            centered = jnp.where(kept.T[..., None], x - _einsum("gs,sgd->gd", weights, x)[None], 0)
+            covariance = _einsum("sgd,sge->gde", centered, centered)
+            top = _top_projector(covariance)
+            return _einsum("sgd,gde,sge->gs", centered, top, centered), jnp.sum(top * covariance, axis=(1, 2))
+
+        return by_covariance
+    gram = jnp.where(_pairs(kept), sum(_einsum("sgd,tgd->gst", x, x) for x in parts), 0)
+
+    def by_gram(kept, weights):
+        row = _einsum("gst,gt->gs", gram, weights)
+        grand = jnp.sum(row * weights, axis=1)[:, None, None]
+        centered = jnp.where(_pairs(kept), gram - row[:, :, None] - row[:, None, :] + grand, 0)
+        top = _top_projector(centered)
+        return jnp.diagonal(top, axis1=1, axis2=2), jnp.sum(top * centered, axis=(1, 2))
+
+    return by_gram
 
 
 def _top_projector(matrices: jax.Array) -> jax.Array:
@@ -210,7 +216,7 @@ def _share(fraction: float, n: Array | int) -> jax.Array:
 
 def _combine(coefficients: jax.Array, x: jax.Array) -> jax.Array:
     """sum_s c[s, g] x[s, g, :]."""
-    return jnp.einsum("sg,sgd->gd", coefficients, x, precision=lax.Precision.HIGHEST)
+    return _einsum("sg,sgd->gd", coefficients, x)
 
 
 def _column(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fdjax.client.local import Training
 
 from fdjax import keys
 from fdjax.client import local, losses
-from fdjax.client.local import Training
 from fdjax.data.federation import replicated
 from fdjax.engine import lift
 from fdjax.errors import InputError
