@@ -1,4 +1,4 @@
-# make run | test | lint | types | bench    (make alone lists the targets)
+# make run | sweep | test | lint | types | bench    (make alone lists the targets)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -9,6 +9,7 @@ VENV ?= .venv
 VENV_BENCH ?= .venv-bench
 BENCH_FLAGS ?= --suite=all --peers=torch,fedjax,pfl
 PYTEST_FLAGS ?=
+SWEEP = --study=sweeps/temperature_alpha.py --smoke
 
 # The first of these that is Python 3.11 or later and can make a venv; set PYTHON to choose another.
 PYTHONS := python3.11 python3.12 python3.13 python3 python
@@ -19,9 +20,10 @@ PYTHON ?= $(shell for p in $(PYTHONS); do \
 make_venv = test -x $(1)/bin/python || { test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 1; }; $(PYTHON) -m venv $(1); }
 NO_PYTHON = fdjax needs Python 3.11 or later with venv (Debian: apt install python3-venv); to name one: make PYTHON=...
 
-PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --constraint
+# Python compiles what it imports; compiling all that is installed takes as long as the rest of the installation.
+PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --no-compile --constraint
 
-.PHONY: help venv run test lint types format bench-venv bench clean
+.PHONY: help venv run sweep test lint types format bench-venv bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +32,11 @@ venv: $(VENV)/.installed ## make or update .venv with the pinned packages
 
 run: $(VENV)/.installed ## federated distillation on the embedded MNIST sample: a table in minutes
 	@$(VENV)/bin/python -m benchmarks.feddistill_table1 --preset=quick --out=runs/table1_quick --overwrite
+
+sweep: $(VENV)/.installed ## eight trials of FedDistill and their report, whose path is the last line
+	@rm -f runs/sweeps/make_sweep.db
+	@$(VENV)/bin/python -m sweeps.run $(SWEEP) --name=make_sweep
+	@$(VENV)/bin/python -m sweeps.report $(SWEEP) --name=make_sweep --out=runs/sweeps/make_sweep
 
 test: $(VENV)/.installed ## all tests, two files at a time
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
@@ -56,7 +63,7 @@ clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(call make_venv,$(VENV))
-	@echo "installing the pinned packages into $(VENV): about a minute, 1.2 GB" >&2
+	@echo "installing the pinned packages into $(VENV): less than a minute, 1.1 GB" >&2
 	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev,sweeps]'
 	@touch $@
 

@@ -12,7 +12,7 @@ from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.run import report
 from fdjax.run.runner import InterruptedRun, Result, run
-from fdjax.run.settings import Settings, known_hparams
+from fdjax.run.settings import Settings
 
 
 def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Result]]:
@@ -40,14 +40,15 @@ def run_folder(out: Path, name: str, settings: Settings) -> Path:
 
 def without_distillation() -> dict[str, None]:
     """Overrides that leave out, for FedAvg, what only FedDistill understands."""
-    return {"models": None} | {n: None for n in known_hparams("feddistill") if n not in known_hparams("fedavg")}
+    understood = ALGORITHMS["fedavg"].hparams
+    return {"models": None} | {name: None for name in ALGORITHMS["feddistill"].hparams if name not in understood}
 
 
 def without_others(algorithm: str) -> dict[str, None]:
     """Overrides that leave out the hparams and options that only other methods understand."""
-    entries = ALGORITHMS.values()
-    mine = {*ALGORITHMS[algorithm].hparams, *ALGORITHMS[algorithm].options}
-    return dict.fromkeys({name for entry in entries for name in (*entry.hparams, *entry.options)} - mine)
+    understood = {*ALGORITHMS[algorithm].hparams, *ALGORITHMS[algorithm].options}
+    every = {name for method in ALGORITHMS.values() for name in (*method.hparams, *method.options)}
+    return dict.fromkeys(every - understood)
 
 
 def check_rounds(needed: Sequence[int]) -> None:
@@ -62,6 +63,19 @@ def at_round(results: Sequence[Result], metric: str, round: int) -> tuple[float,
     """Mean and (of two seeds or more) sample std of a metric after `round` rounds."""
     values = [r.evaluations[metric][r.evaluations["round"].index(round)] for r in results]
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def bytes_until(result: Result, round: int) -> float:
+    """Bytes up and down of all clients in the set-up, if there is one, and in the first `round` rounds."""
+    if not round:
+        return result.setup.get("bytes_up", 0.0) + result.setup.get("bytes_down", 0.0)
+    return result.rounds["bytes_up"][round - 1] + result.rounds["bytes_down"][round - 1]
+
+
+def bytes_a_round(result: Result) -> float:
+    """The same of one round, the mean over all."""
+    rounds = len(result.rounds["bytes_up"])
+    return (bytes_until(result, rounds) - bytes_until(result, 0)) / rounds
 
 
 def cell(results: Sequence[Result], metric: str, round: int) -> str:
@@ -98,5 +112,5 @@ def write(
 def _given_flags() -> list[str]:
     """The flags of the command line without folders, which mean nothing elsewhere."""
     ours = flags.FLAGS.get_key_flags_for_module(__import__("sys").argv[0])
-    folders = ("out", "data_dir", "fashion_dir", "cache_dir", "writers", "resume", "overwrite")
+    folders = ("out", "data_dir", "fashion_dir", "cache_dir", "compile_cache", "writers", "resume", "overwrite")
     return [f.serialize() for f in ours if f.present and f.name not in folders]

@@ -9,8 +9,8 @@ itself (SA, simple aggregation), and both send far less than FedAvg. Its numbers
 split, Dirichlet(0.1), is drawn after the open data were taken out, for FedAvg too, which does not use them.
 
 Bytes are of all clients, up and down, and cumulative. A budget's accuracy is that of the last evaluation within it. The
-server's model is tested; the mean over clients of their own models is taken after they trained on their private data,
-which is before they learn the round's targets.
+server's model is tested, and so are the clients' own, whose mean is given; all have learned the round's targets by
+then, as a round ends with the distillation of server and clients.
 
 MNIST is the embedded sample, and Fashion-MNIST a tenth of it, unless --data_dir says where MNIST as tfds prepared it
 is; then both are whole (--train_fraction for less). Fashion-MNIST is taken from --fashion_dir (IDX files), else from
@@ -28,6 +28,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
+from fdjax.algorithms import ALGORITHMS
 from fdjax.data import prepared
 from fdjax.errors import InputError, unknown
 from fdjax.run import program, report, settings
@@ -51,9 +52,8 @@ Runs = dict[tuple[str, str], list[Result]]  # by data set and method
 
 
 def sent(result: Result) -> list[float]:
-    """Bytes up and down, of all clients and rounds until each evaluation."""
-    total = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
-    return [float(total[int(r) - 1]) for r in result.evaluations["round"]]
+    """Bytes up and down, of all clients until each evaluation."""
+    return [cases.bytes_until(result, int(r)) for r in result.evaluations["round"]]
 
 
 def within(result: Result, metric: str, budget: float) -> float | None:
@@ -137,23 +137,23 @@ def _settings(method: str, place: dict[str, Any], seed: int) -> settings.Setting
     if algorithm == "dsfl":
         preset["aggregation"] = method
     else:
-        known = settings.known_hparams(algorithm)
-        preset |= {n: None for n in settings.known_hparams("dsfl") if n not in known}
+        understood = ALGORITHMS[algorithm].hparams
+        preset |= {name: None for name in ALGORITHMS["dsfl"].hparams if name not in understood}
     return settings.from_flags(algorithm=algorithm, seed=seed, **place | preset)
 
 
 def _text(results: Runs, budgets: Sequence[float], targets: dict[str, float]) -> str:
     parts = [_table(results, name, budgets, targets[name]) for name in dict.fromkeys(name for name, _ in results)]
-    one = next(iter(results.values()))[0].settings
-    hparams = next((runs[0].settings.public() for (_, m), runs in results.items() if m != "fedavg"), one.public())
+    used = next(iter(results.values()))[0].settings
+    hparams = next((runs[0].settings.public() for (_, m), runs in results.items() if m != "fedavg"), used.public())
     count = f"mean ± std of {flags.FLAGS.seeds} seeds" if flags.FLAGS.seeds > 1 else "one seed"
     distil = f", distilling {hparams['distill_epochs']:g}" if "distill_epochs" in hparams else ""
     note = (
         f"Accuracy in % on the test set, {count}; a cell is empty where a seed sends more by its first evaluation, or "
-        f"never gets there; a run that ends below a budget shows its end. {one.num_clients} clients, "
-        f"{one.partition_name}, alpha {one.alpha:g}, {one.model}, B = {one.batch_size}, {one.optimizer} "
-        f"{hparams['learning_rate']:g}, local epochs {hparams['local_epochs']:g}{distil}; open data {one.proxy_size}, "
-        f"{one.proxy_per_round or one.proxy_size} of them a round."
+        f"never gets there; a run that ends below a budget shows its end. {used.num_clients} clients, "
+        f"{used.partition_name}, alpha {used.alpha:g}, {used.model}, B = {used.batch_size}, {used.optimizer} "
+        f"{hparams['learning_rate']:g}, local epochs {hparams['local_epochs']:g}{distil}; open data {used.proxy_size}, "
+        f"{used.proxy_per_round or used.proxy_size} of them a round."
         + (f" ERA's T = {hparams['era_temperature']:g}." if "era_temperature" in hparams else "")
     )
     return "\n\n".join([*parts, note, *_verdicts(results)])
@@ -167,7 +167,7 @@ def _table(results: Runs, dataset: str, budgets: Sequence[float], target: float)
             lines.append(
                 (
                     METHODS[method][0],
-                    report.byte_size(runs[0].traffic.round_up + runs[0].traffic.round_down),
+                    report.byte_size(cases.bytes_a_round(runs[0])),
                     *(_mean([within(r, "central_accuracy", b) for r in runs]) for b in budgets),
                     cases.cell(runs, "central_accuracy", runs[0].settings.rounds),
                     cases.cell(runs, "local_accuracy", runs[0].settings.rounds) if method != "fedavg" else "",
@@ -176,12 +176,12 @@ def _table(results: Runs, dataset: str, budgets: Sequence[float], target: float)
                     f"{np.mean([r.seconds - r.compile_seconds for r in runs]):.0f}",
                 )
             )
-    one = results[dataset, next(m for n, m in results if n == dataset)][0].settings
+    used = results[dataset, next(m for n, m in results if n == dataset)][0].settings
     headers = (NAMES[dataset], "bytes a round", *(f"server, {report.byte_size(b)}" for b in budgets),
-               f"server, round {one.rounds}", "mean of clients", "bytes in all", f"bytes to {target:g} %",
+               f"server, round {used.rounds}", "mean of clients", "bytes in all", f"bytes to {target:g} %",
                "s")  # fmt: skip
-    share = f", {100 * one.train_fraction:g} % of it" if one.train_fraction < 1 else ""
-    return f"{NAMES[dataset]} (`{one.dataset}`{share}):\n\n{report.table(lines, headers)}"
+    share = f", {100 * used.train_fraction:g} % of it" if used.train_fraction < 1 else ""
+    return f"{NAMES[dataset]} (`{used.dataset}`{share}):\n\n{report.table(lines, headers)}"
 
 
 def _mean(values: list[float | None]) -> str:

@@ -9,8 +9,9 @@ epochs are the same for all; what else a method has stays at its defaults. A met
 parts has --model for them and --server_model on their features.
 
 Bytes are those of one client and round, mean over clients and rounds, of the arrays that were sent, or the coded bytes
-where the method counts these. Seconds of a round are those of a superstep after the last round, timed apart, without
-evaluation, compilation and what a method does once before the first round, which sends nothing that is counted.
+where the method counts these. What a method sends once, in a set-up of all clients before the first round, has a column
+of its own, and the picture begins with it. Seconds of a round are those of a superstep after the last round, timed
+apart, without evaluation, compilation and set-up.
 
 A method that fails is a row that says why; the others are printed all the same, and the exit code is 1.
 """
@@ -74,8 +75,8 @@ def main() -> None:
 def _refuse_unused(names: list[str]) -> None:
     """Raises InputError for an hparam or option that none of the methods has."""
     understood = {n for name in names for n in (*ALGORITHMS[name].hparams, *ALGORITHMS[name].options)}
-    for entry in ALGORITHMS.values():
-        for name in (*entry.hparams, *entry.options):
+    for method in ALGORITHMS.values():
+        for name in (*method.hparams, *method.options):
             if flags.FLAGS[name].present and name not in understood:
                 raise InputError(f"--{name} is of none of {', '.join(names)}; leave it out or name its method")
 
@@ -94,13 +95,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _seconds_of_a_round(chosen: settings.Settings, folder: Path) -> float:
-    """Of a superstep after the last round, whose state is in the checkpoint: by then all that is sent has been sent."""
+    """Of a superstep after the last round, whose state is in the checkpoint."""
     built = experiment.build(chosen)
     length = min(chosen.eval_every, chosen.rounds)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         state = checkpoints.restore(built.simulation.init(chosen.seed, built.federation))
     given, run = (state, built.federation, built.hparams), cast(Any, built.simulation.run)
-    if built.plan.kind == "loop":
+    if built.plan.lifting.kind == "loop":
         superstep = functools.partial(run, *given, length)
     else:  # compiled before the clock starts
         superstep = functools.partial(run.lower(*given, length).compile(), *given)
@@ -111,8 +112,14 @@ def _seconds_of_a_round(chosen: settings.Settings, folder: Path) -> float:
 
 def sent(result: Result) -> tuple[float, float]:
     """Bytes up and down of one client and round, mean over those that took part and over rounds."""
-    turns = result.settings.rounds * sum(result.traffic.participants)
-    return result.rounds["bytes_up"][-1] / turns, result.rounds["bytes_down"][-1] / turns
+    up, down = (result.rounds[way][-1] - result.setup.get(way, 0.0) for way in ("bytes_up", "bytes_down"))
+    total = result.settings.rounds * sum(result.traffic.participants)
+    return up / total, down / total
+
+
+def sent_once(result: Result) -> float:
+    """Bytes up and down of one client in the set-up, in which all take part."""
+    return cases.bytes_until(result, 0) / sum(result.traffic.sizes)
 
 
 def _measure(result: Result) -> tuple[str, str]:
@@ -131,7 +138,7 @@ def _table(
     reference = sum(sent(results[REFERENCE][0])) if REFERENCE in results else 0.0
     for name in names:
         if name in failed:
-            lines.append((name, *[""] * 3, "failed", *[""] * 5))
+            lines.append((name, *[""] * 4, "failed", *[""] * 5))
             continue
         result = results[name][0]
         (up, down), (metric, whose) = sent(result), _measure(result)
@@ -140,6 +147,7 @@ def _table(
                 name,
                 f"{up:,.0f}",
                 f"{down:,.0f}",
+                f"{sent_once(result):,.0f}" if result.setup else "",
                 f"{reference / (up + down):,.3g}" if up + down and reference else "",
                 report.percent(result.final[metric]),
                 whose,
@@ -149,8 +157,8 @@ def _table(
                 f"{result.compile_seconds:.0f}",
             )
         )
-    headers = ("", "bytes up", "bytes down", "FedAvg's bytes / these", "accuracy", "whose", "mean of clients",
-               "on own labels", "s a round", "s compiling")  # fmt: skip
+    headers = ("", "bytes up", "bytes down", "bytes of the set-up", "FedAvg's bytes / these", "accuracy", "whose",
+               "mean of clients", "on own labels", "s a round", "s compiling")  # fmt: skip
     return report.table(lines, headers)
 
 
@@ -165,8 +173,9 @@ def _notes(results: dict[str, list[Result]]) -> str:
         f"B = {used.batch_size}, learning rate {public['learning_rate']:g}, local epochs {public['local_epochs']:g}; "
         f"other settings are each method's defaults. {used.proxy_size:,} examples ({used.proxy}) are proxy data, which "
         "no client of any method trains on as its own.",
-        "Bytes are of one client and round. Mean of clients: each client's own model, or the central one where it has "
-        "none, on the full test set; on own labels: on a part with the client's labels.",
+        "Bytes are of one client and round; those of the set-up, which some methods have, of one client, both ways. "
+        "Mean of clients: each client's own model, or the central one where it has none, on the full test set; on own "
+        "labels: on a part with the client's labels.",
     ]
     if split:
         parts.append(
@@ -177,7 +186,7 @@ def _notes(results: dict[str, list[Result]]) -> str:
 
 
 def _draw(path: Path, results: dict[str, Result]) -> None:
-    """Accuracy against the bytes that a client has sent and received so far; free methods are lines across."""
+    """Accuracy against the bytes of a client that always takes part, the mean; methods without any are lines across."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,11 +198,8 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
         metric, whose = _measure(result)
         accuracy = [100 * value for value in result.evaluations[metric]]
         color, label = colors[number % len(colors)], f"{name} ({whose})"
-        clients = sum(result.traffic.participants)
-        total = [
-            (result.rounds["bytes_up"][int(r) - 1] + result.rounds["bytes_down"][int(r) - 1]) / clients
-            for r in result.evaluations["round"]
-        ]
+        in_setup, in_a_round = sent_once(result), sum(sent(result))
+        total = [in_setup + in_a_round * r for r in result.evaluations["round"]]
         if total[-1] == 0:
             axis.axhline(accuracy[-1], color=color, linestyle="--", linewidth=1, label=f"{label}: sends nothing")
             continue

@@ -24,7 +24,7 @@ from benchmarks import cases
 from fdjax import models
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
-from fdjax.run import experiment, program, report, settings
+from fdjax.run import loading, program, report, settings
 from fdjax.run.runner import Result
 
 ROUNDS = 16  # of the published payload
@@ -102,7 +102,7 @@ def _settings(algorithm: str, count: int, epochs: int) -> settings.Settings:
 
 
 def _devices(of: settings.Settings) -> Devices:
-    source, holdings, _ = experiment.load(of)
+    source, holdings, _ = loading.load(of)
     wanted = flags.FLAGS.iterations or PRESETS[flags.FLAGS.preset]["iterations"]
     steps = -(-holdings.count // of.batch_size) if of.batch_size else np.ones_like(holdings.count)
     epochs = max(1, round(wanted / float(np.mean(steps))))
@@ -119,9 +119,8 @@ def _devices(of: settings.Settings) -> Devices:
 
 
 def bits(result: Result) -> float:
-    """Bits that one device sends and receives in 16 rounds, from the bytes that all of them did in those that ran."""
-    sent = result.rounds["bytes_up"][-1] + result.rounds["bytes_down"][-1]
-    return 8 * ROUNDS * sent / (result.settings.rounds * sum(result.traffic.participants))
+    """Bits that one device sends and receives in 16 rounds, from what all of them did in those that ran."""
+    return 8 * ROUNDS * cases.bytes_a_round(result) / sum(result.traffic.participants)
 
 
 def _range(values: tuple[int, ...]) -> str:
@@ -222,7 +221,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("samples_per_client", None, "images of a device before three labels are cut to five; "
                          "default the preset's: 500 or 2000", lower_bound=1)  # fmt: skip
     flags.DEFINE_string("dataset", None, "data set; default: the preset's, mnist_sample or mnist")
-    unused = {n for entry in ALGORITHMS.values() for n in (*entry.hparams, *entry.options)} - {"learning_rate", "gamma"}
+    unused = {n for method in ALGORITHMS.values() for n in (*method.hparams, *method.options)}
+    unused -= {"learning_rate", "gamma"}
     settings.define_flags(
         skip=("algorithm", "partition", "num_clients", "samples_per_client", "dataset", "models", "participation",
               "local_eval", *unused),

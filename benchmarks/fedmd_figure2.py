@@ -10,12 +10,9 @@ are tested on all the test writers, as the paper's parties on all of FEMNIST. Pu
 digits, so transfer learning already knows what is tested: less is left to be gained than in the paper.
 
     transfer    after transfer learning (public, then private data): the paper's dashed line
-    alone       R more rounds of private training without a consensus: FedMD with digest_learning_rate = 0
-    FedMD       after R rounds
+    alone       R rounds of private training without a consensus: FedMD with digest_learning_rate = 0
+    FedMD       after R rounds, each of which communicates, digests the consensus and revisits the private data
     pooled      transfer learning with everybody's private data in the place of the party's own: its upper bound
-
-fdjax digests a consensus in the round after the one that makes it (see `fdjax.algorithms.fedmd`), so R rounds of the
-figure are R + 1 of the engine; the first of them digests nothing, and is not counted in `evaluations` of results.json.
 
 The quick preset has small nets; the paper preset has FedMD's own ten, 5,000 of 20,000 public examples a round and
 batches of 5, and wants a GPU. Adam at 0.001 and the epochs of transfer learning are the paper's. Ours: B = 10, all of
@@ -37,8 +34,9 @@ from tqdm import tqdm
 from benchmarks import cases
 from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
-from fdjax.run import experiment, program, report, settings
-from fdjax.run.runner import Result, clock
+from fdjax.run import program, report, settings
+from fdjax.run.experiment import build, traffic_of
+from fdjax.run.record import Recording, Result, clock
 from fdjax.types import Holdings
 
 SMALL = "niid_cnn:3,fedgen_cnn:3,2nn:2,mclr:2"
@@ -109,9 +107,8 @@ def _settings() -> tuple[list[str], dict[str, Any]]:
     """The parties' models, and the overrides that all runs have in common."""
     given = flags.FLAGS
     made: dict[str, Any] = {n: v for n, v in PRESETS[given.preset].items() if given[n].value is None}
-    cohorts = experiment.cohorts_of(given.models or made["models"])
+    cohorts = settings.cohorts_of(given.models or made["models"])
     made |= {"algorithm": "fedmd", "num_clients": sum(size for _, size in cohorts)}
-    made["rounds"] = made.get("rounds", given.rounds) + 1
     made["dataset"] = given.dataset or ("mnist" if given.writers else "mnist_sample")
     made["partition"] = given.partition or ("writer" if given.writers else "labels")
     if made["partition"] == "labels" and given.labels_per_client is None:
@@ -128,38 +125,28 @@ def everything_for_everyone(holdings: Holdings) -> Holdings:
 def follow(chosen: settings.Settings, *, pooled: bool = False) -> tuple[Result, np.ndarray]:
     """A run, and the accuracy [evaluations, parties] on the full test set: after transfer learning, then `eval_every`.
 
-    The engine's first round digests nothing, so it is not counted. Pooled parties stop after transfer learning.
+    Transfer learning is the method's set-up, and round 0 of the evaluations. Pooled parties stop after it.
     """
-    with clock() as time:
-        built = experiment.build(chosen, everything_for_everyone if pooled else None)
-        simulation, federation = built.simulation, built.federation
-        state = simulation.init(chosen.seed, federation)
+    with clock() as time_spent:
+        experiment = build(chosen, everything_for_everyone if pooled else None)
+        simulation, federation, hparams = experiment.simulation, experiment.federation, experiment.hparams
+        recording = Recording(experiment, traffic_of(experiment))
         assert simulation.setup is not None
-        state = simulation.setup(state, federation, built.hparams)
+        state, report_of_setup = simulation.setup(simulation.init(chosen.seed, federation), federation, hparams)
+        recording.add_setup(report_of_setup)
         in_order_of_ids = np.argsort(np.asarray(federation.client))
-        rounds: dict[str, list[float]] = {}
-        scalars, clients = jax.device_get(simulation.evaluate(state, federation))
+        scalars, clients = jax.device_get(simulation.evaluate(state, federation, hparams))
         accuracy = [clients["local_accuracy"][in_order_of_ids]]
-        tested, evaluations = [0], {name: [float(value)] for name, value in scalars.items()}
-        for round in tqdm(range(0 if pooled else chosen.rounds), unit="round", leave=False):
-            state, metrics = simulation.run(state, federation, built.hparams, 1)
-            for name, value in jax.device_get(metrics).items():
-                if not name.startswith("_"):
-                    rounds.setdefault(name, []).append(float(value[0]))
-            if round and (round % chosen.eval_every == 0 or round == chosen.rounds - 1):
-                scalars, clients = jax.device_get(simulation.evaluate(state, federation))
-                accuracy.append(clients["local_accuracy"][in_order_of_ids])
-                tested.append(round)
-                for name, value in scalars.items():
-                    evaluations[name].append(float(value))
-        spent = time.stamp({})
-    traffic, count = simulation.traffic(federation), 0 if pooled else chosen.rounds
-    rounds |= {"bytes_up": [traffic.round_up * (r + 1) for r in range(count)]}
-    rounds |= {"bytes_down": [traffic.round_down * (r + 1) for r in range(count)]}
-    own = {name: values[in_order_of_ids].astype(float).tolist() for name, values in clients.items()}
-    result = Result(
-        chosen, rounds, {"round": tested} | evaluations, own, traffic, spent["seconds"], spent["compile_seconds"]
-    )
+        recording.record["evaluations"] = {"round": [0]} | {name: [float(value)] for name, value in scalars.items()}
+        recording.record["clients"] = {name: values[in_order_of_ids].tolist() for name, values in clients.items()}
+        last = 0 if pooled else chosen.rounds
+        for done in tqdm(range(0, last, chosen.eval_every), unit="evaluation", leave=False, disable=pooled):
+            rounds = min(chosen.eval_every, last - done)
+            state, report_of_rounds = simulation.run(state, federation, hparams, rounds)
+            evaluation = jax.device_get(simulation.evaluate(state, federation, hparams))
+            recording.add_superstep(done + rounds, report_of_rounds, *evaluation)
+            accuracy.append(evaluation[1]["local_accuracy"][in_order_of_ids])
+        result = recording.result(time_spent.stamp(recording.record))
     return result, np.stack(accuracy).astype(float)
 
 
@@ -175,10 +162,17 @@ def _cell(values: np.ndarray) -> str:
     return report.percent(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
 
 
+def _bytes(run: Result, way: str) -> str:
+    """What one party sends or receives in a round: of all of them the same, as arrays say it."""
+    sizes = run.traffic.per_participant(way)
+    assert sizes is not None
+    return report.byte_size(sizes[0])
+
+
 def _text(parties: list[Party], results: dict[str, list[Result]]) -> str:
     """The table of gains, and the mean one beside the paper's."""
     run = results["FedMD"][0]
-    used, last = run.settings, run.settings.rounds - 1
+    used, last = run.settings, run.settings.rounds
     columns = [
         (p.fedmd[:, 0], p.alone[:, -1], p.fedmd[:, -1], p.fedmd[:, -1] - p.fedmd[:, 0], p.pooled) for p in parties
     ]
@@ -197,8 +191,7 @@ def _text(parties: list[Party], results: dict[str, list[Result]]) -> str:
             f"public examples a round. {used.optimizer} {hparams['learning_rate']:g}, B = {used.batch_size}, public "
             f"{used.distill_batch_size or used.batch_size}; epochs: public {hparams['pretrain_epochs']:g}, private "
             f"{hparams['private_epochs']:g}, revisit {hparams['local_epochs']:g}, digest {hparams['digest_epochs']:g}. "
-            f"A party sends {report.byte_size(run.traffic.up[0])} and receives {report.byte_size(run.traffic.down[0])} "
-            "a round.",
+            f"A party sends {_bytes(run, 'up')} and receives {_bytes(run, 'down')} a round.",
             f"Mean gain over transfer learning: {100 * gain:+.2f} points, {gain / before:+.1%} of it; over as much "
             f"private training alone: {100 * (after - alone):+.2f} points. The paper says about 20 % on average, on "
             f"harder tasks. Pooled data are {100 * (pooled - after):+.2f} points from FedMD.",

@@ -1,12 +1,15 @@
 """How fast clients train, beside peers that do the same work in the same minutes.
 
     python -m benchmarks.speed --suite=cnn1 --peers=torch,fedjax,pfl --repeats=5
+    python -m benchmarks.speed --suite=all --against=/path/to/another/checkout --repeats=15
 
 A round: every client trains by SGD from the same weights on batches of its own, and the trained weights are averaged.
-fdjax runs it as the simulator does, one compiled call of `simulate.simulation`. A peer is a worker process that stays
-alive and answers with times, so that repeats interleave and a busy machine is busy for all. All are given the same
-first weights and the same batches in the same order, and must end at the same weights. Ratios are peer over fdjax, of
-neighbouring repeats: above 1, fdjax is faster. Compile time and peak memory are apart.
+fdjax runs it as the simulator does, one compiled call of `fdjax.engine.simulation`. A peer is a worker process that
+stays alive and answers with times, so that repeats interleave and a busy machine is busy for all. All are given the
+same first weights and the same batches in the same order, and must end at the same weights. Ratios are peer over fdjax,
+of neighbouring repeats: above 1, fdjax is faster. Compile time and peak memory are apart.
+
+With --against the fdjax of another checkout is timed instead of peers: see `benchmarks.speed_checkouts`.
 """
 
 import datetime
@@ -23,19 +26,21 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from benchmarks import speed_suites
+from benchmarks import speed_checkouts, speed_suites
 from benchmarks.peers import PEERS, Peer, peak_bytes, reset_peak
 from benchmarks.speed_suites import SUITES, Case, Fdjax, Suite, make_work
 from fdjax import runtime
 from fdjax.engine import lift
 from fdjax.errors import InputError, unknown
-from fdjax.exchange.communication import size as byte_count
+from fdjax.exchange.traffic import size as byte_count
 from fdjax.run import report
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("suite", ["cnn1"], f"what to time: all, or some of {', '.join(SUITES)}")
 flags.DEFINE_list("peers", list(PEERS), "peers to time beside fdjax; empty for none")
 flags.DEFINE_string("peer_python", ".venv-bench/bin/python", "the peers' interpreter (make bench-venv)")
+flags.DEFINE_string("against", None, "another checkout of fdjax to be compared with, in the place of peers")
+flags.DEFINE_integer("compilations", 5, "timed compilations of each checkout (--against)", lower_bound=1)
 flags.DEFINE_integer("repeats", 5, "timed repeats of each, interleaved", lower_bound=1)
 flags.DEFINE_integer("clients", 0, "clients a round; 0 for the suite's own number", lower_bound=0)
 flags.DEFINE_integer("steps", 0, "SGD steps a client; 0 for the suite's own number", lower_bound=0)
@@ -298,7 +303,11 @@ def chosen_suites() -> list[str]:
 
 
 def measure() -> int:
+    if FLAGS.against:  # JAX runs in three processes then, none of which may take a GPU's memory for itself
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     names = chosen_suites()
+    if FLAGS.against:
+        return 0 if compared(names) else 1
     for name in FLAGS.peers:
         if name not in PEERS:
             raise unknown("peer", name, PEERS)
@@ -318,6 +327,25 @@ def measure() -> int:
         print(f"{verdict_table(verdicts)}\n")
     print(f"written: {', '.join(f'{FLAGS.out}/speed_{name}' for name in names)}: table.md, results.json, ratios.png")
     return 0 if agreed else 1
+
+
+def compared(names: list[str]) -> bool:
+    """This checkout against another one: whether both ended at the same weights."""
+    same = speed_checkouts.compare(
+        names,
+        FLAGS.against,
+        pathlib.Path(FLAGS.out),
+        repeats=1 if FLAGS.smoke else FLAGS.repeats,
+        compilations=1 if FLAGS.smoke else FLAGS.compilations,
+        clients=FLAGS.clients,
+        steps=FLAGS.steps,
+        chunk=FLAGS.chunk,
+        devices=FLAGS.devices,
+        tiny=FLAGS.smoke,
+    )
+    if not same:
+        print("the two checkouts ended at other weights: see weights_differ in results.json", file=sys.stderr)
+    return same
 
 
 def main(argv: list[str]) -> int:

@@ -12,10 +12,11 @@ import optax
 
 from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS
-from fdjax.client.local import Task, Training
 from fdjax.data.federation import federate, replicated
-from fdjax.engine import plan, simulate
+from fdjax.engine import lift, plan
 from fdjax.engine.layout import Layout
+from fdjax.engine.simulation import simulation
+from fdjax.method import Task, Training
 from fdjax.models.layers import Conv, max_pool
 from fdjax.types import Cohort, Examples, Holdings, Model, Source
 
@@ -150,28 +151,27 @@ class Fdjax:
     def __init__(self, case: Case, work: Work, mesh: jax.sharding.Mesh, chunk: int = 0):
         self.case = case
         self.model = make_model(case.model, case.shape, case.padding)
-        training = Training(case.batch, lambda hparams: optax.sgd(hparams["learning_rate"]))
-        algorithm = ALGORITHMS[case.algorithm].build(
-            Task(self.model, (self.model,), training, training, case.clients, CLASSES)
-        )
-        self.chunk = chunk or plan.automatic_chunk([self.model], mesh, case.clients)
-        steps = -(-work.holdings.count // case.batch)
-        self.narrow = () if chunk else plan.narrower([steps], [case.clients], self.chunk, mesh)
-        layout = Layout((Cohort(self.model, case.clients),), (case.clients,), mesh, self.chunk, self.narrow)
-        simulation = simulate.simulation(algorithm, layout)
+        training = Training(case.batch, lambda learning_rate, round: optax.sgd(learning_rate))
+        method = ALGORITHMS[case.algorithm]
+        task = Task(self.model, (self.model,), (case.clients,), training, training, CLASSES)
+        lifting = self._lifting(work, mesh, chunk)
+        self.chunk, self.narrow = lifting.chunk, lifting.narrow
+        layout = Layout(self.model, (Cohort(self.model, case.clients),), (case.clients,), lifting)
+        bound = simulation(method.algorithm(task), layout)
         source = Source("patterns", work.x, work.y, work.x[:1], work.y[:1], CLASSES)
         nothing = np.zeros(case.clients, np.int32)
         test = Holdings(np.zeros(1, np.int32), nothing, nothing)
         self.federation = federate(source, work.holdings, test, (case.clients,), mesh)
-        # A fixed teacher is one that is trained for no epoch.
-        given = DISTILL | {"teacher_epochs": 0} if case.algorithm == "feddistill" else {}
-        hparams = simulate.resolve_hparams(algorithm, {"learning_rate": LEARNING_RATE} | given)
+        given = DISTILL if case.algorithm == "feddistill" else {}
+        hparams = method.resolve({"learning_rate": LEARNING_RATE} | given)
+        if case.algorithm == "feddistill":  # a fixed teacher: no epoch, which is fewer than a run may ask for
+            hparams["teacher_epochs"] = np.asarray(0, np.int32)
         self.hparams = jax.device_put(hparams, replicated(mesh))
-        state = simulation.init(0, self.federation)
+        state = bound.init(0, self.federation)
         self.placement = jax.tree.map(lambda x: x.sharding, state)
         self.first = jax.tree.map(np.array, state)
         start = time.perf_counter()
-        self.run = simulation.run.lower(state, self.federation, self.hparams, 1).compile()
+        self.run = bound.run.lower(state, self.federation, self.hparams, 1).compile()
         self.compile_seconds = time.perf_counter() - start
         memory = self.run.memory_analysis()
         self.memory = {
@@ -183,10 +183,17 @@ class Fdjax:
         """Seconds of one round from the first state."""
         state = jax.block_until_ready(jax.device_put(self.first, self.placement))
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(self.run(state, self.federation, self.hparams))
+        state, report = jax.block_until_ready(self.run(state, self.federation, self.hparams))
         seconds = time.perf_counter() - start
-        self.after, self.metrics = jax.tree.map(np.asarray, (state.server, metrics))
+        self.after, self.metrics = jax.tree.map(np.asarray, (state.server, report.metrics))
         return seconds
+
+    def _lifting(self, work: Work, mesh: jax.sharding.Mesh, chunk: int) -> lift.Lifting:
+        """Chunks as a run chooses them, or as given."""
+        steps = -(-work.holdings.count // self.case.batch)
+        to_do = plan.Work((self.model,), (self.case.clients,), (steps,))
+        chosen = chunk or plan.automatic_chunk(to_do, mesh)
+        return lift.Lifting("shard_map", mesh, chosen, () if chunk else plan.narrower(to_do, chosen, mesh))
 
     @property
     def teacher(self) -> Any | None:
@@ -198,14 +205,14 @@ class Fdjax:
         case, holdings = self.case, self.federation.train_holdings
         root = keys.stream(jax.random.wrap_key_data(jnp.asarray(self.first.root)), "round", 0)
 
-        def one(client, start, count):
+        def batches_of(client, start, count):
             key = keys.stream(root, "client", client)
             key = keys.stream(key, "student") if case.algorithm == "feddistill" else key
             shuffle = keys.shuffle(keys.stream(jax.random.fold_in(key, 0), "shuffle"), count)
             return start + shuffle(jnp.arange(case.steps * case.batch, dtype=jnp.int32))
 
         rows = jax.device_get((self.federation.client, holdings.start, holdings.count, holdings.order))
-        position = np.asarray(jax.jit(jax.vmap(one))(*rows[:3]))
+        position = np.asarray(jax.jit(jax.vmap(batches_of))(*rows[:3]))
         return rows[3][position].reshape(case.clients, case.steps, case.batch).astype(np.int32)
 
     def loss(self, params: Any, examples: int = 1000) -> float:

@@ -5,27 +5,34 @@
 
 Two workers share a study. One of them, drawn at random, gets SIGKILL after a random time, and another takes its place;
 after the last kill they are left alone. This file is the study file too: FedProx on a small synthetic federation, for
-so many rounds that a batch takes as long as a worker's start, or few kills would hit a worker that holds trials.
+so many rounds that a batch takes as long as a worker's start, or few kills would hit a worker that holds trials. A
+trial whose worker was killed is given up, and another one with its params runs in its place.
 """
 
+import collections
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 from absl import flags
 from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from fdjax.errors import InputError
 from fdjax.run import program, report
-from sweeps.storage import open_storage
+from sweeps.storage import given_up, open_storage
 from sweeps.study import Study
 
+ROUNDS, TRIALS = (
+    int(os.environ.get(f"FDJAX_KILLS_{name}", usual)) for name, usual in (("ROUNDS", 80_000), ("TRIALS", 60))
+)
 STUDY = Study(
     name="kills",
     paper="none: a test of sweeps.run",
@@ -33,67 +40,108 @@ STUDY = Study(
     runtime="seven minutes on two cores, with 50 kills",
     fixed={
         "algorithm": "fedprox", "dataset": "synthetic", "num_clients": 5, "samples_per_client": 10, "model": "mclr",
-        "rounds": 80_000, "eval_every": 20_000, "partition_seed": 0,
+        "rounds": ROUNDS, "eval_every": ROUNDS // 4, "partition_seed": 0,
     },
     space={"learning_rate": FloatDistribution(1e-3, 1e-1, log=True), "mu": FloatDistribution(0.0, 1.0)},
     search="random",
-    trials=int(os.environ.get("FDJAX_KILLS_TRIALS", "60")),
+    trials=TRIALS,
 )  # fmt: skip
 
 
-def worker(url: str, batch: int, trials: int) -> subprocess.Popen:
-    """One process of `sweeps.run`."""
+class Worker(NamedTuple):
+    """A process of `sweeps.run`, and the file with what it writes to stderr."""
+
+    process: subprocess.Popen
+    errors: Path
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.errors.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Wait for its end. Raises InputError, with the last lines of its stderr, unless it ended well."""
+        code, text = self.process.wait(), self.errors.read_text()
+        self.errors.unlink()
+        if code:
+            raise InputError(f"a worker ended with code {code}; its stderr ends with:\n{text[-3000:]}")
+
+
+def start(url: str, batch: int, trials: int, rounds: int) -> Worker:
+    """A worker on the study in the storage `url`."""
     command = [sys.executable, "-m", "sweeps.run", f"--study={__file__}", f"--storage={url}", f"--batch={batch}"]
-    environment = os.environ | {"FDJAX_KILLS_TRIALS": str(trials)}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    command.append(f"--compile_cache={url.removeprefix('sqlite:///')}.compiled")  # a kill may damage what is kept there
+    environment = os.environ | {"FDJAX_KILLS_TRIALS": str(trials), "FDJAX_KILLS_ROUNDS": str(rounds)}
+    with tempfile.NamedTemporaryFile("w", prefix="fdjax-worker-", suffix=".stderr", delete=False) as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+    return Worker(process, Path(errors.name))
 
 
-def undisturbed(url: str, trials: int) -> None:
+def undisturbed(url: str, trials: int, rounds: int = ROUNDS) -> None:
     """The whole study by one worker."""
-    if code := worker(url, trials, trials).wait():
-        raise InputError(f"the undisturbed study ended with code {code}; run python -m sweeps.run by hand to see why")
+    start(url, trials, trials, rounds).check()
 
 
-def holds_a_trial(url: str, process: subprocess.Popen) -> bool:
+def stored(url: str) -> list[FrozenTrial]:
+    """Every trial in the storage; none as long as it has no study."""
+    try:
+        return optuna.load_study(study_name=STUDY.name, storage=open_storage(url)).trials
+    except KeyError:
+        return []
+
+
+def holds_a_trial(url: str, worker: Worker) -> bool:
     """Whether a trial that runs names this worker."""
-    trials = optuna.load_study(study_name=STUDY.name, storage=open_storage(url)).trials
-    return any(t.state == TrialState.RUNNING and f"|{process.pid}|" in t.user_attrs.get("worker", "") for t in trials)
+    of_worker = f"|{worker.process.pid}|"
+    return any(t.state == TrialState.RUNNING and of_worker in t.user_attrs.get("worker", "") for t in stored(url))
 
 
-def disturbed(url: str, kills: int, batch: int, trials: int, seconds: float, seed: int = 0) -> int:
-    """The study by two workers of which one is killed at a time; returns how many kills hit one that held trials."""
-    chance, hit = random.Random(seed), 0
-    workers = [worker(url, batch, trials) for _ in range(2)]
+def disturbed(
+    url: str, kills: int, batch: int, trials: int, seconds: float | None, seed: int = 0, rounds: int = ROUNDS
+) -> int:
+    """The study by two workers of which one is killed at a time; returns how many kills hit one that held trials.
+
+    `seconds` is the mean time between kills; None: the next worker is killed as soon as it holds a trial.
+    """
+    chance, hits = random.Random(seed), 0
+    workers = [start(url, batch, trials, rounds) for _ in range(2)]
     try:
         for _ in range(kills):
-            time.sleep(chance.uniform(0, 2 * seconds))
-            victim = chance.randrange(2)
-            hit += workers[victim].poll() is None and holds_a_trial(url, workers[victim])
-            workers[victim].send_signal(signal.SIGKILL)
-            workers[victim].wait()
-            workers[victim] = worker(url, batch, trials)
-        if codes := [code for w in workers if (code := w.wait())]:
-            raise InputError(f"workers ended with codes {codes}")
+            if seconds is not None:
+                time.sleep(chance.uniform(0, 2 * seconds))
+            place = chance.randrange(2)
+            victim = workers[place]
+            while not (hit := holds_a_trial(url, victim)) and seconds is None and victim.process.poll() is None:
+                time.sleep(0.1)
+            hits += hit and victim.process.poll() is None
+            victim.kill()
+            workers[place] = start(url, batch, trials, rounds)
+        for worker in workers:
+            worker.check()
     finally:
-        for process in workers:
-            process.kill()
-            process.wait()
-    return hit
+        for worker in workers:
+            worker.kill()
+    return hits
 
 
-def values(url: str) -> dict[int, tuple[dict[str, float], dict[int, float], list[float]]]:
-    """Params, intermediate values and central losses of each complete trial."""
-    trials = optuna.load_study(study_name=STUDY.name, storage=open_storage(url)).trials
-    return {
-        t.number: (t.params, t.intermediate_values, t.user_attrs["evaluations"]["central_loss"])
-        for t in trials
-        if t.state == TrialState.COMPLETE
+Params = tuple[tuple[str, float], ...]
+
+
+def values(url: str) -> dict[Params, tuple[dict[int, float], list[float]]]:
+    """Intermediate values and central losses of each complete trial. Raises InputError if two have the same params."""
+    complete = [t for t in stored(url) if t.state == TrialState.COMPLETE]
+    found = {
+        tuple(sorted(t.params.items())): (t.intermediate_values, t.user_attrs["evaluations"]["central_loss"])
+        for t in complete
     }
+    if len(found) < len(complete):
+        raise InputError(f"{len(complete)} trials are complete, but only {len(found)} of them have params of their own")
+    return found
 
 
-def states(url: str) -> list[str]:
-    """Of every trial in the storage."""
-    return [t.state.name for t in optuna.load_study(study_name=STUDY.name, storage=open_storage(url)).trials]
+def states(url: str) -> dict[str, int]:
+    """How many trials of the storage are in which state."""
+    return collections.Counter("given up" if given_up(t) else t.state.name.lower() for t in stored(url))
 
 
 def main() -> None:
@@ -106,18 +154,18 @@ def main() -> None:
     begun = time.perf_counter()
     undisturbed(calm, given.trials)
     alone = time.perf_counter() - begun
-    hit = disturbed(wild, given.kills, given.batch, given.trials, given.seconds, given.seed)
+    hits = disturbed(wild, given.kills, given.batch, given.trials, given.seconds, given.seed)
     expected, found = values(calm), values(wild)
-    same = sum(found.get(number) == value for number, value in expected.items())
+    same = sum(found.get(params) == value for params, value in expected.items())
     near = max(
-        (abs(a - b) for n in found for a, b in zip(found[n][2], expected[n][2], strict=True)), default=float("nan")
+        (abs(a - b) for p in {*found} & {*expected} for a, b in zip(found[p][1], expected[p][1], strict=True)),
+        default=float("nan"),
     )
-    counted = states(wild)
     rows = [
         ("trials", given.trials),
-        ("kills, of which hit a worker that held trials just before", f"{given.kills}, {hit}"),
-        ("complete, of the plan", len(found)),
-        ("in the storage in all", ", ".join(f"{counted.count(s)} {s.lower()}" for s in sorted({*counted}))),
+        ("kills, of which hit a worker that held trials just before", f"{given.kills}, {hits}"),
+        ("complete, with the params of the undisturbed study", len({*found} & {*expected})),
+        ("in the storage in all", ", ".join(f"{count} {state}" for state, count in sorted(states(wild).items()))),
         ("equal to the undisturbed study in every digit", same),
         ("largest difference of a loss", f"{near:.1e}"),
         ("seconds undisturbed, disturbed", f"{alone:.0f}, {time.perf_counter() - begun - alone:.0f}"),
@@ -126,8 +174,7 @@ def main() -> None:
     print(text)
     environment = report.environment()
     report.write_text(out / "table.md", f"# benchmarks.sweep_kills\n\n{text}\n\n{environment}\n")
-    params = all(found[number][0] == expected[number][0] for number in found)
-    if sorted(found) != list(range(given.trials)) or near > 1e-5 or not params:
+    if found.keys() != expected.keys() or len(found) != given.trials or not near <= 1e-5:
         raise InputError("the disturbed study is not the undisturbed one: see the table")
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.sweep_speed
 
 24 trials: six temperatures by four weights of FedDistill on the embedded MNIST sample; six temperatures of ERA by four
-learning rates of DS-FL on synthetic(1, 1). Whole commands are timed once each: `sweeps.run` with an empty code cache,
-and `python -m fdjax` 24 times. Warm runs are timed `--repeats` times in turns, of which the median ratio counts. This
-file is the study file too.
+learning rates of DS-FL on synthetic(1, 1). Whole commands are timed once each: `sweeps.run`, and `python -m fdjax` 24
+times, either with a folder for compiled code that is empty at first. Warm runs are timed `--repeats` times in turns, of
+which the median ratio counts. This file is the study file too.
 """
 
 import collections
@@ -21,7 +21,7 @@ import optuna
 from absl import flags
 
 from fdjax.errors import InputError, unknown
-from fdjax.run import program, report, runner, trials
+from fdjax.run import batch, program, report, runner
 from fdjax.run.settings import Settings
 from sweeps.study import Study
 
@@ -65,7 +65,8 @@ def of_commands(suite: str, folder: str) -> dict[str, float]:
     for number in range(study.total):
         given = {**study.fixed, **study.point(number)}
         command = [sys.executable, "-m", "fdjax", *(f"--{name}={value}" for name, value in given.items())]
-        found["programs"] += _timed([*command, f"--out={folder}/{suite}{number}"], suite)
+        command += [f"--out={folder}/{suite}{number}", f"--compile_cache={folder}/{suite}_programs"]
+        found["programs"] += _timed(command, suite)
     return found
 
 
@@ -80,18 +81,19 @@ def in_process(suite: str, repeats: int) -> tuple[list[float], list[float], int,
             compiled[str(kwargs.get("fun_name"))] += 1
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    ready = trials.experiments(settings)
-    batch = trials.batch(ready, len(ready), [*study.space])
-    results = batch.run(ready, lambda done, records: ())
-    supersteps = compiled["jit(lifted)"]
-    alone = [runner.run(one, progress=False) for one in settings[:1]]
+    ready = batch.experiments(settings)
+    together_at_once = batch.batch(ready, len(ready), [*study.space])
+    results = together_at_once.run(ready, lambda done, records: ())
+    supersteps = compiled["jit(superstep)"]
+    alone = [runner.run(each, progress=False) for each in settings[:1]]  # compiles a superstep of its own
+    warm = compiled["jit(superstep)"]
     together, apart = [], []
     for _ in range(repeats):
         begun = time.perf_counter()
-        batch.run(ready, lambda done, records: ())
+        together_at_once.run(ready, lambda done, records: ())
         together.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        alone = [runner.run(one, progress=False) for one in settings]
+        alone = [runner.run(each, progress=False) for each in settings]
         apart.append(time.perf_counter() - begun)
     differences = [
         np.abs(np.subtract(a.evaluations[name], b.evaluations[name])).max()
@@ -99,8 +101,8 @@ def in_process(suite: str, repeats: int) -> tuple[list[float], list[float], int,
         for name in a.evaluations
         if name.endswith("loss")
     ]
-    if compiled["jit(lifted)"] != supersteps:
-        raise InputError("a warm batch compiled again; the timing is of no use")
+    if compiled["jit(superstep)"] != warm:
+        raise InputError("a warm batch or run compiled again; the timing is of no use")
     return together, apart, supersteps, max(differences)
 
 

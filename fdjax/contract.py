@@ -26,7 +26,7 @@ class Context(NamedTuple):
     """The read-only surroundings of a call, under the same names in every function of every method."""
 
     model: Model  # of this client's cohort; at the server the central model
-    cohort: int  # number of the cohort; at the server 0, but in `broadcast` and in reductions of one cohort theirs
+    cohort: int  # number of the cohort; at the server 0, or the one that a broadcast or a reduction is for
     client: Array  # [] int32: id of the client, -1 at the server
     hparams: HParams  # traced hyperparameters by name, [] float32 or int32
     round: Array  # [] int32: rounds done before this one
@@ -47,7 +47,7 @@ class Broadcast(NamedTuple):
 
 
 class Received(NamedTuple):
-    """The same, as one client receives it: `own` is its row."""
+    """What one client receives of a `Broadcast`: `own` is the client's row."""
 
     shared: PyTree
     own: PyTree
@@ -152,15 +152,15 @@ class Reduction(NamedTuple):
     partial: Partial
     finish: Finish
     combine: str = "sum"  # one of COMBINES; "stack" keeps every participant's partial, which costs memory for them
-    per_cohort: bool = False  # a summary for each cohort apart, as a tuple
+    per_cohort: bool = False  # a summary for each cohort by itself, as a tuple
+    # Of a cohort in which nobody counts it is `finish` of the identity: let `partial` give the weight too, to see that.
 
 
 class Exchange(NamedTuple):
     """Server broadcasts, clients work, uploads are reduced, server updates: once.
 
-    `reduce` is a reduction, or a dict of reductions of the same upload; the summary has the same names. The server
-    stays as it was if no participant holds an example, and so does a client without examples: neither is sent
-    anything, nor sends.
+    `reduce` is a reduction, or a dict of reductions of the same upload; the summary has the same names. A client that
+    holds no example stays as it was, receives nothing and sends nothing. If nobody counts, the server stays as it was.
     """
 
     broadcast: SendBroadcast
@@ -168,14 +168,19 @@ class Exchange(NamedTuple):
     reduce: Reduction | Mapping[str, Reduction]
     server: ServerUpdate
     releases: tuple[Any, ...] = ()  # what a privacy accountant must know
-    name: str = ""  # for errors and byte tables; the function `client`'s if none is given
+    name: str = ""  # for errors and byte tables; if empty, the name of the function `client`
+
+    @property
+    def label(self) -> str:
+        """The exchange's name in errors and tables."""
+        return self.name or getattr(self.client, "__name__", "exchange")
 
 
 class _Ensemble:
     """The value of `ENSEMBLE`."""
 
 
-ENSEMBLE = _Ensemble()  # as `Algorithm.central`: the mean of the softmax outputs of all personal models
+ENSEMBLE = _Ensemble()  # as `Algorithm.central`: the mean of the softmax outputs of all clients that hold examples
 
 
 class Algorithm(NamedTuple):

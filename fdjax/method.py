@@ -3,7 +3,6 @@
 Every file in `fdjax/algorithms` holds such a record, `METHOD`; flags, checks, sweeps and tests read nothing else.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -28,7 +27,7 @@ class HParam(NamedTuple):
     high: float = math.inf  # largest value
     integer: bool = False
     help: str = ""
-    above: bool = False  # whether `low` itself is too little
+    above: bool = False  # whether the value must be larger than `low`, and not only as large
 
     def check(self, name: str, value: Any) -> float:
         """The value as a number. Raises InputError if it is none, or out of range."""
@@ -129,7 +128,7 @@ class Method(NamedTuple):
             if name not in self.hparams:
                 raise unknown(f"hparam of {self.name}", name, self.hparams)
         values = {name: given.get(name, record.default) for name, record in self.hparams.items()}
-        values = {name: values[value] if value in self.hparams else value for name, value in values.items()}
+        values = {n: values[v] if isinstance(v, str) and v in self.hparams else v for n, v in values.items()}
         return {name: self.hparams[name].check(name, value) for name, value in values.items()}
 
     def resolve(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -143,7 +142,5 @@ class Method(NamedTuple):
             if name not in self.options:
                 raise unknown(f"option of {self.name}", name, self.options)
             if value not in self.options[name]:
-                near = difflib.get_close_matches(str(value), self.options[name], n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise InputError(f"unknown {name} {value!r}{hint}; known: {', '.join(self.options[name])}")
+                raise unknown(name, str(value), self.options[name])
         return {name: given.get(name, allowed[0]) for name, allowed in self.options.items()}

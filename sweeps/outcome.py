@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fdjax.errors import InputError
 from fdjax.run import report
+from sweeps.storage import given_up
 from sweeps.study import Study
 
 TAIL = 10  # evaluations, whose mean stands beside the last one
@@ -36,7 +37,8 @@ class Outcome(NamedTuple):
     attributes: dict[str, Any]  # what the sweep wrote beside the trials
     states: dict[str, int]
     reasons: dict[str, list[int]]  # of failures: numbers of the trials
-    repeated: int  # finished trials of params that another one has too
+    repeated: int  # finished trials with the params of another finished trial
+    given_up: int  # trials that count for nothing, see sweeps.storage
     finished: tuple[FrozenTrial, ...]  # in the order of their numbers, without those
     names: tuple[str, ...]  # of params other than seeds
     varying: tuple[str, ...]  # those of more than one value
@@ -64,13 +66,13 @@ def read(study: Study, storage: optuna.storages.BaseStorage, name: str) -> Outco
     Raises InputError if the storage has no such study, or the study no finished trial.
     """
     try:
-        held = optuna.load_study(study_name=name, storage=storage)
+        stored = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         known = ", ".join(sorted(optuna.get_all_study_names(storage))) or "none"
         raise InputError(
             f"no study {name!r} in the storage; it has {known}: run the study first, or give --name"
         ) from None
-    return outcome(study, name, held.user_attrs, held.direction, held.get_trials(deepcopy=False))
+    return outcome(study, name, stored.user_attrs, stored.direction, stored.get_trials(deepcopy=False))
 
 
 def outcome(
@@ -81,11 +83,12 @@ def outcome(
     trials: Sequence[FrozenTrial],
 ) -> Outcome:
     """The outcome of these trials."""
+    total, trials = len(trials), [trial for trial in trials if not given_up(trial)]
     states = collections.Counter(trial.state for trial in trials)
     reasons: dict[str, list[int]] = {}
     for trial in trials:
         if trial.state == TrialState.FAIL:
-            reasons.setdefault(str(trial.user_attrs.get("reason", "no reason recorded")), []).append(trial.number)
+            reasons.setdefault(str(trial.user_attrs["reason"]), []).append(trial.number)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
         told = f"; {len(next(iter(reasons.values())))} failed: {_line(next(iter(reasons)))}" if reasons else ""
@@ -104,8 +107,8 @@ def outcome(
         _key(trial.params, study.seeds) for trial in trials if trial.state == TrialState.PRUNED
     )
     rows = [
-        Row({n: them[0].params[n] for n in names if n in them[0].params}, tuple(them), pruned[key])
-        for key, them in grouped.items()
+        Row({n: alike[0].params[n] for n in names if n in alike[0].params}, tuple(alike), pruned[key])
+        for key, alike in grouped.items()
     ]
     rows.sort(key=lambda row: float(np.mean(last(row))), reverse=maximize)
     return Outcome(
@@ -117,6 +120,7 @@ def outcome(
         states={state.name.lower(): states[state] for state in TrialState},
         reasons=reasons,
         repeated=len(complete) - len(finished),
+        given_up=total - len(trials),
         finished=finished,
         names=names,
         varying=tuple(n for n in names if len({repr(row.params.get(n)) for row in rows}) > 1),
@@ -182,19 +186,27 @@ def spread(values: np.ndarray) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]  # rounds, bytes, mean, std
+class Curve(NamedTuple):
+    """The objective of a configuration over rounds: mean and, of two seeds or more, sample std over the seeds."""
+
+    rounds: np.ndarray
+    bytes: np.ndarray  # sent up to these rounds, mean over the seeds; empty if a trial kept none
+    mean: np.ndarray
+    std: np.ndarray | None
 
 
 def curve(row: Row, objective: str) -> Curve:
-    """Mean and std over seeds after each round at which all of them were evaluated; bytes may be empty."""
+    """The curve of a configuration at the rounds at which all of its seeds were evaluated."""
     each = [evaluations(trial, objective) for trial in row.trials]
     common = sorted(set.intersection(*(set(rounds.tolist()) for rounds, _ in each)))
     values = np.asarray([values[np.searchsorted(rounds, common)] for rounds, values in each])
     counted = [np.asarray(trial.user_attrs.get("bytes") or [], float) for trial in row.trials]
-    whole = all(len(mine) == len(rounds) for mine, (rounds, _) in zip(counted, each, strict=True))
-    total = [mine[np.searchsorted(rounds, common)] for mine, (rounds, _) in zip(counted, each, strict=True) if whole]
-    mean_bytes = np.mean(total, axis=0) if total else np.asarray([])
-    return np.asarray(common), mean_bytes, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+    complete = all(len(total) == len(rounds) for total, (rounds, _) in zip(counted, each, strict=True))
+    at_common = [
+        total[np.searchsorted(rounds, common)] for total, (rounds, _) in zip(counted, each, strict=True) if complete
+    ]
+    mean_bytes = np.mean(at_common, axis=0) if at_common else np.asarray([])
+    return Curve(np.asarray(common), mean_bytes, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None)
 
 
 def word(value: Any) -> str:
@@ -202,50 +214,55 @@ def word(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def shown(made: Outcome, values: np.ndarray) -> str:
+def shown(results: Outcome, values: np.ndarray) -> str:
     """Mean ± std, as a percentage if the objective is a fraction."""
     mean, std = spread(values)
-    return report.percent(mean, std) if made.percent else f"{mean:.4g}" + (f" ± {std:.2g}" if std is not None else "")
+    if results.percent:
+        return report.percent(mean, std)
+    return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {std:.2g}"
 
 
-def table(made: Outcome) -> tuple[list[str], list[list[str]]]:
+def table(results: Outcome) -> tuple[list[str], list[list[str]]]:
     """Headers, and the cells of each configuration, best first."""
-    columns = _columns(made)
+    columns = _columns(results)
     lines = [
-        [str(i), *(word(row.params.get(n, "")) for n in made.names), *(cell(row) for _, cell in columns)]
-        for i, row in enumerate(made.rows, 1)
+        [str(i), *(word(row.params.get(n, "")) for n in results.names), *(cell(row) for _, cell in columns)]
+        for i, row in enumerate(results.rows, 1)
     ]
-    return ["row", *made.names, *(header for header, _ in columns)], lines
+    return ["row", *results.names, *(header for header, _ in columns)], lines
 
 
 def _size(count: float) -> str:
     return report.byte_size(count) if np.isfinite(count) else ""
 
 
-def _columns(made: Outcome) -> list[tuple[str, Callable[[Row], str]]]:
-    objective, sizes = made.objective, tail_sizes(made.rows, made.objective)
+def _columns(results: Outcome) -> list[tuple[str, Callable[[Row], str]]]:
+    objective, sizes = results.objective, tail_sizes(results.rows, results.objective)
     count = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("seeds", lambda row: str(len(row.trials)) + (f" + {row.pruned} pruned" if row.pruned else "")),
-        ("last", lambda row: shown(made, last(row))),
-        (f"mean of last {count}", lambda row: shown(made, tail(row, objective))),
+        ("last", lambda row: shown(results, last(row))),
+        (f"mean of last {count}", lambda row: shown(results, tail(row, objective))),
     ]
-    if any(has_split(row) for row in made.rows):
+    if any(has_split(row) for row in results.rows):
         columns.append(
-            ("best on a validation split", lambda row: shown(made, on_split(row, objective)) if has_split(row) else "")
+            (
+                "best on a validation split",
+                lambda row: shown(results, on_split(row, objective)) if has_split(row) else "",
+            )
         )
-    if any(np.isfinite(sent(row)).all() for row in made.rows):
+    if any(np.isfinite(sent(row)).all() for row in results.rows):
         columns.append(("bytes", lambda row: _size(float(np.mean(sent(row))))))
     return columns
 
 
-def records(made: Outcome) -> list[dict[str, Any]]:
+def records(results: Outcome) -> list[dict[str, Any]]:
     """The table as numbers: fractions, not percentages; empty where there is none."""
     lines = []
-    for row in made.rows:
-        measured = {"last": last(row), "tail": tail(row, made.objective)}
-        measured["on_split"] = on_split(row, made.objective) if has_split(row) else np.asarray([np.nan])
-        line: dict[str, Any] = {name: row.params.get(name, "") for name in made.names}
+    for row in results.rows:
+        measured = {"last": last(row), "tail": tail(row, results.objective)}
+        measured["on_split"] = on_split(row, results.objective) if has_split(row) else np.asarray([np.nan])
+        line: dict[str, Any] = {name: row.params.get(name, "") for name in results.names}
         line |= {"seeds": len(row.trials), "pruned": row.pruned}
         for name, values in measured.items():
             mean, std = spread(values)
@@ -254,7 +271,7 @@ def records(made: Outcome) -> list[dict[str, Any]]:
         lines.append(
             line
             | {
-                "tail_evaluations": "-".join(map(str, tail_sizes([row], made.objective))),
+                "tail_evaluations": "-".join(map(str, tail_sizes([row], results.objective))),
                 "bytes": bytes_sent if np.isfinite(bytes_sent) else "",
                 "trials": " ".join(str(trial.number) for trial in row.trials),
             }
@@ -262,19 +279,21 @@ def records(made: Outcome) -> list[dict[str, Any]]:
     return lines
 
 
-def status(made: Outcome) -> list[str]:
+def status(results: Outcome) -> list[str]:
     """How many trials of how many, in sentences."""
     words = {"pruned": "pruned", "fail": "failed", "running": "running", "waiting": "waiting"}
-    counted = ", ".join(f"{made.states[state]} {text}" for state, text in words.items())
-    lines = [f"{made.states['complete']} of {made.study.total} trials are complete; {counted}."]
+    counted = ", ".join(f"{results.states[state]} {text}" for state, text in words.items())
+    lines = [f"{results.states['complete']} of {results.study.total} trials are complete; {counted}."]
     lines += [
         f"Failed: {_line(reason)} ({len(numbers)} {'trials' if len(numbers) > 1 else 'trial'}: "
         f"{', '.join(map(str, numbers[:8]))}{', ...' if len(numbers) > 8 else ''})."
-        for reason, numbers in sorted(made.reasons.items(), key=lambda item: -len(item[1]))
+        for reason, numbers in sorted(results.reasons.items(), key=lambda item: -len(item[1]))
     ]
-    if made.repeated:
-        lines.append(f"{made.repeated} complete trials have the params of another one and are left out.")
-    then = made.attributes.get("description")
-    if then is not None and then != json.loads(json.dumps(made.study.description())):
+    if results.repeated:
+        lines.append(f"{results.repeated} complete trials have the params of another complete trial and are left out.")
+    if results.given_up:
+        lines.append(f"Not counted: {results.given_up} trials that workers gave up; other trials stand for them.")
+    then = results.attributes.get("description")
+    if then is not None and then != json.loads(json.dumps(results.study.description())):
         lines.append("The study file has been changed since: settings and space below are those of the storage.")
     return lines

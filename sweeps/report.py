@@ -33,13 +33,13 @@ def main() -> None:
     chosen = study.load(given.study)
     chosen = chosen.smaller() if given.smoke else chosen
     name = given.name or chosen.name
-    made = outcome.read(chosen, _storage(given.storage or f"sqlite:///runs/sweeps/{name}.db"), name)
+    results = outcome.read(chosen, _storage(given.storage or f"sqlite:///runs/sweeps/{name}.db"), name)
     out = report.prepare(given.out or f"runs/sweeps/{name}")
-    write(made, out, _command())
+    write(results, out, _command())
 
 
 def _storage(url: str) -> optuna.storages.BaseStorage:
-    """Opened, if its file is there: a report makes no storage. Raises InputError otherwise."""
+    """Opened, if its file is there: a report creates no storage. Raises InputError otherwise."""
     for start in ("sqlite:///", "journal:"):
         path = url.removeprefix(start)
         if url.startswith(start) and not Path(path).is_file():
@@ -52,41 +52,48 @@ def _command() -> str:
     return " ".join(["python -m sweeps.report", *(flag.serialize() for flag in named if flag.present)])
 
 
-def write(made: Outcome, out: Path, command: str) -> None:
+def write(results: Outcome, out: Path, command: str) -> None:
     """Print the table, and write everything to the folder `out`."""
-    title, sentences, note = f"Study {made.name}", outcome.status(made), _note(made)
-    headers, rows = outcome.table(made)
-    lead, settings, versions = _lead(made), _settings(made), _versions(made) | {"report": command}
-    drawn, missing = figures.draw(made, out)
+    title, sentences, note = f"Study {results.name}", outcome.status(results), _note(results)
+    headers, rows = outcome.table(results)
+    lead, settings, versions = _lead(results), _settings(results), _versions(results) | {"report": command}
+    drawn, missing = figures.draw(results, out)
     print("\n\n".join(["\n".join(sentences), report.table(rows[:PRINTED], headers)]) + "\n")
     if len(rows) > PRINTED:
         print(f"{len(rows) - PRINTED} more configurations are in {out}/table.md.")
     print("\n".join([note, *missing]))
     told = "\n\n".join(f"{name}: {text}" for name, text in lead.items() if text)
-    fixed, made_with = (
+    fixed, created_with = (
         "\n".join(f"- {name}: {value}" for name, value in values.items() if value not in (None, ""))
         for values in (settings, versions)
     )
-    text = [f"# {title}", told, "\n".join(sentences), report.table(rows, headers), note, *missing, fixed, made_with]
+    text = [f"# {title}", told, "\n".join(sentences), report.table(rows, headers), note, *missing, fixed, created_with]
     report.write_text(out / "table.md", "\n\n".join(text) + "\n")
-    report.write_text(out / "results.csv", _csv(outcome.records(made)))
+    report.write_text(out / "results.csv", _csv(outcome.records(results)))
     html = page.page(title, lead, sentences, (headers, rows, note), drawn, missing, settings, versions)
     report.write_text(out / "report.html", html)
-    print(f"written: {', '.join([f'{out}/report.html', 'table.md', 'results.csv', *(f.path.name for f in drawn)])}")
+    print(
+        f"written: {', '.join(['table.md', 'results.csv', *(f.path.name for f in drawn)])} and the page with all of it:"
+    )
+    print(out / "report.html")
 
 
-def _note(made: Outcome) -> str:
-    counts = {len(row.trials) for row in made.rows}
-    sizes = outcome.tail_sizes(made.rows, made.objective)
-    text = f"{made.quantity.capitalize()}, mean ± std over seeds" if counts != {1} else f"{made.quantity.capitalize()}"
-    text += f"; {'highest' if made.maximize else 'lowest'} mean of the last evaluation first."
+def _note(results: Outcome) -> str:
+    counts = {len(row.trials) for row in results.rows}
+    sizes = outcome.tail_sizes(results.rows, results.objective)
+    text = (
+        f"{results.quantity.capitalize()}, mean ± std over seeds"
+        if counts != {1}
+        else f"{results.quantity.capitalize()}"
+    )
+    text += f"; {'highest' if results.maximize else 'lowest'} mean of the last evaluation first."
     if sizes[0] < outcome.TAIL:
         text += f" Some trials have fewer than {outcome.TAIL} evaluations: the mean is of all of them."
     if len(counts) > 1:
         text += f" Configurations have {min(counts)} to {max(counts)} seeds: means of few are less sure."
-    if any(row.pruned for row in made.rows):
+    if any(row.pruned for row in results.rows):
         text += " A pruned seed is in no mean, which flatters its configuration."
-    if any(outcome.has_split(row) for row in made.rows):
+    if any(outcome.has_split(row) for row in results.rows):
         text += (
             " Best on a validation split: after the round whose accuracy on examples that nobody trained on, and that "
             "are not the test set's, was best, seed by seed."
@@ -94,33 +101,33 @@ def _note(made: Outcome) -> str:
     return text
 
 
-def _lead(made: Outcome) -> dict[str, str]:
+def _lead(results: Outcome) -> dict[str, str]:
     # A trial has the seconds of its whole batch, which count once.
     batches = {
-        tuple(trial.user_attrs.get(n) for n in ("worker", "seconds", "compile_seconds")) for trial in made.finished
+        tuple(trial.user_attrs.get(n) for n in ("worker", "seconds", "compile_seconds")) for trial in results.finished
     }
     seconds, compiling = [sum(batch[i] or 0.0 for batch in batches) for i in (1, 2)]
     measured = f"{seconds:.0f} s of finished trials, {compiling:.0f} s of it compilation" if seconds else ""
-    runtime = made.attributes.get("runtime", made.study.runtime)
+    runtime = results.attributes.get("runtime", results.study.runtime)
     return {
-        "Question": made.attributes.get("question", made.study.question),
-        "Paper": made.attributes.get("paper", made.study.paper),
+        "Question": results.attributes.get("question", results.study.question),
+        "Paper": results.attributes.get("paper", results.study.paper),
         "Runtime": "; ".join(text for text in (runtime, measured) if text),
     }
 
 
-def _settings(made: Outcome) -> dict[str, Any]:
+def _settings(results: Outcome) -> dict[str, Any]:
     """What was fixed, what was searched, and the defaults that all trials ran with."""
-    described = made.attributes.get("description") or json.loads(json.dumps(made.study.description()))
+    described = results.attributes.get("description") or json.loads(json.dumps(results.study.description()))
     fixed, space = described["fixed"], described["space"]
     searched = {n: optuna.distributions.json_to_distribution(json.dumps(d)) for n, d in space.items()}
-    used = [trial.user_attrs.get("settings") or {} for trial in made.finished]
+    used = [trial.user_attrs.get("settings") or {} for trial in results.finished]
     left = {n: v for n, v in used[0].items() if n not in {*fixed, *space, *_FOLDERS} and v is not None}
     common = {n: v for n, v in left.items() if all(other.get(n) == v for other in used)}
     return {
         **{n: v for n, v in fixed.items() if n not in _FOLDERS},
         **{f"{name} (searched)": _range(distribution) for name, distribution in searched.items()},
-        "objective": f"{made.objective}, {'maximize' if made.maximize else 'minimize'}",
+        "objective": f"{results.objective}, {'maximize' if results.maximize else 'minimize'}",
         "search": described["search"],
         "pruner": "" if described.get("pruner") == "None" else described.get("pruner"),
         "all else": ", ".join(f"{n}={v}" for n, v in sorted(common.items())),
@@ -135,18 +142,18 @@ def _range(distribution: BaseDistribution) -> str:
     return f"{low:g} to {high:g}{', log' if log else ''}{stepped}"
 
 
-def _versions(made: Outcome) -> dict[str, str]:
-    made_in = made.attributes.get("environment") or {}
-    versions = ", ".join(f"{name} {version}" for name, version in made_in.get("versions", {}).items() if version)
-    workers = {trial.user_attrs.get("worker") for trial in made.finished} - {None, ""}
+def _versions(results: Outcome) -> dict[str, str]:
+    environment = results.attributes.get("environment") or {}
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items() if version)
+    workers = {trial.user_attrs.get("worker") for trial in results.finished} - {None}
     return {
         "versions": versions,
-        "device": made_in.get("device", ""),
-        "machine": made_in.get("machine", ""),
-        "revision": made_in.get("revision") or "",
-        "hash of the sources": made.attributes.get("code", ""),
+        "device": environment.get("device", ""),
+        "machine": environment.get("machine", ""),
+        "revision": environment.get("revision") or "",
+        "hash of the sources": results.attributes.get("code", ""),
         "workers": str(len(workers)) if workers else "",
-        "sweep": made.attributes.get("command", ""),
+        "sweep": results.attributes.get("command", ""),
     }
 
 

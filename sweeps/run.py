@@ -14,71 +14,74 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optuna
 from absl import flags
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
 from tqdm import tqdm
 
 from fdjax.errors import InputError, unknown
-from fdjax.run import program, report, trials
+from fdjax.run import batch, program, report
 from fdjax.run.experiment import Experiment
-from fdjax.run.runner import Result
-from sweeps.storage import Worker, open_storage, patiently
+from fdjax.run.record import Result
+from sweeps.storage import Worker, given_up, open_storage, patiently, position
 from sweeps.study import Study, fingerprint_of_code, load
 
 _TPE_BATCH = 8
 _STOPPED = "stopped: finished trials stay, the others are free; the same command goes on"
-_POLL = 1.0  # seconds between looks at what others do
+_FOLDERS = ("--storage", "--compile_cache")  # flags that mean nothing on another machine
+_POLL = 1.0  # seconds between looks at what other workers do
 
 
 class Planned(optuna.samplers.BaseSampler):
-    """Params that follow from a trial's number, whichever worker asks."""
+    """Params that follow from a trial's place in the study's plan, whichever worker asks."""
 
-    def __init__(self, study: Study):
-        self._study = study
+    def __init__(self, plan: Study):
+        self._plan = plan
+        self.shared: optuna.Study | None = None  # not what `sample_relative` gets: a pruner may hide trials from it
 
     def infer_relative_search_space(self, study, trial):
-        return {}
+        return self._plan.distributions
 
     def sample_relative(self, study, trial, search_space):
-        return {}
+        assert self.shared is not None
+        place = position(self.shared.get_trials(deepcopy=False), trial.number)
+        return self._plan.point(place % self._plan.total)  # a trial too many gets params too, and is not run
 
     def sample_independent(self, study, trial, param_name, param_distribution):
-        return self._study.point(trial.number)[param_name]
+        raise NotImplementedError("all params are sampled together")
 
 
-def open_study(study: Study, url: str) -> optuna.Study:
-    """The study in the storage, made if need be. Raises InputError if one of that name is of other settings or code."""
-    seed = int.from_bytes(os.urandom(4))  # another one for each worker; the plan of a grid needs none
-    sampler = (
-        optuna.samplers.TPESampler(seed=seed, constant_liar=True, multivariate=True)
-        if study.search == "tpe"
-        else Planned(study)
-    )
-    storage = open_storage(url)
-    made = optuna.create_study(
-        study_name=study.name, storage=storage, sampler=sampler, direction=study.direction, load_if_exists=True,
-        pruner=study.pruner or optuna.pruners.NopPruner(),
+def open_study(plan: Study, url: str) -> optuna.Study:
+    """The study in the storage, which is created if need be.
+
+    Raises InputError if the storage has a study of that name with other settings or of other code.
+    """
+    seed = int.from_bytes(os.urandom(4))  # another one for each worker; a plan needs none
+    planned = Planned(plan)
+    tpe = plan.search == "tpe"
+    sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, multivariate=True) if tpe else planned
+    shared = planned.shared = optuna.create_study(
+        study_name=plan.name, storage=open_storage(url), sampler=sampler, direction=plan.direction,
+        pruner=plan.pruner or optuna.pruners.NopPruner(), load_if_exists=True,
     )  # fmt: skip
-    then, now = made.user_attrs, {"description": study.description(), "code": fingerprint_of_code()}
+    then, now = shared.user_attrs, {"description": plan.description(), "code": fingerprint_of_code()}
     if "description" in then:
         for name, what in (("description", "settings"), ("code", "code")):
             if then.get(name, now[name]) != now[name]:
                 raise InputError(
-                    f"study {study.name} in {url} was begun with other {what}{_difference(then[name], now[name])}; "
+                    f"study {plan.name} in {url} was begun with other {what}{_difference(then[name], now[name])}; "
                     "give the new one another --name"
                 )
-    more: dict[str, Any] = {name: getattr(study, name) for name in ("paper", "question", "runtime")}
-    more["command"] = " ".join(["python -m sweeps.run", *(a for a in sys.argv[1:] if not a.startswith("--storage"))])
+    more: dict[str, Any] = {name: getattr(plan, name) for name in ("paper", "question", "runtime")}
+    more["command"] = " ".join(["python -m sweeps.run", *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))])
     for name, value in (now | more | {"environment": report.environment()}).items():
         if name not in then:
-            patiently(lambda name=name, value=value: made.set_user_attr(name, value))
-    return made
+            patiently(shared.set_user_attr, name, value)
+    return shared
 
 
 def _difference(then: Any, now: Any, name: str = "") -> str:
@@ -88,205 +91,154 @@ def _difference(then: Any, now: Any, name: str = "") -> str:
     return f": {name + '=' if name else ''}{then}, now {now}"
 
 
-def work(study: Study, shared: optuna.Study, size: int) -> None:
-    """Ask for trials, `size` at once, run them and tell, until the study is whole."""
-    batches: dict[Any, tuple[trials.Batch, list[Experiment]]] = {}
-
-    def look():
-        everything = shared.get_trials(deepcopy=False)
-        return everything, _ask(study, worker, everything, size)
-
-    with Worker(shared) as worker, tqdm(total=study.total, desc=study.name, unit="trial") as bar:
+def work(plan: Study, shared: optuna.Study, size: int) -> None:
+    """Ask for trials, at most `size` at once, run them and tell their results, until the study is complete."""
+    with Worker(plan, shared) as worker, tqdm(total=plan.total, desc=plan.name, unit="trial") as bar:
+        runner = Runner(worker, size, bar)
         while True:
-            everything, mine = patiently(look)
-            bar.update(sum(t.state.is_finished() for t in everything[: study.total]) - bar.n)
-            if mine:
-                try:
-                    _run(study, mine, size, batches, bar)
-                except BaseException:
-                    for trial in _unfinished(mine):
-                        worker.release(trial)
-                    raise
-            elif all(t.state.is_finished() for t in everything) and len(everything) >= study.total:
+            known = patiently(shared.get_trials, deepcopy=False)
+            if patiently(worker.recover, known):
+                continue
+            bar.update(sum(t.state.is_finished() and not given_up(t) for t in known) - bar.n)
+            new = max(plan.total - position(known, len(known)), 0)
+            if left := new + sum(t.state == TrialState.WAITING for t in known):
+                runner.run(worker.ask(min(size, left)))
+            elif all(t.state.is_finished() for t in known):
                 return
             else:
-                bar.set_postfix_str("waiting: other workers hold all that is left")
+                bar.set_postfix_str("waiting: other workers have all trials that are left")
                 time.sleep(_POLL)
 
 
-def _ask(study: Study, worker: Worker, everything: list[FrozenTrial], size: int) -> list[optuna.Trial]:
-    """Trials for this worker: those left behind, and new ones as long as there are any."""
-    mine = worker.take_over(worker.left_behind(everything)[:size])
-    for _ in range(min(size - len(mine), study.total - len(everything))):
-        mine.append(worker.take(worker.study.ask()._trial_id))
-    wanted = []
-    for trial in mine:
-        if trial.number < study.total:
-            for name, distribution in study.distributions.items():
-                trial._suggest(name, distribution)
-            wanted.append(optuna.Trial(worker.study, trial._trial_id))  # with the params that the storage has
-        else:
-            _fail(trial, "one too many: several workers asked for the last one at once")
-    return wanted
+class Runner:
+    """Runs trials, those of one signature as one batch, whose compiled code is kept for the next ones."""
 
+    def __init__(self, worker: Worker, size: int, bar: tqdm):
+        self.worker, self.plan, self.size, self.bar = worker, worker.plan, size, bar
+        self._batches: dict[Any, tuple[batch.Batch, list[Experiment]]] = {}
 
-def _run(study: Study, mine: Sequence[optuna.Trial], size: int, batches: dict[Any, Any], bar: tqdm) -> None:
-    """Run trials, those of one signature as one batch, which is kept for the next ones."""
-    groups: dict[Any, list[tuple[optuna.Trial, Experiment]]] = {}
-    for trial, experiment in zip(mine, _experiments(study, mine), strict=True):
-        if experiment is not None:
-            groups.setdefault(experiment.signature, []).append((trial, experiment))
-    for signature, group in groups.items():
-        try:
-            batch = _batch(study, signature, [e for _, e in group], size if len(groups) == 1 else 0, batches)
-        except InputError as error:
-            for trial, _ in group:
-                _fail(trial, str(error))
-            continue
-        if study.objective not in batch.scalars:
-            raise unknown("objective", study.objective, batch.scalars)
-        try:
-            for begun in range(0, len(group), batch.slots):
-                _run_together(study, batch, group[begun : begun + batch.slots], bar)
-        except Exception as error:  # once more, by whoever takes them, and then no more
-            for trial in _unfinished([trial for trial, _ in group]):
-                tried = trial.user_attrs.get("tried", 0) + 1
-                trial.set_user_attr("tried", tried)
-                if tried > 1:
-                    _fail(trial, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            raise
-
-
-def _unfinished(mine: Sequence[optuna.Trial]) -> list[optuna.Trial]:
-    return [trial for trial in mine if not trial.storage.get_trial(trial._trial_id).state.is_finished()]
-
-
-def _batch(study: Study, signature: Any, like: list[Experiment], size: int, batches: dict[Any, Any]) -> trials.Batch:
-    """The batch for trials of a signature: the last one if they fit in, else one for all trials so far."""
-    if signature not in batches or not batches[signature][0].fits(like):
-        like = [*like, *(batches[signature][1] if signature in batches else [])]
-        batch = trials.batch(like, max(len(like), size), [*study.space])
-        batches[signature] = batch, like
-        tqdm.write(batch.why, file=sys.stderr)
-    return batches[signature][0]
-
-
-def _run_together(
-    study: Study, batch: trials.Batch, group: Sequence[tuple[optuna.Trial, Experiment]], bar: tqdm
-) -> None:
-    asked, experiments = zip(*group, strict=True)
-
-    def watch(done, records):
-        bar.set_postfix_str(f"{len(records)} trials at round {done}")
-        return [n for n, record in records.items() if _prune(study, asked[n], done, record)]
-
-    for trial, result in zip(asked, batch.run(experiments, watch), strict=True):
-        _tell(study, trial, result)
-
-
-def _experiments(study: Study, mine: Sequence[optuna.Trial]) -> list[Experiment | None]:
-    """One for each trial; None for those that cannot work, which have failed then."""
-    try:
-        return list(trials.experiments([study.settings(trial.params) for trial in mine]))
-    except InputError:  # of one of them
-        made: list[Experiment | None] = []
-        for trial in mine:
+    def run(self, asked: Sequence[optuna.Trial]) -> None:
+        """Run the trials and tell their results. Raises what a batch raises; its trials get one more try."""
+        groups: dict[Any, list[tuple[optuna.Trial, Experiment]]] = {}
+        for trial, experiment in zip(asked, self._experiments(asked), strict=True):
+            if experiment is not None:
+                groups.setdefault(experiment.signature, []).append((trial, experiment))
+        for signature, group in groups.items():
             try:
-                made += trials.experiments([study.settings(trial.params)])
+                compiled = self._batch(signature, [e for _, e in group], self.size if len(groups) == 1 else 0)
             except InputError as error:
-                _fail(trial, str(error))
-                made.append(None)
-        return made
+                for trial, _ in group:
+                    self._fail(trial, str(error))
+                continue
+            if self.plan.objective not in compiled.scalars:
+                raise unknown("objective", self.plan.objective, compiled.scalars)
+            try:
+                for start in range(0, len(group), compiled.slots):
+                    self._run_batch(compiled, group[start : start + compiled.slots])
+            except Exception as error:
+                for trial, _ in group:
+                    self._count_error(trial, error)
+                raise
 
+    def _experiments(self, asked: Sequence[optuna.Trial]) -> list[Experiment | None]:
+        """An experiment for each trial, or None for a trial whose settings cannot work, which has failed then."""
+        try:
+            return list(batch.experiments([self.plan.settings(trial.params) for trial in asked]))
+        except InputError as error:
+            if len(asked) > 1:
+                return [experiment for trial in asked for experiment in self._experiments([trial])]
+            self._fail(asked[0], str(error))
+            return [None]
 
-def _prune(study: Study, trial: optuna.Trial, done: int, record: dict[str, Any]) -> bool:
-    """Report an intermediate value; whether to stop here."""
-    value = record["evaluations"][study.objective][-1]
-    storage, number = trial.storage, trial._trial_id
+    def _batch(self, signature: Any, like: list[Experiment], size: int) -> batch.Batch:
+        """The batch for trials of a signature: the last one if they fit in, else one for all such trials so far."""
+        known = self._batches.get(signature)
+        if known is None or not known[0].fits(like):
+            like = [*like, *(known[1] if known else [])]
+            known = self._batches[signature] = batch.batch(like, max(len(like), size), [*self.plan.space]), like
+            tqdm.write(known[0].why, file=sys.stderr)
+        return known[0]
 
-    def report_and_ask():
-        storage.set_trial_intermediate_value(number, done, value)
-        seen = storage.get_trial(number)
-        seen.intermediate_values = {r: v for r, v in seen.intermediate_values.items() if r <= done}  # of this run
-        return bool(_diverged(study, record["evaluations"])) or trial.study.pruner.prune(trial.study, seen)
+    def _run_batch(self, compiled: batch.Batch, group: Sequence[tuple[optuna.Trial, Experiment]]) -> None:
+        asked, experiments = zip(*group, strict=True)
 
-    try:
-        return patiently(report_and_ask)
-    except optuna.exceptions.UpdateFinishedTrialError:
-        return True
+        def watch(done, records):
+            self.bar.set_postfix_str(f"{len(records)} trials at round {done}")
+            return [n for n, record in records.items() if self._report(asked[n], record["evaluations"])]
 
+        for trial, result in zip(asked, compiled.run(experiments, watch), strict=True):
+            self._tell(trial, result)
 
-def _diverged(study: Study, evaluations: dict[str, list[float]]) -> str:
-    """The objective or the loss that is no number at the last evaluation, in words; empty if all are."""
-    for name in (study.objective, *(name for name in evaluations if name.endswith("_loss"))):
-        if not np.isfinite(evaluations[name][-1]):
-            return f"{name} is {evaluations[name][-1]} after round {evaluations['round'][-1]:.0f}"
-    return ""
+    def _report(self, trial: optuna.Trial, evaluations: dict[str, list[float]]) -> bool:
+        """Report the last value of the objective; returns whether the trial is to stop here."""
+        try:
+            patiently(trial.report, evaluations[self.plan.objective][-1], int(evaluations["round"][-1]))
+            return bool(self._divergence(evaluations)) or patiently(trial.should_prune)
+        except UpdateFinishedTrialError:  # another worker took this one for dead
+            return True
 
+    def _divergence(self, evaluations: dict[str, list[float]]) -> str:
+        """In words, the objective or loss that is not finite at the last evaluation; empty if all are finite."""
+        for name in (self.plan.objective, *(name for name in evaluations if name.endswith("_loss"))):
+            if not np.isfinite(evaluations[name][-1]):
+                return f"{name} is {evaluations[name][-1]} after round {evaluations['round'][-1]:.0f}"
+        return ""
 
-def _tell(study: Study, trial: optuna.Trial, result: Result) -> None:
-    """Everything that the report wants, and then the value: what is finished is whole."""
-    evaluations = result.evaluations
-    total = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
-    value = evaluations[study.objective][-1]
-    attributes = {
-        "settings": result.settings.public(),
-        "evaluations": evaluations,
-        "bytes": [float(total[int(r) - 1]) for r in evaluations["round"]],
-        "seconds": result.seconds,
-        "compile_seconds": result.compile_seconds,
-    }
-    done = int(evaluations["round"][-1])
-    if reason := _diverged(study, evaluations):
-        _fail(trial, reason, attributes)
-    else:
-        state = TrialState.PRUNED if done < result.settings.rounds else TrialState.COMPLETE
-        _finish(trial, attributes, {done: value}, state, [value])
+    def _tell(self, trial: optuna.Trial, result: Result) -> None:
+        """Write everything that the report needs, and then the value: a trial that is finished is complete."""
+        evaluations = result.evaluations
+        total = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
+        attributes = {
+            "settings": result.settings.public(),
+            "evaluations": evaluations,
+            "bytes": [float(total[int(r) - 1]) for r in evaluations["round"]],
+            "seconds": result.seconds,
+            "compile_seconds": result.compile_seconds,
+        }
+        if reason := self._divergence(evaluations):
+            self._fail(trial, reason, **attributes)
+        elif evaluations["round"][-1] < result.settings.rounds:
+            self.worker.finish(trial, TrialState.PRUNED, **attributes)
+        else:
+            value = evaluations[self.plan.objective][-1]
+            with contextlib.suppress(UpdateFinishedTrialError):
+                patiently(trial.report, value, result.settings.rounds)
+            self.worker.finish(trial, TrialState.COMPLETE, value, **attributes)
 
+    def _fail(self, trial: optuna.Trial, reason: str, **attributes: Any) -> None:
+        tqdm.write(f"trial {trial.number} failed: {reason}", file=sys.stderr)
+        self.worker.finish(trial, TrialState.FAIL, reason=reason, **attributes)
 
-def _fail(trial: optuna.Trial, reason: str, attributes: dict[str, Any] | None = None) -> None:
-    tqdm.write(f"trial {trial.number} failed: {reason}", file=sys.stderr)
-    _finish(trial, (attributes or {}) | {"reason": reason}, {}, TrialState.FAIL, None)
-
-
-def _finish(trial: optuna.Trial, attributes: dict[str, Any], values: dict[int, float], state, value) -> None:
-    storage, number = trial.storage, trial._trial_id
-
-    def write():
-        for name, content in attributes.items():
-            storage.set_trial_user_attr(number, name, content)
-        for step, intermediate in values.items():
-            storage.set_trial_intermediate_value(number, step, intermediate)
-        storage.set_trial_state_values(number, state, value)
-
-    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another took it over, and was first
-        patiently(write)
+    def _count_error(self, trial: optuna.Trial, error: Exception) -> None:
+        """Say in the storage that a trial, unless it is finished, ended in an exception; the second one is the last."""
+        errors = trial.user_attrs.get("errors", 0) + 1
+        with contextlib.suppress(UpdateFinishedTrialError):
+            patiently(trial.set_user_attr, "errors", errors)
+            if errors > 1:
+                self._fail(trial, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def main() -> None:
     given = flags.FLAGS
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = load(given.study)
-    study = (study.smaller() if given.smoke else study)._replace(**({"name": given.name} if given.name else {})).check()
-    url = given.storage or f"sqlite:///runs/sweeps/{study.name}.db"
-    size = given.batch or study.batch or (_TPE_BATCH if study.search == "tpe" else -(-study.total // given.workers))
-    shared = open_study(study, url)
+    plan = load(given.study)
+    plan = (plan.smaller() if given.smoke else plan)._replace(**({"name": given.name} if given.name else {})).check()
+    url = given.storage or f"sqlite:///runs/sweeps/{plan.name}.db"
+    size = given.batch or plan.batch or (_TPE_BATCH if plan.search == "tpe" else -(-plan.total // given.workers))
+    shared = open_study(plan, url)
     if given.workers > 1:
         try:
             _spawn(given.workers, size)
         except KeyboardInterrupt:
             sys.exit(130)  # the workers say it
     else:
-        folder = Path(given.compile_cache).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
         try:
-            work(study, shared, size)
+            work(plan, shared, size)
         except KeyboardInterrupt:
             sys.exit(_STOPPED)
-    states = [t.state.name.lower() for t in shared.get_trials(deepcopy=False)]
+    states = [t.state.name.lower() for t in shared.get_trials(deepcopy=False) if not given_up(t)]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted({*states}))
-    print(f"{study.name}: {counts}, in {url}")
+    print(f"{plan.name}: {counts}, in {url}")
     smoke, name = " --smoke" * given.smoke, f" --name={given.name}" if given.name else ""
     print(f"tables and pictures: python -m sweeps.report --study={given.study}{smoke}{name} --storage={url}")
 
@@ -319,5 +271,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("storage", None, "sqlite:///x.db, journal:x.log or a database; default: under runs/sweeps")
     flags.DEFINE_integer("workers", 1, "processes that share the study on this machine", lower_bound=1)
     flags.DEFINE_integer("batch", 0, "trials asked for at once; 0: the study's choice", lower_bound=0)
-    flags.DEFINE_string("compile_cache", "~/.cache/fdjax/compiled", "folder for compiled code")
     program.start(main)

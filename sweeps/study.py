@@ -14,7 +14,6 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 import fdjax
-from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError, unknown
 from fdjax.run import settings
 from fdjax.run.settings import Settings
@@ -68,24 +67,13 @@ class Study(NamedTuple):
 
     def _drawn(self, name: str, number: int) -> Any:
         seed = int.from_bytes(hashlib.sha256(f"{self.name} {name} {number}".encode()).digest()[:4])
-        sampler: Any = optuna.samplers.RandomSampler(seed)
-        return sampler.sample_independent(None, None, name, self.distributions[name])
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+        return study.ask({name: self.distributions[name]}).params[name]
 
     def settings(self, params: Mapping[str, Any]) -> Settings:
         """What a trial runs. Raises InputError as `Settings.check` does, and for a name that nothing has."""
-        given = {**self.fixed, **params}
-        algorithm = given.get("algorithm", "fedavg")
-        entry = ALGORITHMS.get(algorithm)
-        if entry is None:
-            raise unknown("algorithm", algorithm, ALGORITHMS)
-        hparams = {name: float(given.pop(name)) for name in [*given] if name in entry.hparams}
-        options = {name: str(given.pop(name)) for name in [*given] if name in entry.options}
-        fields = Settings.__dataclass_fields__
-        for name in given:
-            if name not in fields or name in ("hparams", "options"):
-                raise unknown(f"hparam of {algorithm}", name, entry.hparams)
         try:
-            return settings.make(hparams, options, **given)
+            return settings.make(**{**self.fixed, **params})
         except TypeError as error:
             raise InputError(f"study {self.name}: {error}; give values of the types that the flags have") from None
 

@@ -1,10 +1,14 @@
-"""Other simulators, each in a worker process of its own environment; this side of them imports none."""
+"""Other simulators, each in a worker process of its own environment; this side of them imports none.
+
+Another checkout of fdjax is such a worker too, in the environment of this one.
+"""
 
 import contextlib
 import json
 import os
 import pathlib
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -17,21 +21,16 @@ HERE = pathlib.Path(__file__).parent
 PEERS = {name: HERE / f"{name}_worker.py" for name in ("torch", "fedjax", "pfl")}
 
 
-class Peer:
-    """A worker that takes one JSON request a line and answers with one, so that timed repeats can interleave."""
+class Worker:
+    """A process that takes one JSON request a line and answers with one, so that timed repeats can interleave."""
 
-    def __init__(self, name: str, python: str):
-        if name not in PEERS:
-            raise unknown("peer", name, PEERS)
-        if not pathlib.Path(python).exists():
-            raise InputError(f"no interpreter for peer {name!r} at {python}; run `make bench-venv`, or pass --peers=")
-        self.name = name
-        # Without the flags that fdjax gives to XLA: a peer runs as its own users run it.
+    def __init__(self, name: str, command: list[str | pathlib.Path], remedy: str):
+        self.name, self._remedy = name, remedy
+        # Without the flags that fdjax gives to XLA: a worker runs as its own users run it.
         environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
         self.process = subprocess.Popen(
-            [python, PEERS[name]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.version = self.ask(do="version")["version"]
 
     def ask(self, **request: Any) -> dict[str, Any]:
         stdin, stdout = self.process.stdin, self.process.stdout
@@ -44,8 +43,25 @@ class Peer:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise InputError(f"peer {self.name!r} died: its own message is above; `make bench-venv` may mend it")
+            raise InputError(f"peer {self.name!r} died: its own message is above; {self._remedy}")
         return json.loads(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Peer(Worker):
+    """Another simulator, which is handed the work."""
+
+    def __init__(self, name: str, python: str):
+        if name not in PEERS:
+            raise unknown("peer", name, PEERS)
+        if not pathlib.Path(python).exists():
+            raise InputError(f"no interpreter for peer {name!r} at {python}; run `make bench-venv`, or pass --peers=")
+        super().__init__(name, [python, PEERS[name]], "`make bench-venv` may mend it")
+        self.version = self.ask(do="version")["version"]
 
     def load(self, x, y, batches, params: Any, teacher: Any | None, **options: Any) -> str:
         """Hand over the work; the peer warms up and says how it will run."""
@@ -68,10 +84,15 @@ class Peer:
                 leaves = [data[name.removeprefix("params/")] for name in named("params", like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+
+class Checkout(Worker):
+    """The fdjax of a checkout, which makes the work by itself."""
+
+    def __init__(self, path: pathlib.Path, devices: int = 0):
+        if not (path / "benchmarks" / "speed_suites.py").exists():
+            raise InputError(f"--against={path}: no checkout of fdjax, for it has no benchmarks/speed_suites.py")
+        super().__init__(str(path), [sys.executable, HERE / "checkout_worker.py", path], "does its fdjax run at all?")
+        self.version = f"{path}, {self.ask(do='version', devices=devices)['version']}"
 
 
 def named(prefix: str, tree: Any) -> dict[str, np.ndarray]:

@@ -4,25 +4,25 @@
 - `ensemble`: the same clients; tested as the central model is the mean of their softmax outputs, over the clients that
   hold examples. It costs every client's parameters to have it in one place, or one pass through all clients a
   prediction, which is not counted. What one-shot distillation takes for its teacher.
-- `centralized`: one client that holds everybody's examples, so the upper bound of a central model. Its traffic is none,
-  since the examples' own is not a model's. Its own test part is one for all: per-client accuracies are not to be had.
+- `centralized`: the central model, trained by one client that holds everybody's examples: the upper bound of a central
+  model. Nothing is counted as sent, since it needs no network. There is one own test part for all: accuracies of single
+  clients cannot be had.
 
-Every client starts from an initialisation of its own and keeps its model; the optimiser starts afresh each round, as it
-does for the federated methods, to which it is compared at equal epochs.
+Clients of the first two start from initialisations of their own and keep their models. The optimiser starts afresh each
+round, as it does for the federated methods, to which these are compared at equal epochs.
 """
 
+from fdjax.algorithms import fedavg
 from fdjax.client.training import fit, supervised
 from fdjax.contract import (
     ENSEMBLE,
     Algorithm,
     Broadcast,
-    Exchange,
     Upload,
     own_model,
     predict_with_own_model,
-    unchanged,
 )
-from fdjax.exchange import reductions
+from fdjax.exchange.wrappers import without_traffic
 from fdjax.method import LOCAL_TRAINING, Method, Task
 
 
@@ -33,23 +33,31 @@ def local(task: Task) -> Algorithm:
         params, loss = fit(task.training, supervised(ctx.model), params, data, ctx, epochs=ctx.hparams["local_epochs"])
         return params, Upload(()), {"train_loss": loss}
 
-    exchange = Exchange(
-        broadcast=lambda ctx, server: Broadcast(()),
-        client=train,
-        reduce=reductions.nothing(),
-        server=unchanged,
-    )
     return Algorithm(
         init_server=lambda ctx, params: (),
         init_client=own_model,
-        round=(exchange,),
+        round=(without_traffic(train),),
         personal=predict_with_own_model,
     )
 
 
 def ensemble(task: Task) -> Algorithm:
-    """The same, tested as an ensemble; with pooled data, an ensemble of the one client that is left."""
+    """The same, tested as an ensemble."""
     return local(task)._replace(central=ENSEMBLE)
+
+
+def centralized(task: Task) -> Algorithm:
+    """Training of the central model on pooled data, by the one client that is left, which has what the server has."""
+
+    algorithm = fedavg.fedavg(task)
+    (exchange,) = algorithm.round
+
+    def train(ctx, received, state, data):
+        state, upload, metrics = exchange.client(ctx, received._replace(shared=received.known), state, data)
+        return state, upload._replace(bytes=0.0), metrics
+
+    pooled = exchange._replace(broadcast=lambda ctx, params: Broadcast((), known=params), client=train)
+    return algorithm._replace(round=(pooled,))
 
 
 LOCAL = Method("local", "every client by itself", local, LOCAL_TRAINING)
@@ -57,7 +65,7 @@ METHODS = (
     LOCAL,
     LOCAL._replace(name="ensemble", summary="every client by itself, tested together", build=ensemble),
     LOCAL._replace(
-        name="centralized", summary="one client that holds everything", build=ensemble, one_architecture=True,
+        name="centralized", summary="one client that holds everything", build=centralized, one_architecture=True,
         pooled=True,
     ),
 )  # fmt: skip

@@ -46,11 +46,11 @@ def cfd(task: Task) -> Algorithm:
         )  # fmt: skip
 
     def label(ctx, params, ids):
-        return proxy.SoftLabels(ids, jax.nn.softmax(proxy.predict(ctx, params, ids)))
+        return proxy.SoftLabels(ids, jax.nn.softmax(proxy.predict(ctx, params, ids)), jnp.bool(True))
 
     def distil_train_predict(ctx, received, state, data):
-        later = jnp.where(ctx.round > 0, ctx.hparams["distill_epochs"], 0)
-        params, distill_loss = learn_labels(ctx, state["start"], received.shared, later)
+        epochs = jnp.where(received.shared.given, ctx.hparams["distill_epochs"], 0)
+        params, distill_loss = learn_labels(ctx, state["start"], received.shared, epochs)
         params, train_loss = fit(
             task.training, supervised(ctx.model), params, data, ctx.at("train"), epochs=ctx.hparams["local_epochs"]
         )
@@ -65,7 +65,7 @@ def cfd(task: Task) -> Algorithm:
 
     def init_server(ctx, params):
         nothing = jnp.zeros((task.proxy_per_round, task.classes))
-        return {"params": params, "labels": proxy.SoftLabels(proxy.draw_ids(task, ctx.key), nothing)}
+        return {"params": params, "labels": proxy.SoftLabels(proxy.draw_ids(task, ctx.key), nothing, jnp.bool(False))}
 
     def init_client(ctx):
         start, nothing = ctx.model.init(ctx.key), coding.nothing_sent(task.proxy_size, task.classes)
@@ -87,12 +87,11 @@ def cfd(task: Task) -> Algorithm:
 
 
 def _announcing(codec: Codec) -> Codec:
-    """The codec with the ids counted too, which is all that the first round sends."""
+    """The codec with the ids counted too, which is all that is sent before the server has labels to give."""
 
     def count(ctx, code, known):
         number, after = codec.count(ctx, code, known)
-        later = ctx.round > 0
-        return jnp.where(later, number, 0) + traffic.size(code.ids), jnp.where(later, after, known)
+        return number + traffic.size(code.ids), after
 
     return codec._replace(count=count)
 

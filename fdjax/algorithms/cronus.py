@@ -27,15 +27,16 @@ The descriptions leave open, and we chose:
 Deviations: a round may use a fresh subset of X and not all of it. Augmentation, if any, is of public examples too.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fdjax.client.data import ClientData, Targets
 from fdjax.client.training import fit, from_probabilities, supervised
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model, unchanged
-from fdjax.exchange import proxy, reductions, robust
+from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
+from fdjax.exchange import proxy, robust
+from fdjax.exchange.wrappers import without_traffic
 from fdjax.method import LOCAL_TRAINING, Method, Task, epochs
 
 _WEISZFELD = 256  # steps; 32 can be off by 0.05 in a probability where the median is near an upload
@@ -59,11 +60,6 @@ class _Union(NamedTuple):
         return jnp.where(is_own.reshape(-1, *(1,) * (x.ndim - 1)), x, public_x), jnp.where(
             is_own[:, None], hard, targets
         )
-
-
-class _Server(NamedTuple):
-    ids: Any  # of the round's public examples
-    consensus: jax.Array  # [n, K] Y of those that were last uploaded
 
 
 def cronus(task: Task) -> Algorithm:
@@ -90,27 +86,13 @@ def cronus(task: Task) -> Algorithm:
         params, train_loss = fit(task.training, loss, params, union, ctx, epochs=ctx.hparams["local_epochs"])
         return params, Upload(()), {"train_loss": train_loss}
 
-    def keep_consensus(ctx, server, mean):
-        return server._replace(consensus=mean), {}
-
-    def choose_subset(ctx, server, summary):
-        return server._replace(ids=proxy.draw_ids(task, ctx.key)), {}
-
     return Algorithm(
-        init_server=lambda ctx, params: _Server(
-            proxy.draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes))
-        ),
+        init_server=proxy.no_agreement(task),
         init_client=own_model,
-        setup=(Exchange(lambda ctx, server: Broadcast(()), first_phase, reductions.nothing(), unchanged),),
-        round=(
-            Exchange(lambda ctx, server: Broadcast(server.ids), predict, robust_mean, keep_consensus),
-            Exchange(
-                lambda ctx, server: Broadcast(server.consensus, known=server.ids), learn, reductions.nothing(),
-                choose_subset,
-            ),
-        ),
+        setup=(without_traffic(first_phase),),
+        round=proxy.agree_and_learn(task, predict, robust_mean, learn),
         personal=predict_with_own_model,
-    )  # fmt: skip
+    )
 
 
 METHOD = Method(

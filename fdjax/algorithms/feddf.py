@@ -14,7 +14,7 @@ The mean is of logits, over the clients of all prototypes; no temperature, no T^
 Sent: x^p down and x_k up, 4P(p) bytes each way. Proxy data stay on the server, which applies every x_k to them.
 
 Clients of few examples teach less than their average knows: with 100 each, Dirichlet(0.1) and E = 20, FedDF is behind
-FedAvg, with 550 each level, where the paper, of 2,500 each and larger nets, is ahead (`tests/test_server_learning.py`).
+FedAvg, with 550 each level, where the paper, of 2,500 each and larger nets, is ahead (measured in `test_learning.py`).
 
 Options: `weighting` of line 6, by examples (the text) or uniform (its code). `drop_worst`: clients near or below a
 random guess, here an accuracy of at most 1.1 / K on the (labelled) proxy data, count in no mean; if all are, all count.
@@ -51,7 +51,7 @@ def feddf(task: Task) -> Algorithm:
     average = reductions.weighted_mean if task.options["weighting"] == "examples" else reductions.mean
     of_params, of_logits = average(lambda seen: seen[0]), reductions.mean(lambda seen: seen[1])
 
-    def examine(ctx, params):
+    def look_at(ctx, params):
         """What the server makes of an upload: its logits [M, K], and whether it counts."""
         logits = proxy.predict(ctx, params, ())
         better = jnp.mean(losses.correct(logits, ctx.proxy.y)) > _GUESS / task.classes
@@ -120,7 +120,7 @@ def feddf(task: Task) -> Algorithm:
     def own_prototype(ctx, prototypes, state, x):
         return ctx.model.apply(prototypes[ctx.cohort], x)
 
-    reduction = after(examine, Reduction(partial, lambda ctx, totals: totals, per_cohort=True))
+    reduction = after(look_at, Reduction(partial, lambda ctx, totals: totals, per_cohort=True))
     (train,) = fedavg.fedavg(task).round
     return Algorithm(
         init_server=init_server,

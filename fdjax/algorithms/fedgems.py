@@ -55,16 +55,16 @@ def fedgems(task: Task) -> Algorithm:
         return fit(task.distilling, loss, params, targets, ctx, epochs=epochs, learning_rate=rate)
 
     def distil_train_predict(ctx, received, params, data):
-        h, ids, teacher = ctx.hparams, received.shared["ids"], received.shared["logits"]
+        h, ids, teacher, learned = ctx.hparams, received.shared["ids"], received.shared["logits"], received.known
         params, distill_loss = learn(
             ctx.at("distill"), params, ids, teacher, jnp.full(number, h["weight"]),
-            jnp.where(ctx.round > 0, h["distill_epochs"], 0), h["distill_learning_rate"],
+            jnp.where(learned, h["distill_epochs"], 0), h["distill_learning_rate"],
         )  # fmt: skip
         params, train_loss = fit(
             task.training, supervised(ctx.model), params, data, ctx.at("train"), epochs=h["local_epochs"]
         )
         z = proxy.predict(ctx, params, ids)
-        logits_received = jnp.where(ctx.round > 0, float(traffic.size(teacher)), 0)
+        logits_received = jnp.where(learned, float(traffic.size(teacher)), 0)
         upload = Upload({"ids": ids, "logits": z}, float(traffic.size(z)), logits_received + traffic.size(ids))
         return params, upload, {"train_loss": train_loss, "distill_loss": distill_loss}
 
@@ -92,6 +92,7 @@ def fedgems(task: Task) -> Algorithm:
             "logits": proxy.predict(ctx, params, ids),
             "memory": server["memory"].at[at].set(remembered),
             "known": server["known"].at[at].set(known),
+            "learned": jnp.bool(True),
         }
         return new, {"server_loss": loss, "server_right": jnp.mean(right), "server_known": jnp.mean(known)}
 
@@ -102,10 +103,13 @@ def fedgems(task: Task) -> Algorithm:
             "logits": jnp.zeros((number, classes)),
             "memory": jnp.zeros((size, classes)),
             "known": jnp.zeros(size),
+            "learned": jnp.bool(False),
         }
 
     exchange = Exchange(
-        broadcast=lambda ctx, server: Broadcast({"ids": server["ids"], "logits": server["logits"]}),
+        broadcast=lambda ctx, server: Broadcast(
+            {"ids": server["ids"], "logits": server["logits"]}, known=server["learned"]
+        ),
         client=distil_train_predict,
         reduce=after(weigh, reductions.elementwise_mean()),
         server=fuse,

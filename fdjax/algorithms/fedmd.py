@@ -23,22 +23,13 @@ Deviations:
   stages but for `digest_learning_rate`.
 """
 
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-
 from fdjax.client import losses
 from fdjax.client.data import whole
 from fdjax.client.training import fit, supervised
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model, unchanged
+from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions
+from fdjax.exchange.wrappers import without_traffic
 from fdjax.method import Method, Task, epochs, learning_rate
-
-
-class _Server(NamedTuple):
-    ids: Any  # of the round's subset
-    consensus: jax.Array  # [n, K] of the last subset that was communicated
 
 
 def fedmd(task: Task) -> Algorithm:
@@ -68,27 +59,13 @@ def fedmd(task: Task) -> Algorithm:
         )
         return params, Upload(()), {"train_loss": train_loss, "digest_loss": digest_loss}
 
-    def keep_consensus(ctx, server, mean):
-        return server._replace(consensus=mean), {}
-
-    def choose_subset(ctx, server, summary):
-        return server._replace(ids=proxy.draw_ids(task, ctx.key)), {}
-
     return Algorithm(
-        init_server=lambda ctx, params: _Server(
-            proxy.draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes))
-        ),
+        init_server=proxy.no_agreement(task),
         init_client=own_model,
-        setup=(Exchange(lambda ctx, server: Broadcast(()), transfer_learning, reductions.nothing(), unchanged),),
-        round=(
-            Exchange(lambda ctx, server: Broadcast(server.ids), communicate, reductions.mean(), keep_consensus),
-            Exchange(
-                lambda ctx, server: Broadcast(server.consensus, known=server.ids), digest_and_revisit,
-                reductions.nothing(), choose_subset,
-            ),
-        ),
+        setup=(without_traffic(transfer_learning),),
+        round=proxy.agree_and_learn(task, communicate, reductions.mean(), digest_and_revisit),
         personal=predict_with_own_model,
-    )  # fmt: skip
+    )
 
 
 METHOD = Method(

@@ -1,6 +1,5 @@
 """Tests of the central model, of every client's own model, and of their ensemble; one compiled call."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from fdjax.client import losses, testing
 from fdjax.client.data import ClientData, whole
 from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.engine import lift
-from fdjax.engine.layout import Layout, State, rows_of
+from fdjax.engine.check import check_logits
+from fdjax.engine.layout import Layout, State, classes_of, rows_of
 from fdjax.engine.step import Moment, context
 from fdjax.types import Array, Examples, Federation, PyTree
 
@@ -34,6 +34,7 @@ class _Test(NamedTuple):
     layout: Layout
     moment: Moment
     server: PyTree
+    classes: int  # K, by the clients' models
 
     @property
     def has_personal(self) -> bool:
@@ -55,7 +56,8 @@ def evaluate(
     clients of their own model.
     """
     key = keys.stream(jax.random.wrap_key_data(state.root), "evaluate", state.round)
-    test = _Test(algorithm, layout, Moment(federation, hparams, state.round, key), state.server)
+    moment = Moment(federation, hparams, state.round, key)
+    test = _Test(algorithm, layout, moment, state.server, min(classes_of(layout, federation).values()))
     trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
     scalars: Scalars = {}
     if algorithm.central is not None and not test.votes:
@@ -97,7 +99,10 @@ def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
         server, moment, examples = shared
         ctx = context(moment, layout.central, moment.key)
         everything = jnp.arange(len(examples.y), dtype=jnp.int32)
-        model = functools.partial(central, ctx, server)
+
+        def model(x):
+            return check_logits(test.algorithm, "central", central(ctx, server, x), x, test.classes)
+
         return (), lift.Partials(testing.test(model, ClientData(examples, everything, *row), layout.eval_batch))
 
     start = jnp.arange(0, len(examples.y), layout.eval_batch, dtype=jnp.int32)
@@ -119,10 +124,11 @@ def _model_of(test: _Test, cohort: int) -> Callable:
     def own_model(moment, server, row):
         key = keys.stream(moment.key, "client", row.client)
         ctx = context(moment, layout.cohorts[cohort].model, key, row.client, cohort)
-        return lambda x: personal(ctx, server, row.state, x)
+        return lambda x: check_logits(test.algorithm, "personal", personal(ctx, server, row.state, x), x, test.classes)
 
     def central_model(moment, server, row):
-        return functools.partial(central, context(moment, layout.central, moment.key), server)
+        ctx = context(moment, layout.central, moment.key)
+        return lambda x: check_logits(test.algorithm, "central", central(ctx, server, x), x, test.classes)
 
     return own_model if test.has_personal else central_model
 

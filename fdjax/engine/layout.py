@@ -4,6 +4,7 @@ import itertools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdjax.engine.lift import Lifting
@@ -46,11 +47,24 @@ class Row(NamedTuple):
     start: Array
     count: Array
     state: PyTree
+    active: Array  # [] bool: False after its numbers were left out of an exchange of this round
 
 
 def rows_of(federation: Federation, holdings: Holdings, part: slice, state: PyTree) -> Row:
     """The rows [C_j, ...] of a cohort."""
-    return Row(federation.client[part], holdings.start[part], holdings.count[part], state)
+    active = jnp.ones(part.stop - part.start, bool)
+    return Row(federation.client[part], holdings.start[part], holdings.count[part], state, active)
+
+
+def classes_of(layout: Layout, federation: Federation) -> dict[str, int]:
+    """The number of classes of each personal model, by its name.
+
+    The central model is not among them where it takes other inputs than the data's, as FedGKT's does.
+    """
+    x = jnp.zeros((1, *federation.train.x.shape[1:]))
+    models = {cohort.model.name: cohort.model for cohort in layout.cohorts}
+    shapes = {name: jax.eval_shape(lambda m=m: m.apply(m.init(jax.random.key(0)), x)) for name, m in models.items()}
+    return {name: shape.shape[-1] for name, shape in shapes.items()}
 
 
 class NonFinite(NamedTuple):

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from fdjax.contract import ENSEMBLE, Algorithm, Exchange, HParams, Received
 from fdjax.data.federation import replicated
 from fdjax.engine import evaluate, step
-from fdjax.engine.check import Checker, check_algorithm, name_of
-from fdjax.engine.layout import Layout, Report, State, rows_of
+from fdjax.engine.check import Checker, check_algorithm
+from fdjax.engine.layout import Layout, Report, State, classes_of, rows_of
 from fdjax.errors import InputError
 from fdjax.exchange import traffic
 from fdjax.types import Federation, PyTree
+
+# Drawing random bits is much code, which runs once: XLA:CPU takes as long to optimise it as it does for a round.
+_QUICK = {"xla_backend_optimization_level": 1}
 
 
 class Pure(NamedTuple):
@@ -60,6 +63,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         run=functools.partial(_loop if looping else step.superstep, traced_round),
         evaluate=functools.partial(evaluate.evaluate, algorithm, layout),
     )
+    on_cpu = layout.lifting.mesh.devices.flat[0].platform == "cpu"
     # Results have one placement, or the second superstep would compile anew.
     compiled = (
         (lambda function, **options: function)
@@ -67,7 +71,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         else functools.partial(jax.jit, out_shardings=replicated(layout.lifting.mesh))
     )
     return Simulation(
-        init=compiled(pure.init),
+        init=compiled(pure.init, compiler_options=_QUICK if on_cpu else None),
         setup=compiled(pure.setup, donate_argnums=0) if pure.setup else None,
         run=compiled(pure.run, static_argnums=3, donate_argnums=0),
         evaluate=compiled(pure.evaluate),
@@ -78,7 +82,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
 
 
 def _init(algorithm: Algorithm, layout: Layout, seed: Any, federation: Federation) -> State:
-    check_algorithm(algorithm, functools.partial(_classes, layout, federation))
+    check_algorithm(algorithm, functools.partial(classes_of, layout, federation))
     return step.initial_state(algorithm, layout, seed, federation)
 
 
@@ -91,17 +95,6 @@ def _loop(step: Callable, state: State, federation: Federation, hparams: HParams
     return state, jax.tree.map(lambda *x: jnp.stack(x), *reports)
 
 
-def _classes(layout: Layout, federation: Federation) -> dict[str, int]:
-    """The number of classes of each personal model, by its name.
-
-    The central model is not among them where it takes other inputs than the data's, as FedGKT's does.
-    """
-    x = jnp.zeros((1, *federation.train.x.shape[1:]))
-    models = {cohort.model.name: cohort.model for cohort in layout.cohorts}
-    shapes = {name: jax.eval_shape(lambda m=m: m.apply(m.init(jax.random.key(0)), x)) for name, m in models.items()}
-    return {name: shape.shape[-1] for name, shape in shapes.items()}
-
-
 def _shapes(algorithm: Algorithm, layout: Layout, federation: Federation, hparams: HParams):
     """A function of (exchange, cohort): what a client returns, and what it receives, as shapes."""
     start = jax.eval_shape(functools.partial(_init, algorithm, layout), 0, federation)
@@ -110,7 +103,7 @@ def _shapes(algorithm: Algorithm, layout: Layout, federation: Federation, hparam
         model, part = layout.cohorts[cohort].model, layout.slices[cohort]
 
         def client(state, federation, hparams):
-            check = Checker(algorithm, exchange)
+            check = Checker(algorithm, exchange, cohort)
             moment = step.Moment(federation, hparams, state.round, jax.random.key(0))
             ctx = step.context(moment, layout.central, moment.key, cohort=cohort)
             sent = check.broadcast(exchange.broadcast(ctx, state.server), cohort, layout.cohorts[cohort].size)
@@ -133,7 +126,7 @@ def _traffic(algorithm: Algorithm, layout: Layout, federation: Federation, hpara
         (_, upload, _), received = shapes(exchange, cohort)
         up = traffic.size(upload.tree) if upload.bytes is None else None
         down = traffic.size((received.shared, received.own)) if upload.bytes_received is None else None
-        return traffic.Sizes(name_of(exchange), cohort, up, down)
+        return traffic.Sizes(exchange.label, cohort, up, down)
 
     round_, setup = (
         tuple(tuple(sizes(exchange, j) for j in range(len(layout.cohorts))) for exchange in exchanges)

@@ -18,8 +18,9 @@ from fdjax import keys
 from fdjax.client.data import ClientData
 from fdjax.contract import Algorithm, Context, Exchange, HParams, Received, Reduction, Stack
 from fdjax.engine import lift, participation
-from fdjax.engine.check import Checker, check_names, name_of, reductions_of
+from fdjax.engine.check import Checker, check_names, reductions_of
 from fdjax.engine.layout import Layout, NonFinite, Report, Row, State
+from fdjax.errors import InputError, unknown
 from fdjax.exchange.traffic import Sent
 from fdjax.types import Array, Federation, Model, PyTree
 
@@ -39,6 +40,8 @@ class _Kept(NamedTuple):
     state: PyTree
     metrics: dict[str, jax.Array]
     weight: jax.Array
+    took_part: jax.Array  # bool: held examples, and was not left out before
+    active: jax.Array  # bool: is not left out of what is to come of this round
     sent: tuple[Any, Any]  # bytes of its upload and of what it received, where it counts them
     nonfinite: jax.Array  # number of the first leaf that is not finite, or -1
     stacked: dict[str, PyTree]  # partials of the reductions that combine by "stack"
@@ -47,7 +50,16 @@ class _Kept(NamedTuple):
 def context(moment: Moment, model: Model, key: jax.Array, client: Array | int = -1, cohort: int = 0) -> Context:
     """The context of one call."""
     client = jnp.asarray(client, jnp.int32)
-    return Context(model, cohort, client, moment.hparams, moment.round, key, moment.federation.proxy)
+    return Context(model, cohort, client, _HParams(moment.hparams), moment.round, key, moment.federation.proxy)
+
+
+class _HParams(dict):
+    """Hyperparameters by name; another name is one line."""
+
+    def __missing__(self, name: str):
+        if not self:
+            raise InputError(f"hyperparameter {name!r} is asked for in init_server or init_client, which have none")
+        raise unknown("hyperparameter (in ctx.hparams)", name, self)
 
 
 def exchange_key(key: jax.Array, number: int) -> jax.Array:
@@ -77,20 +89,24 @@ def exchange_step(
         )  # fmt: skip
         kept.append(cohort_kept)
         totals.append(cohort_totals)
-    summary = _summary(exchange, layout, moment, rows, kept, totals)
+    summary = _summary(check, exchange, layout, moment, rows, kept, totals)
     weight = jnp.concatenate([cohort.weight for cohort in kept])
     ctx = context(moment, layout.central, keys.stream(moment.key, "server"))
     new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
-    server = _where(jnp.sum(weight) > 0, new, server)
-    report = _report(rows, kept, weight)
+    anybody = jnp.sum(weight) > 0
+    server = _where(anybody, new, server)
+    server_metrics = _where(anybody, server_metrics, jax.tree.map(jnp.zeros_like, server_metrics))
+    report = _report(algorithm, exchange, rows, kept, weight)
     check_names(algorithm, (report.metrics, server_metrics))
     report = report._replace(metrics=report.metrics | server_metrics)
-    return server, tuple(row._replace(state=k.state) for row, k in zip(rows, kept, strict=True)), report
+    rows = tuple(row._replace(state=k.state, active=k.active) for row, k in zip(rows, kept, strict=True))
+    return server, rows, report
 
 
 def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohort: int) -> lift.Client:
     """One client's part of an exchange, as it is lifted."""
-    check, reductions, model = Checker(algorithm, exchange), reductions_of(exchange), layout.cohorts[cohort].model
+    check, reductions = Checker(algorithm, exchange, cohort), reductions_of(exchange)
+    model = layout.cohorts[cohort].model
 
     def client(shared, row_and_own) -> tuple[_Kept, lift.Partials]:
         (broadcast, known, moment), (row, own) = shared, row_and_own
@@ -98,39 +114,53 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
         data = ClientData(moment.federation.train, moment.federation.train_holdings.order, row.start, row.count)
         result = exchange.client(ctx, Received(broadcast, own, known), row.state, data)
         state, upload, metrics = check.client(result, row.state)
-        holds = jnp.asarray(row.count) > 0
-        nonfinite = jnp.where(holds, _first_nonfinite(state, upload.tree, metrics), -1)
-        counts = holds & (nonfinite < 0) if layout.drop_nonfinite else holds
+        took_part = (jnp.asarray(row.count) > 0) & row.active
+        nonfinite = jnp.where(took_part, _first_nonfinite(state, upload.tree, metrics), -1)
+        active = row.active & (nonfinite < 0) if layout.drop_nonfinite else row.active
+        counts = took_part & active
         weight = jnp.where(counts, jnp.asarray(row.count, jnp.float32), 0)
         ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client))
-        partials = {label: r.partial(ctx, upload.tree, weight) for label, r in reductions.items()}
+        partials = {
+            label: check.partial(label, r, r.partial(ctx, upload.tree, weight)) for label, r in reductions.items()
+        }
 
-        def of(kind):
+        def combined_by(kind):
             return {label: partials[label] for label, r in reductions.items() if r.combine == kind}
 
         kept = _Kept(
             state=_where(counts, state, row.state),
             metrics=_where(counts, metrics, jax.tree.map(jnp.zeros_like, metrics)),
             weight=weight,
-            sent=(_if(holds, upload.bytes), _if(holds, upload.bytes_received)),
+            took_part=took_part,
+            active=active,
+            sent=(_counted(took_part, upload.bytes), _counted(took_part, upload.bytes_received)),
             nonfinite=nonfinite,
-            stacked=_where(counts, of("stack"), jax.tree.map(jnp.zeros_like, of("stack"))),
+            stacked=_where(counts, combined_by("stack"), jax.tree.map(jnp.zeros_like, combined_by("stack"))),
         )
-        return kept, lift.identity_unless(counts, lift.Partials(of("sum"), of("min"), of("max")))
+        return kept, lift.identity_unless(counts, lift.Partials(*map(combined_by, ("sum", "min", "max"))))
 
     return client
 
 
 def _summary(
-    exchange: Exchange, layout: Layout, moment: Moment, rows: Sequence[Row], kept: list[_Kept], totals: list
+    check: Checker,
+    exchange: Exchange,
+    layout: Layout,
+    moment: Moment,
+    rows: Sequence[Row],
+    kept: list[_Kept],
+    totals: list[lift.Partials],
 ) -> PyTree:
     """What the server gets: every reduction finished, over all cohorts or for each apart."""
 
     def combined(label: str, reduction: Reduction, cohorts: Sequence[int]) -> Any:
         if reduction.combine == "stack":
             parts = [(kept[j].stacked[label], rows[j].client, kept[j].weight) for j in cohorts]
+            check.same_partials(label, [jax.tree.map(lambda x: x[0], stacked) for stacked, *_ in parts])
             return Stack(*jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
-        return getattr(lift.combine(*(totals[j] for j in cohorts)), reduction.combine)[label]
+        check.same_partials(label, [getattr(totals[j], reduction.combine)[label] for j in cohorts])
+        parts = [lift.Partials(**{reduction.combine: getattr(totals[j], reduction.combine)[label]}) for j in cohorts]
+        return getattr(lift.combine(*parts), reduction.combine)
 
     def finished(number: int, label: str, reduction: Reduction) -> Any:
         ctx = context(moment, layout.central, keys.stream(moment.key, "finish", number))
@@ -145,20 +175,23 @@ def _summary(
     return summaries[""] if isinstance(exchange.reduce, Reduction) else summaries
 
 
-def _report(rows: Sequence[Row], kept: Sequence[_Kept], weight: jax.Array) -> Report:
+def _report(
+    algorithm: Algorithm, exchange: Exchange, rows: Sequence[Row], kept: Sequence[_Kept], weight: jax.Array
+) -> Report:
     """The clients' metrics averaged, what was sent, and who was not finite first."""
+    names = [", ".join(sorted(k.metrics)) for k in kept]
+    if len({*names}) > 1:
+        raise InputError(
+            f"{algorithm.name}, exchange {exchange.label}: client gives other metrics in other cohorts "
+            f"({' and '.join(names)}); give the same in all"
+        )
     metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *(k.metrics for k in kept))
     total = jnp.maximum(jnp.sum(weight), 1)
     bad, client = jnp.concatenate([k.nonfinite for k in kept]), jnp.concatenate([row.client for row in rows])
     first = jnp.argmax(bad >= 0)
     return Report(
         metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
-        sent=(
-            tuple(
-                Sent(jnp.sum(row.count > 0, dtype=jnp.int32), *jax.tree.map(jnp.sum, k.sent))
-                for row, k in zip(rows, kept, strict=True)
-            ),
-        ),
+        sent=(tuple(Sent(jnp.sum(k.took_part, dtype=jnp.int32), *jax.tree.map(jnp.sum, k.sent)) for k in kept),),
         nonfinite=NonFinite(
             jnp.sum(bad >= 0, dtype=jnp.int32), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]
         ),
@@ -178,7 +211,7 @@ def exchanges_step(
     reports = []
     for number, exchange in enumerate(exchanges):
         own = moment._replace(key=exchange_key(moment.key, number))
-        where = f"{stage}, exchange {name_of(exchange)}" if len(exchanges) > 1 else stage
+        where = f"{stage}, exchange {exchange.label}" if len(exchanges) > 1 else stage
         server, rows, report = exchange_step(algorithm, exchange, layout, own, server, rows, where)
         reports.append(report)
     check_names(algorithm, [report.metrics for report in reports])
@@ -258,7 +291,7 @@ def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
 
 
-def _if(condition: jax.Array, number: Array | float | None) -> jax.Array | tuple[()]:
+def _counted(condition: jax.Array, number: Array | float | None) -> jax.Array | tuple[()]:
     return () if number is None else jnp.where(condition, jnp.asarray(number, jnp.float32), 0)
 
 

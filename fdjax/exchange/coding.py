@@ -1,7 +1,7 @@
 """Soft labels in few bits: constrained quantisation, and the size of what an adaptive arithmetic coder sends.
 
 Symbols are whole numbers `[n, K]` that sum to L = 2^b - 1 in every row; they stand for the probabilities symbols / L.
-All zeros stand for a row that was never sent.
+A row of zeros stands for one that was never sent.
 """
 
 import jax
@@ -55,18 +55,19 @@ def quantised_labels(bits: int, memory: str) -> Codec:
     """The codec of `SoftLabels` of probabilities [n, K]: quantised to `bits`, and only changes are sent.
 
     A client's state has what was last sent of every proxy example as its entry `memory`, uint8 symbols [M, K], at first
-    `nothing_sent`. Ids are not counted. Source: Sattler et al. (2022), CFD.
+    `nothing_sent`. Ids are not counted, nor are labels that are not given. Source: Sattler et al. (2022), CFD.
     """
 
-    def encode(tree: SoftLabels) -> SoftLabels:
+    def encode(ctx, tree: SoftLabels) -> SoftLabels:
         return tree._replace(labels=quantise(tree.labels, bits).astype(jnp.uint8))
 
-    def decode(code: SoftLabels) -> SoftLabels:
+    def decode(ctx, code: SoftLabels) -> SoftLabels:
         return code._replace(labels=code.labels / levels(bits))
 
     def count(ctx, code: SoftLabels, known):
         at = slice(None) if isinstance(code.ids, tuple) else code.ids
-        return coded_bytes(code.labels, known[at], bits), known.at[at].set(code.labels)
+        number, after = coded_bytes(code.labels, known[at], bits), known.at[at].set(code.labels)
+        return jnp.where(code.given, number, 0), jnp.where(code.given, after, known)
 
     return Codec(encode, decode, count, memory)
 

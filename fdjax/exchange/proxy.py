@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from fdjax.client import testing
 from fdjax.client.data import Targets
-from fdjax.contract import Context
+from fdjax.contract import Broadcast, ClientWork, Context, Exchange, InitServer, Reduction
+from fdjax.exchange import reductions
 from fdjax.method import Task
 from fdjax.types import Array, Examples, PyTree
 
@@ -23,12 +24,45 @@ class SoftLabels(NamedTuple):
 
     ids: Any  # [n] int32, or () for all
     labels: Array  # [n, K]: probabilities, or a codec's symbols
+    given: Array | bool = True  # [] bool: whether there are labels, or as yet ids alone
+
+
+class Agreement(NamedTuple):
+    """A server's state: proxy examples and what the clients' outputs on them were aggregated to."""
+
+    ids: Any  # of the round's examples
+    consensus: jax.Array  # [n, K] for the examples of the last exchange of outputs
 
 
 def draw_ids(task: Task, key: jax.Array) -> Any:
     """Ids [n] int32 of the proxy examples of a round, or () where it uses all of them. The key is consumed."""
     n, size = task.proxy_per_round, task.proxy_size
     return () if n == size else jax.random.choice(key, size, (n,), replace=False).astype(jnp.int32)
+
+
+def no_agreement(task: Task) -> InitServer:
+    """`init_server` of an `Agreement`: the first round's examples, and nothing that was aggregated."""
+    return lambda ctx, params: Agreement(draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes)))
+
+
+def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork) -> tuple[Exchange, Exchange]:
+    """A round of an `Agreement`: ids down and outputs up; then the consensus down, which clients learn.
+
+    `predict` receives the ids, `learn` the consensus, and the ids as what it knows already.
+    """
+
+    def choose_next(ctx, server, summary):
+        return server._replace(ids=draw_ids(task, ctx.key)), {}
+
+    return (
+        Exchange(
+            lambda ctx, server: Broadcast(server.ids), predict, reduce,
+            lambda ctx, server, mean: (server._replace(consensus=mean), {}),
+        ),
+        Exchange(
+            lambda ctx, server: Broadcast(server.consensus, known=server.ids), learn, reductions.nothing(), choose_next
+        ),
+    )  # fmt: skip
 
 
 def positions(proxy: Examples, ids: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """What the server makes of many uploads, as sums (or least or largest numbers) of partials.
 
 A partial is computed for one client; partials add, so the same reduction works across a chunk, a scan, devices, cohorts
-and hosts, and no two uploads need to exist at once. `robust` has the reductions that do need every upload.
+and hosts, and no two uploads need to exist at once; `stack` and the reductions of `robust` do need all of them.
 
 Throughout: an upload of weight 0 leaves no trace, also when it is not finite; without any weight a mean is 0.
 Every function takes the context that the engine gives it, and makes no use of it.

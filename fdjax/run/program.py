@@ -1,10 +1,13 @@
-"""The frame of every program: flags, one-line errors, Ctrl-C."""
+"""The frame of every program: flags, one-line errors, Ctrl-C, and compiled code that is kept for the next start."""
 
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from fdjax.engine import hosts
@@ -30,6 +33,28 @@ def define_host_flags() -> None:
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
 
+def keep_compiled_code(folder: str) -> None:
+    """Let JAX keep in `folder` everything that it compiles from here on, and look there first; empty: not at all.
+
+    A folder that cannot be written to is left alone with a warning: the run takes longer, and that is all. JAX does
+    not write its files atomically: of a process that is killed as it writes, one may stay that cannot be read. JAX then
+    says so and compiles that function at every start, until the folder is removed.
+    """
+    path: Path | None = Path(folder).expanduser() if folder else None
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            path = None
+            sys.stderr.write(
+                f"warning: --compile_cache={folder}: {error.strerror}; compiled code is not kept, give another folder\n"
+            )
+    jax.config.update("jax_compilation_cache_dir", None if path is None else str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 @contextlib.contextmanager
 def _silent():
     """Only the first host prints."""
@@ -52,6 +77,7 @@ def start(main: Callable[[], None]) -> None:
         if resume and not given.out:
             sys.exit(_complain("--resume needs the --out of the run that is to go on"))
         use_all_cores()
+        keep_compiled_code(given.compile_cache)
         try:
             if "coordinator" in given:
                 hosts.join(given.coordinator, given.num_processes, given.process_id)
@@ -65,6 +91,12 @@ def start(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))
 
+    flags.DEFINE_string(
+        "compile_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/fdjax/compiled"),
+        "folder where compiled code is kept, so that the next start of the same command compiles nothing; it may be "
+        "removed at any time. Empty: nothing is kept",
+    )
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith(("fdjax.", "benchmarks.", "sweeps.")):
             for flag in defined:  # so that --help lists them as this program's own

@@ -159,6 +159,10 @@ class Clock:
         """A listener of JAX's events of compilation."""
         if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
             self.compiling += duration_secs
+        elif (
+            event == "/jax/compilation_cache/cache_retrieval_time_sec"
+        ):  # which is among the former, and compiles nothing
+            self.compiling -= duration_secs
 
     def start(self, record: Record) -> None:
         """Count on from the seconds of `record`."""

@@ -30,10 +30,10 @@ def changes(memory):
         changed = jnp.sum(code["mean"] != known) + 1
         return 4.0 * changed + size(code["params"]), code["mean"]
 
-    def encode(tree):
+    def encode(ctx, tree):
         return tree | {"mean": jnp.round(tree["mean"] * HALVES)}
 
-    return Codec(encode, lambda code: code | {"mean": code["mean"] / HALVES}, count, memory)
+    return Codec(encode, lambda ctx, code: code | {"mean": code["mean"] / HALVES}, count, memory)
 
 
 def noisy_mean():

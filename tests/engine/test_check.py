@@ -6,7 +6,7 @@ import engine_cases as cases
 import jax.numpy as jnp
 import pytest
 
-from fdjax.contract import ENSEMBLE, Broadcast, Upload
+from fdjax.contract import ENSEMBLE, Broadcast, Reduction, Upload
 from fdjax.errors import InputError
 from fdjax.exchange import reductions
 from fdjax.exchange.wrappers import Codec, coded
@@ -74,6 +74,29 @@ BAD = {
         {"client": client(lambda state: (state, Upload(jnp.zeros(()), bytes=jnp.zeros(2)), {}))},
         r"an Upload whose bytes has shape \(2,\), expected \[\]",
     ),
+    "a round that is no tuple of functions": (
+        {"client": 3}, r"^fd, exchange exchange: client is a int, expected a function",
+    ),
+    "a reduction that was not called": (
+        {"reduce": reductions.mean}, r"^fd, exchange train: reduce is a function, expected a Reduction or a dict",
+    ),
+    "a state with no array in it": (
+        {"server": lambda ctx, server, summary: ("table", {})},
+        r"server \(test_check\.py:\d+\) returned a state with a str in it, expected arrays alone",
+    ),
+    "partials of different cohorts": (
+        {"reduce": Reduction(lambda ctx, upload, weight: jnp.zeros(1 + ctx.cohort), lambda ctx, total: total)},
+        r"^fd, exchange train: the partials of reduce differ in shape between cohorts 0 and 1 \(\['float32\[1\]'\] and "
+        r"\['float32\[2\]'\]\); reduce them per_cohort",
+    ),
+    "metrics of different cohorts": (
+        {"client": lambda ctx, received, state, data: (state, Upload(jnp.zeros((4, 4))), {f"loss{ctx.cohort}": 0.0})},
+        r"^fd, exchange <lambda>: client gives other metrics in other cohorts \(loss0 and loss1\); give the same",
+    ),
+    "an hparam that is none": (
+        {"server": lambda ctx, server, summary: (server * ctx.hparams["gama"], {})},
+        r"^unknown hyperparameter \(in ctx\.hparams\) 'gama' \(did you mean 'gamma'\?\)",
+    ),
     "an unknown way to combine": (
         {"reduce": reductions.mean()._replace(combine="total")},
         r"^unknown way to combine \(fd, exchange train: reduce\) 'total'; known: max, min, stack, sum",
@@ -100,6 +123,7 @@ def test_a_reduction_of_another_type():
         ({"personal": None}, "^fd names neither a central model nor personal ones: nothing can be tested"),
         ({"personal": None, "central": ENSEMBLE}, "^fd tests an ensemble, but names no personal models"),
         ({"round": ()}, "^fd has no exchange in a round; give at least one"),
+        ({"setup": algorithm}, r"^fd: setup is no tuple of exchanges; write setup=\(exchange,\)"),
     ],
 )
 def test_algorithms_that_nobody_could_run(fields, message):
@@ -120,7 +144,9 @@ def test_models_of_different_numbers_of_classes():
 
 
 def test_a_codec_whose_memory_the_client_does_not_keep():
-    codec = Codec(lambda tree: tree, lambda code: code, lambda ctx, code, memory: (jnp.float32(1), memory), "sent")
+    codec = Codec(
+        lambda ctx, tree: tree, lambda ctx, code: code, lambda ctx, code, memory: (jnp.float32(1), memory), "sent"
+    )
     built = algorithm()
     wrapped = built._replace(round=(coded(built.round[0], up=codec),))
     with pytest.raises(InputError, match=r"^a codec of exchange train keeps what was sent as 'sent' of a"):
@@ -133,3 +159,35 @@ def test_a_method_as_a_functools_partial_has_no_place_to_name():
 
     with pytest.raises(InputError, match=r"^fd, exchange train: server returned a \w+, expected \(server"):
         shapes(algorithm(server=functools.partial(server, scale=2)))
+
+
+@pytest.mark.parametrize("logits", [jnp.zeros(10), jnp.zeros((10, 7)), "logits"], ids=["one axis", "classes", "text"])
+def test_a_predictor_that_gives_no_logits(logits):
+    task = cases.task()
+    built, _ = cases.simulation("fd")
+    simulation = cases.bind(built._replace(personal=lambda ctx, server, state, x: logits), task, (5,))
+    federation, hparams = cases.federation(), cases.hparams_of("fd")
+    message = r"^fd: personal \(test_check\.py:\d+\) returned .*, expected logits float32\[\d+, 4\]"
+    with pytest.raises(InputError, match=message):
+        simulation.evaluate(simulation.init(0, federation), federation, hparams)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.uint8, jnp.int16])
+def test_small_numbers_are_summed_without_overflow(dtype):
+    built, _ = cases.simulation("fd")
+    partial = Reduction(lambda ctx, upload, weight: jnp.asarray(200, dtype), lambda ctx, total: total)
+    (train,) = built.round
+    counting = train._replace(
+        reduce=partial,
+        server=lambda ctx, server, total: (total, {}),
+        broadcast=lambda ctx, server: Broadcast((), zeros(7)),
+    )
+    counted = built._replace(round=(counting,), init_server=lambda ctx, params: jnp.int32(0))
+    simulation = cases.bind(counted, cases.task(), (7,), chunk=2)
+    federation = cases.federation()
+    state, _ = simulation.run(simulation.init(0, federation), federation, cases.hparams_of("fd"), 1)
+    assert state.server == 6 * (1 if dtype is jnp.bool_ else 200)  # one of the seven holds nothing
+
+
+def zeros(clients):
+    return jnp.zeros((clients, cases.CLASSES, cases.CLASSES))

@@ -216,3 +216,57 @@ def test_a_client_without_examples_keeps_its_state_whatever_its_function_says():
     np.testing.assert_array_equal(np.concatenate(state.clients), holds * 1.0)
     assert state.server == holds.sum()  # and no NaN of its own
     chex.assert_trees_all_equal(state.round, np.int32(1))
+
+
+def test_a_client_that_is_left_out_stays_out_of_the_round():
+    """Its upload of the first exchange is not finite: in the second it neither counts, nor changes, nor is counted."""
+    bad = 3
+
+    def spoil(ctx, received, state, data):
+        return state, Upload(jnp.where(ctx.client == bad, jnp.nan, 1.0)), {}
+
+    def grow(ctx, received, state, data):
+        return state + 1, Upload(jnp.float32(1)), {}
+
+    total = Reduction(lambda ctx, upload, weight: upload, lambda ctx, total: total)
+    second = Exchange(lambda ctx, server: Broadcast(server), grow, total, lambda ctx, s, n: (s | {"second": n}, {}))
+    algorithm = sketch(
+        total, {"first": np.float32(0), "second": np.float32(0)}, client=spoil, more=(second,),
+        server=lambda ctx, s, n: (s | {"first": n}, {}),
+    )._replace(init_client=lambda ctx: jnp.zeros(()))  # fmt: skip
+    task = cases.task(cohorts=COHORTS)
+    simulation = cases.bind(algorithm, task, (3, 4), chunk=2, devices=2, drop_nonfinite=True)
+    federation = cases.federation(devices=2, cohort_sizes=task.sizes)
+    state, report = run(simulation, federation)
+    holds = np.asarray(federation.train_holdings.count) > 0
+    counts = holds & (np.asarray(federation.client) != bad)
+    assert counts.sum() == holds.sum() - 1
+    assert state.server == {"first": counts.sum(), "second": counts.sum()}
+    np.testing.assert_array_equal(np.concatenate(state.clients), counts * 1.0)
+    numbers = [sum(int(cohort.participants[0]) for cohort in exchange) for exchange in report.sent]
+    assert numbers == [holds.sum(), counts.sum()]
+    assert (report.nonfinite.client[0], report.nonfinite.exchange[0]) == (bad, 0)
+
+
+def test_a_server_that_nobody_helped_says_nothing():
+    def server(ctx, server, summary):
+        return server + 1, {"loss": jnp.float32(5)}
+
+    simulation, _ = bind(sketch(reductions.nothing(), np.float32(0), server=server), (1, 1))
+    nobody = cases.federation((0,) * 7, devices=2, cohort_sizes=(3, 4))
+    state, report = run(simulation, nobody)
+    assert (state.server, report.metrics["loss"][0]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["cfd", "fedgems"])
+def test_what_was_never_learned_is_not_taught(name):
+    """A first round in which nobody took part leaves the server without labels: the second sends ids alone."""
+    _, simulation = cases.simulation(name)
+    hparams, nobody, federation = cases.hparams_of(name), cases.federation((0,) * 7), cases.federation()
+    state, _ = simulation.run(simulation.init(0, federation), nobody, hparams, 2)
+    _, report = jax.device_get(simulation.run(state, federation, hparams, 2))
+    sizes = simulation.traffic(federation, hparams).round
+    down = traffic.count_bytes(sizes, report.sent)["down"]
+    assert down[0] == report.sent[0][0].participants[0] * 4 * cases.PER_ROUND
+    assert down[1] > report.sent[0][0].participants[1] * 4 * cases.PER_ROUND
+    assert report.metrics["distill_loss"][0] == 0 < report.metrics["distill_loss"][1]

@@ -221,7 +221,7 @@ def test_without_any_client_the_summary_is_zero(name, bad):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
-@pytest.mark.parametrize(("name", "least_or_most"), zip(EXTREMES, (np.inf, -np.inf), strict=True))
+@pytest.mark.parametrize(("name", "least_or_most"), [("minimum", np.inf), ("maximum", -np.inf)])
 def test_without_any_client_an_extreme_is_what_no_upload_exceeds(name, least_or_most):
     reduction, pack, _ = REDUCTIONS[name]
     summary = reduce(rows_of(pack(*draws())), [0] * 7, reduction=reduction)

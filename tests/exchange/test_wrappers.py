@@ -99,8 +99,8 @@ def test_what_the_server_makes_of_uploads_is_not_sent():
 def bits_of(bytes_sent):
     """A codec that loses nothing, the bits of floats as whole numbers, and says that it takes `bytes_sent`."""
     return Codec(
-        encode=lambda tree: jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.int32), tree),
-        decode=lambda code: jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.float32), code),
+        encode=lambda ctx, tree: jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.int32), tree),
+        decode=lambda ctx, code: jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.float32), code),
         count=lambda ctx, code, memory: (jnp.float32(bytes_sent) + ctx.round, memory),
     )
 
@@ -144,8 +144,8 @@ def test_one_way_alone_is_coded():
 def changes_alone(memory):
     """A codec of whole numbers that sends those that differ from the last ones, two bytes each."""
     return Codec(
-        encode=lambda tree: tree,
-        decode=lambda code: code,
+        encode=lambda ctx, tree: tree,
+        decode=lambda ctx, code: code,
         count=lambda ctx, code, known: (2.0 * jnp.sum(code != known), code),
         memory=memory,
     )
@@ -202,6 +202,52 @@ def test_a_codec_whose_memory_no_client_keeps_is_refused(state, found):
         "a codec of exchange answer keeps what was sent as 'received' of a client's state, which must be a dict with "
         f"that entry; it is a {found}: add it in init_client"
     )
+
+
+def test_two_codecs_need_two_memories():
+    (exchange,) = fedavg.fedavg(cases.task()).round
+    with pytest.raises(InputError, match="both codecs of exchange train keep 'sent'; give each a name of its own"):
+        coded(exchange, up=changes_alone("sent"), down=changes_alone("sent"))
+
+
+def drawing(purpose):
+    """A codec that draws what it sends, or what it makes of it."""
+
+    def draw(wanted):
+        return lambda ctx, tree: jax.random.uniform(ctx.key) if purpose == wanted else tree
+
+    return Codec(draw("encode"), draw("decode"), lambda ctx, code, memory: (0.0, memory))
+
+
+@pytest.mark.parametrize("purpose", ["encode", "decode"])
+def test_a_codec_draws_anew_in_every_call(purpose):
+    """For each upload, for the broadcast and in each round: no number is drawn twice."""
+
+    def tell(ctx, received, state, data):
+        return received.shared * jnp.ones(()), Upload(jnp.float32(0)), {}
+
+    exchange = Exchange(
+        broadcast=lambda ctx, server: Broadcast(jnp.float32(0)),
+        client=tell,
+        reduce=reductions.stack(),
+        server=lambda ctx, server, stack: (stack.partials, {}),
+    )
+    algorithm = Algorithm(
+        init_server=lambda ctx, params: jnp.zeros(7),
+        init_client=lambda ctx: jnp.float32(0),
+        round=(coded(exchange, up=drawing(purpose), down=drawing(purpose)),),
+        personal=lambda ctx, server, state, x: jnp.zeros((len(x), cases.CLASSES)),
+        name="drawing",
+    )
+    federation, simulation = cases.federation((1,) * 7), cases.bind(algorithm, cases.task(), (7,))
+    state, seen = simulation.init(0, federation), []
+    for _ in range(2):
+        state, _ = simulation.run(state, federation, {}, 1)
+        uploads, received = jax.device_get((state.server, state.clients[0]))
+        # What is broadcast to all is encoded once, and decoded by each.
+        assert len({*received.tolist()}) == (1 if purpose == "encode" else 7)
+        seen += [*uploads.tolist(), *{*received.tolist()}]
+    assert len({*seen}) == len(seen)
 
 
 # Required sums.

@@ -59,35 +59,35 @@ def finished(params, values, distributions, metric="central_accuracy", **more):
     )  # fmt: skip
 
 
-def stopped(made, params, state, **attributes):
-    return create_trial(state=state, params=params, distributions=made.distributions, user_attrs=attributes)
+def stopped(plan, params, state, **attributes):
+    return create_trial(state=state, params=params, distributions=plan.distributions, user_attrs=attributes)
 
 
-def grid(made):
+def grid(plan):
     points = [dict(zip(SPACE, values, strict=True)) for values in itertools.product(*SPACE.values())]
-    return [finished(params, history(**params), made.distributions) for params in points]
+    return [finished(params, history(**params), plan.distributions) for params in points]
 
 
-def keep(made, trials, storage=None):
+def keep(plan, trials, storage=None):
     """The trials in a storage, with what a sweep writes beside them."""
     storage = storage or optuna.storages.InMemoryStorage()
-    held = optuna.create_study(study_name=made.name, storage=storage, direction=made.direction)
+    stored = optuna.create_study(study_name=plan.name, storage=storage, direction=plan.direction)
     for name in ("paper", "question", "runtime"):
-        held.set_user_attr(name, getattr(made, name))
-    held.set_user_attr("description", made.description())
+        stored.set_user_attr(name, getattr(plan, name))
+    stored.set_user_attr("description", plan.description())
     versions = {"fdjax": "0.1.0", "jax": "9.9.9", "none": None}
     environment = {"versions": versions, "device": "1 x cpu", "machine": "m", "revision": "abcdef123456"}
-    held.set_user_attr("environment", environment)
-    held.add_trials(trials)
+    stored.set_user_attr("environment", environment)
+    stored.add_trials(trials)
     return storage
 
 
-def read(made, trials):
-    return outcome.read(made, keep(made, trials), made.name)
+def read(plan, trials):
+    return outcome.read(plan, keep(plan, trials), plan.name)
 
 
-def cells(made):
-    headers, rows = outcome.table(made)
+def cells(results):
+    headers, rows = outcome.table(results)
     return [dict(zip(headers, row, strict=True)) for row in rows]
 
 
@@ -97,8 +97,8 @@ def expected(temperature, weight, of):
 
 
 def test_a_row_is_a_configuration_over_its_seeds_best_first():
-    made = read(study(), grid(study()))
-    lines = cells(made)
+    results = read(study(), grid(study()))
+    lines = cells(results)
     assert len(lines) == 6
     for line in lines:
         params = float(line["temperature"]), float(line["weight"])
@@ -109,10 +109,10 @@ def test_a_row_is_a_configuration_over_its_seeds_best_first():
         assert "best on a validation split" not in line
     means = [
         np.mean([history(row.params["temperature"], row.params["weight"], s)[-1] for s in range(3)])
-        for row in made.rows
+        for row in results.rows
     ]
     assert means == sorted(means, reverse=True)
-    assert outcome.status(made) == ["18 of 18 trials are complete; 0 pruned, 0 failed, 0 running, 0 waiting."]
+    assert outcome.status(results) == ["18 of 18 trials are complete; 0 pruned, 0 failed, 0 running, 0 waiting."]
 
 
 def test_the_lowest_loss_is_best_and_no_percentage():
@@ -127,51 +127,52 @@ def test_the_lowest_loss_is_best_and_no_percentage():
 
 
 def test_the_best_round_is_that_of_the_validation_split_and_not_of_the_test_set():
-    one = study(space={"weight": (0.3, 0.9), "seed": (0, 1)})
+    plan = study(space={"weight": (0.3, 0.9), "seed": (0, 1)})
     split = {(0.3, 0): [0.1, 0.7, 0.7], (0.3, 1): [0.9, None, 0.2], (0.9, 0): [0.1, 0.2, 0.3]}
     test = {(0.3, 0): [0.95, 0.5, 0.6], (0.3, 1): [0.8, 0.7, 0.4], (0.9, 0): [0.1, 0.2, 0.3], (0.9, 1): [0.3, 0.3, 0.3]}
     trials = [
         finished(
-            {"weight": w, "seed": s}, values, one.distributions,
+            {"weight": w, "seed": s}, values, plan.distributions,
             **({"validation_accuracy": split[w, s]} if (w, s) in split else {}),
         )
         for (w, s), values in test.items()
     ]  # fmt: skip
-    best, worst = cells(read(one, trials))
+    best, worst = cells(read(plan, trials))
     chosen = np.array([0.5, 0.8])
     assert best["best on a validation split"] == f"{100 * chosen.mean():.2f} ± {100 * chosen.std(ddof=1):.2f}"
     assert worst["best on a validation split"] == ""
 
 
 def test_what_did_not_finish_is_counted_and_said():
-    made, trials = study(), grid(study())
+    plan, trials = study(), grid(study())
     params = [trial.params for trial in trials]
     reason = "InputError: it does\nnot fit"
     unfinished = [
-        stopped(made, params[-1], TrialState.PRUNED),
-        stopped(made, params[-2], TrialState.FAIL, reason=reason),
-        stopped(made, params[-3], TrialState.FAIL, reason=reason),
-        stopped(made, params[-4], TrialState.FAIL),
-        stopped(made, params[-5], TrialState.RUNNING),
-        stopped(made, params[-5], TrialState.WAITING),
+        stopped(plan, params[-1], TrialState.PRUNED),
+        stopped(plan, params[-2], TrialState.FAIL, reason=reason),
+        stopped(plan, params[-3], TrialState.FAIL, reason=reason),
+        stopped(plan, params[-4], TrialState.FAIL),
+        stopped(plan, params[-4], TrialState.FAIL, worker="a|1|1.0|b"),
+        stopped(plan, params[-5], TrialState.RUNNING),
+        stopped(plan, params[-5], TrialState.WAITING),
     ]
-    of = read(made, [*trials[:13], trials[0], *unfinished])
-    lines = outcome.status(of)
-    assert lines[0] == "14 of 18 trials are complete; 1 pruned, 3 failed, 1 running, 1 waiting."
+    results = read(plan, [*trials[:13], trials[0], *unfinished])
+    lines = outcome.status(results)
+    assert lines[0] == "14 of 18 trials are complete; 1 pruned, 2 failed, 1 running, 1 waiting."
     assert lines[1] == "Failed: InputError: it does not fit (2 trials: 15, 16)."
-    assert lines[2] == "Failed: no reason recorded (1 trial: 17)."
-    assert lines[3].startswith("1 complete trials have the params of another one")
-    seeds = {(line["temperature"], line["weight"]): line["seeds"] for line in cells(of)}
+    assert lines[2].startswith("1 complete trials have the params of another complete trial")
+    assert lines[3] == "Not counted: 2 trials that workers gave up; other trials stand for them."
+    seeds = {(line["temperature"], line["weight"]): line["seeds"] for line in cells(results)}
     assert seeds == {("1", "0.3"): "3", ("1", "0.9"): "3", ("3", "0.3"): "3", ("3", "0.9"): "3", ("10", "0.3"): "1"}
     changed = study(fixed=FIXED | {"rounds": 5})
-    assert outcome.status(of._replace(study=changed))[-1].startswith("The study file has been changed since")
+    assert outcome.status(results._replace(study=changed))[-1].startswith("The study file has been changed since")
 
 
 def test_curves_are_the_mean_and_std_over_seeds():
-    made = read(study(), grid(study()))
-    row = made.rows[0]
+    results = read(study(), grid(study()))
+    row = results.rows[0]
     each = np.array([history(row.params["temperature"], row.params["weight"], seed) for seed in range(3)])
-    rounds, sent, mean, std = outcome.curve(row, made.objective)
+    rounds, sent, mean, std = outcome.curve(row, results.objective)
     np.testing.assert_array_equal(rounds, ROUNDS)
     np.testing.assert_array_equal(sent, 1e6 * ROUNDS)
     np.testing.assert_allclose(mean, each.mean(0))
@@ -179,8 +180,8 @@ def test_curves_are_the_mean_and_std_over_seeds():
 
 
 def test_everything_is_written_and_the_page_needs_no_other_file(tmp_path, capsys):
-    made = read(study(), grid(study()))
-    program.write(made, tmp_path, "python -m sweeps.report --study=made_up.py")
+    results = read(study(), grid(study()))
+    program.write(results, tmp_path, "python -m sweeps.report --study=made_up.py")
     pictures = ["heatmap.png", "curves.png", "bytes.png", "importance.png"]
     assert {file.name for file in tmp_path.iterdir()} == {"table.md", "results.csv", "report.html", *pictures}
     page = (tmp_path / "report.html").read_text()
@@ -192,7 +193,7 @@ def test_everything_is_written_and_the_page_needs_no_other_file(tmp_path, capsys
                  "18 of 18 trials are complete", "--study=made_up.py", "model=2nn", "mnist_sample"):  # fmt: skip
         assert text in page, text
     assert "/somewhere" not in page
-    first = cells(made)[0]
+    first = cells(results)[0]
     assert first["last"] in page
     assert first["last"] in (tmp_path / "table.md").read_text()
     assert first["last"] in capsys.readouterr().out
@@ -219,32 +220,32 @@ def test_twenty_configurations_are_printed_and_all_are_in_the_files(tmp_path, ca
 
 def test_a_search_has_a_history_and_few_trials_no_importance(tmp_path):
     space = {"temperature": FloatDistribution(1, 10, log=True), "weight": FloatDistribution(0, 1)}
-    made = study(space=space, search="random", trials=9)
-    trials = [finished(made.point(n), [0.0, 0.1 * n], made.distributions) for n in range(9)]
-    drawn, missing = figures.draw(read(made, trials), tmp_path)
+    plan = study(space=space, search="random", trials=9)
+    trials = [finished(plan.point(n), [0.0, 0.1 * n], plan.distributions) for n in range(9)]
+    drawn, missing = figures.draw(read(plan, trials), tmp_path)
     assert [figure.path.name for figure in drawn] == ["curves.png", "bytes.png", "history.png"]
     assert missing[0] == "No heatmap: 9 configurations are too few for 9 x 9 cells."
     assert missing[1].startswith("No importance of params: 9 finished trials are too few")
 
 
 def test_the_param_that_matters_is_the_important_one():
-    made = study()
+    plan = study()
     points = [dict(zip(SPACE, values, strict=True)) for values in itertools.product(*SPACE.values())]
-    trials = [finished(p, [0.1 * p["temperature"] + 0.001 * p["weight"]], made.distributions) for p in points]
-    found = figures.importances(read(made, trials))
+    trials = [finished(p, [0.1 * p["temperature"] + 0.001 * p["weight"]], plan.distributions) for p in points]
+    found = figures.importances(read(plan, trials))
     assert set(found) == set(SPACE)
     assert max(found, key=found.get) == "temperature"
-    alike = [finished(p, [0.5], made.distributions) for p in points]
-    assert figures.importances(read(made, alike)).startswith("No importance of params:")
+    alike = [finished(p, [0.5], plan.distributions) for p in points]
+    assert figures.importances(read(plan, alike)).startswith("No importance of params:")
 
 
 def test_trials_that_kept_only_what_they_reported():
-    made = study()
+    plan = study()
     bare = create_trial(
-        value=0.5, params={"temperature": 1.0, "weight": 0.3, "seed": 0}, distributions=made.distributions,
+        value=0.5, params={"temperature": 1.0, "weight": 0.3, "seed": 0}, distributions=plan.distributions,
         intermediate_values={2: 0.1, 4: 0.5},
     )  # fmt: skip
-    (line,) = cells(read(made, [bare]))
+    (line,) = cells(read(plan, [bare]))
     assert line == {
         "row": "1",
         "temperature": "1",
@@ -264,15 +265,15 @@ def test_a_storage_that_is_not_there_is_not_made(given, tmp_path):
 
 
 def test_bad_input_is_one_line():
-    made, failed = study(), {"reason": "InputError: no\nsuch file"}
+    plan, failed = study(), {"reason": "InputError: no\nsuch file"}
     with pytest.raises(InputError, match=r"^no study 'other' in the storage; it has made_up: run the study first"):
-        outcome.read(made, keep(made, grid(made)), "other")
+        outcome.read(plan, keep(plan, grid(plan)), "other")
     with pytest.raises(InputError, match=r"^study made_up has 0 trials and none is finished$"):
-        read(made, [])
+        read(plan, [])
     with pytest.raises(
         InputError, match=r"^study made_up has 1 trials and none .*; 1 failed: InputError: no such file$"
     ):
-        read(made, [stopped(made, grid(made)[0].params, TrialState.FAIL, **failed)])
+        read(plan, [stopped(plan, grid(plan)[0].params, TrialState.FAIL, **failed)])
     with pytest.raises(InputError, match=r"^--study=none.py: no such file"):
         load("none.py")
 
@@ -285,20 +286,20 @@ def run(*flags):
 
 @pytest.mark.parametrize("kind", ["sqlite:///{}/study.db", "journal:{}/study.log"])
 def test_the_program(kind, tmp_path):
-    url, made = kind.format(tmp_path), load(str(ROOT / FILE)).smaller()
+    url, plan = kind.format(tmp_path), load(str(ROOT / FILE)).smaller()
     storage = open_storage(url)
-    points = [made.point(number) for number in range(made.total)]
-    keep(made, [finished(p, [0.1, 0.2 + 0.01 * n], made.distributions) for n, p in enumerate(points)], storage)
+    points = [plan.point(number) for number in range(plan.total)]
+    keep(plan, [finished(p, [0.1, 0.2 + 0.01 * n], plan.distributions) for n, p in enumerate(points)], storage)
     if kind.startswith("sqlite"):
         storage.engine.dispose()
     done = run(f"--study={FILE}", "--smoke", f"--storage={url}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert f"{made.total} of {made.total} trials are complete" in done.stdout
+    assert f"{plan.total} of {plan.total} trials are complete" in done.stdout
     assert (tmp_path / "out" / "report.html").is_file()
     other = run(f"--study={FILE}", f"--storage={url}", f"--out={tmp_path / 'out'}")
     assert (other.returncode, other.stdout) == (2, "")
-    name = json.dumps(made.name)[1:-1]
+    name = json.dumps(plan.name)[1:-1]
     assert other.stderr == (
         f"error: no study 'temperature_alpha' in the storage; it has {name}: run the study first, or give --name\n"
     )
