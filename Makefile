@@ -1,4 +1,4 @@
-# make run | sweep | test | lint | types | bench    (make alone lists the targets)
+# make run | sweep | test | test-all | lint | types | bench    (make alone lists the targets)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ NO_PYTHON = fdjax needs Python 3.11 or later with venv (Debian: apt install pyth
 # Python compiles what it imports; compiling all that is installed takes as long as the rest of the installation.
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --no-compile --constraint
 
-.PHONY: help venv run sweep test lint types format bench-venv bench clean
+.PHONY: help venv run sweep test test-all lint types format bench-venv bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,10 @@ sweep: $(VENV)/.installed ## eight trials of FedDistill and their report, whose 
 	@$(VENV)/bin/python -m sweeps.run $(SWEEP) --name=make_sweep
 	@$(VENV)/bin/python -m sweeps.report $(SWEEP) --name=make_sweep --out=runs/sweeps/make_sweep
 
-test: $(VENV)/.installed ## all tests, two files at a time
+test: $(VENV)/.installed ## the tests, two files at a time
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not exhaustive" $(PYTEST_FLAGS)
+
+test-all: $(VENV)/.installed ## the same and the full matrix: every method under every lifting
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed ## ruff: rules and format

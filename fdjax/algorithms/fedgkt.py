@@ -8,8 +8,8 @@ Algorithm 1 and equations 4 to 7. Client k has an extractor h_k and a small head
              l_s = alpha CE(z_s, y) + T^2 KL(softmax(z_k / T) || softmax(z_s / T)),  z_s = s(h_k(x))
 
 alpha is on l_s's CE as in the authors' code (FedML); a client that has no z_s yet, so everyone in the first round,
-learns by CE alone. alpha is the hparam `weight`. What predicts is s(h_k(x)): local and own accuracy are its; there is
-no central model, since the server has no extractor.
+learns by CE alone. alpha is the hparam `weight`. A client predicts with s(h_k(x)), which local and own accuracies
+test; there is no central model, since the server has no extractor.
 
 Sent: up h_k(x), z_k and y of each own example, 4 n_k (F + K + 1) bytes for F features; down z_s of each, 4 n_k K. The
 arrays are as long as the largest client; the real n_k are counted. Features and labels leave the client: this is not

@@ -23,13 +23,13 @@ def rotate_crop(key: jax.Array, x: jax.Array) -> jax.Array:
         jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
     )
 
-    def one(image, angle, shift):
+    def transform(image, angle, shift):
         y, z = row + shift[0], column + shift[1]
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         source = [cos * y - sin * z + (height - 1) / 2, sin * y + cos * z + (width - 1) / 2]
         return jnp.stack([map_coordinates(c, source, order=1) for c in jnp.moveaxis(image, -1, 0)], axis=-1)
 
-    return jax.vmap(one)(x, angle, shift)
+    return jax.vmap(transform)(x, angle, shift)
 
 
 AUGMENTATIONS = {"none": None, "rotate_crop": rotate_crop}

@@ -112,10 +112,10 @@ def check_agreement(settings: dict[str, Any], free: tuple[str, ...]) -> None:
     """Raises InputError on every host if `settings` differ between hosts, `free` names aside."""
     if jax.process_count() == 1:
         return
-    mine = json.dumps({k: v for k, v in settings.items() if k not in free}, sort_keys=True).encode()
-    if len(mine) > _ROOM:
-        raise InputError(f"settings of {len(mine)} bytes cannot be compared between hosts; shorten them")
-    padded = np.frombuffer(mine.ljust(_ROOM), np.uint8)
+    encoded = json.dumps({k: v for k, v in settings.items() if k not in free}, sort_keys=True).encode()
+    if len(encoded) > _ROOM:
+        raise InputError(f"settings of {len(encoded)} bytes cannot be compared between hosts; shorten them")
+    padded = np.frombuffer(encoded.ljust(_ROOM), np.uint8)
     with _others():
         gathered = np.asarray(multihost_utils.process_allgather(padded))
     everyone = [json.loads(bytes(row)) for row in gathered]

@@ -57,7 +57,8 @@ class Plan(NamedTuple):
     def in_chunks_of(self, chunk: int) -> "Plan":
         """The same plan with another chunk, and narrower chunks to go with it where it has such."""
         narrow = narrower(self.work, chunk, self.lifting.mesh) if self.lifting.narrow else ()
-        return self._replace(lifting=self.lifting._replace(chunk=chunk, narrow=narrow))
+        kind = "chunk" if self.lifting.kind == "vmap" else self.lifting.kind
+        return self._replace(lifting=self.lifting._replace(kind=kind, chunk=chunk, narrow=narrow))
 
 
 def choose(request: Request, work: Work) -> Plan:
@@ -78,7 +79,7 @@ def choose(request: Request, work: Work) -> Plan:
     kind = request.kind
     if kind == "auto":
         kind = "shard_map" if mesh.size > 1 else "vmap" if chunk == work.most and not narrow else "chunk"
-    automatic = not request.chunk and kind not in ("vmap", "loop")
+    automatic = not request.chunk and request.kind not in ("vmap", "loop")
     lifting = Lifting(kind, mesh, work.most if kind == "vmap" else chunk, narrow, request.ordered)
     return Plan(lifting, automatic, _in_words(lifting, work, chosen_here=not request.chunk), work)
 

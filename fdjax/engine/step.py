@@ -26,7 +26,7 @@ from fdjax.types import Array, Federation, Model, PyTree
 
 
 class Moment(NamedTuple):
-    """What every call of an exchange may read: a pytree of arrays."""
+    """What every call of an exchange may read, as a pytree of arrays: the data, and the values of this moment."""
 
     federation: Federation
     hparams: HParams

@@ -33,10 +33,10 @@ def coded_bytes(symbols: Array, known: Array, bits: int) -> jax.Array:
     """Bytes of `symbols` [n, K] for a receiver that has `known` [n, K] of the same examples, to float32's rounding.
 
     The code: for each row a flag, whether it is as known; a row that is not has its symbols coded from the first to the
-    last but one (L less their sum is the last), each in 0..r for r = what is left of L, nothing if r = 0. Flags, and
-    the symbols of each pair (position, r), have a Krichevsky-Trofimov estimator of their own, (n_s + 1/2) / (n + A / 2)
-    for an alphabet of A, which the receiver can follow. An arithmetic coder spends ceil(-log2 P) + 1 bits on a message
-    of probability P; we count floor(-log2 P / 8) + 2 bytes, never less.
+    last but one (the last is L less their sum), each a number from 0 to r, where r is L less the symbols before it, and
+    none where r = 0. Flags, and the symbols of each pair (position, r), have a Krichevsky-Trofimov estimator of their
+    own, (n_s + 1/2) / (n + A / 2) for an alphabet of A, which the receiver can follow. An arithmetic coder spends
+    ceil(-log2 P) + 1 bits on a message of probability P; we count floor(-log2 P / 8) + 2 bytes, never less.
     """
     symbols, known = jnp.asarray(symbols, jnp.int32), jnp.asarray(known, jnp.int32)
     top = levels(bits)

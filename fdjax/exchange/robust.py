@@ -1,6 +1,6 @@
 """Reductions that a few wrong uploads cannot carry away; they need every upload at once, a stack.
 
-Throughout: uploads are counted alike, since a client's weight is its own word; an upload of weight 0 is not there; one
+Throughout: uploads count alike, since the weight is what a client says of itself; an upload of weight 0 is ignored; one
 that is not finite is as far out as can be; without any upload the summary is 0.
 """
 
