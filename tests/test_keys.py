@@ -14,6 +14,7 @@ from scipy import stats
 
 import fdjax
 from fdjax import keys
+from fdjax.engine.step import exchange_key
 
 # The keys are fixed, so no test below is flaky: a hypothesis that is true fails none of them by chance once it passed.
 LEAST_P = 1e-4
@@ -98,7 +99,7 @@ def test_neighbours_do_not_stay_neighbours():
     assert p_uniform(np.bincount(step.ravel(), minlength=size)[1:]) > LEAST_P
 
 
-@pytest.mark.parametrize("related", ["epochs", "clients", "rounds"])
+@pytest.mark.parametrize("related", ["epochs", "clients", "rounds", "exchanges"])
 def test_shuffles_of_related_keys_are_unrelated(related):
     size, draws = 8, 20_000
 
@@ -109,6 +110,9 @@ def test_shuffles_of_related_keys_are_unrelated(related):
         if related == "epochs":
             key = keys.stream(root, "client", number)
             pair = [keys.stream(jax.random.fold_in(key, epoch), "shuffle") for epoch in (0, 1)]
+        elif related == "exchanges":
+            key = keys.stream(root, "round", number)
+            pair = [keys.stream(keys.stream(exchange_key(key, e), "client", 5), "shuffle") for e in (0, 1)]
         else:
             where = (lambda i: (5, number + i)) if related == "clients" else (lambda i: (number + i, 5))
             pair = [
@@ -140,6 +144,13 @@ def test_the_shuffle_is_that_of_its_key_alone():
         np.testing.assert_array_equal(shuffle(jnp.arange(12).reshape(3, 4)), order[:12].reshape(3, 4))
 
 
+def test_exchanges_of_a_round_have_keys_of_their_own_and_the_first_has_the_rounds():
+    key = keys.stream(jax.random.key(0), "round", 2)
+    data = [jax.random.key_data(exchange_key(key, number)).tolist() for number in range(4)]
+    assert data[0] == jax.random.key_data(key).tolist()
+    assert len({*map(tuple, data)}) == 4
+
+
 def test_streams_differ_by_purpose_and_number():
     root = jax.random.key(0)
     streams = [
@@ -154,8 +165,9 @@ def test_streams_differ_by_purpose_and_number():
 
 def test_purposes_of_the_package_do_not_collide():
     text = "\n".join(path.read_text() for path in Path(fdjax.__file__).parent.rglob("*.py"))
-    purposes = set(re.findall(r'\bstream\((?:[^()]|\([^()]*\))*?"(\w+)"', text))
-    assert {"client", "round", "server", "shuffle", "participants", "augment"} <= purposes
+    purposes = set(re.findall(r'\b(?:stream|at)\((?:[^()]|\([^()]*\))*?"([\w ]+)"', text))
+    assert {"client", "round", "exchange", "server", "server state", "shuffle", "participants", "augment"} <= purposes
+    assert {"teacher", "student", "subset"} <= purposes  # of methods, by `Context.at`
     assert len({zlib.crc32(purpose.encode()) for purpose in purposes}) == len(purposes)
 
 

@@ -1,100 +1,128 @@
-"""FedAvg and FedDistill learn, and federating is worth more than training alone; clients of different architectures."""
+"""What exchange is worth where clients hold few labels, measured against the same training without it."""
 
-import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from fdjax.client.local import Training
+from learning_cases import HELD_OUT, alone, final, run
 
-from fdjax import keys
-from fdjax.client import local, losses
-from fdjax.data.federation import replicated
-from fdjax.engine import lift
-from fdjax.errors import InputError
+from fdjax.algorithms import ALGORITHMS
 from fdjax.run import experiment, settings
 
-ROUNDS, RATE, BATCH = 6, 0.1, 32
-NON_IID = {
-    "dataset": "mnist_sample", "partition": "dirichlet_a", "alpha": 0.5, "num_clients": 10, "model": "2nn",
-    "batch_size": BATCH, "rounds": ROUNDS, "eval_every": ROUNDS, "local_eval": "own", "devices": 2, "chunk": 1,
-}  # fmt: skip
+# Which accuracy, how far above that of `local` for every seed, and how far for seeds 0, 1, 2 when it was measured.
+BETTER = {
+    "fedavg": ("central", 0.35, (0.442, 0.448, 0.467)),
+    "fedprox": ("central", 0.35, (0.443, 0.445, 0.455)),
+    "feddistill": ("central", 0.25, (0.405, 0.351, 0.452)),
+    "ensemble": ("central", 0.1, (0.357, 0.169, 0.332)),
+    "centralized": ("central", 0.6, (0.683, 0.667, 0.673)),
+    "fedmd": ("local", 0.45, (0.579, 0.572, 0.561)),
+    "cronus": ("local", 0.02, (0.095, 0.128, 0.044)),
+    "dsfl": ("local", 0.2, (0.369, 0.290, 0.287)),
+    "feddf": ("central", 0.4, (0.485, 0.485, 0.519)),
+    "cfd": ("central", 0.2, (0.382, 0.281, 0.354)),
+    "fedgems": ("local", 0.45, (0.588, 0.578, 0.545)),
+}
+CHOSEN = {
+    "fedmd": {"pretrain_epochs": 5, "private_epochs": 10},
+    "dsfl": {"distill_epochs": 2},
+    "feddf": {"local_epochs": 5, "server_steps": 150},
+    "cfd": {"local_epochs": 5, "distill_epochs": 3},
+    "fedgems": {"distill_epochs": 2, "server_epochs": 2},
+    "fedgkt": {"learning_rate": 0.03, "server_epochs": 5},  # 0.1 diverges for one seed, with a 2nn as the server's
+}
+# Not expected to be better, as their docstrings say. How far apart at the most; measured -0.002, -0.024, 0.009 (fd) and
+# -0.016, -0.013, -0.030 (fedgkt).
+LEVEL = {"fd": 0.05, "fedgkt": 0.05}
 
 
-def run(hparams=None, **made):
-    built = experiment.build(settings.make(hparams=hparams, **made))
-    start = built.simulation.init(0, built.federation)
-    return built, *built.simulation.run(start, built.federation, built.hparams, built.settings.rounds)
+def test_every_method_is_measured():
+    assert {*BETTER, *LEVEL, "local"} == {*ALGORITHMS}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Accuracy on the full test set, [C], of clients that train for as many epochs by themselves."""
-    built = experiment.build(settings.make(**NON_IID))
-    model, federation = built.layout.cohorts[0].model, built.federation
-    training = Training(BATCH, experiment.optimizer_of(built.settings))
-    params = model.init(jax.random.key(0))
-    hparams = built.hparams | {"learning_rate": np.float32(RATE), "round": np.int32(0)}
+@pytest.mark.parametrize("algorithm", BETTER)
+def test_beats_training_alone(algorithm):
+    kind, margin, _ = BETTER[algorithm]
+    lead = final(f"{kind}_accuracy", algorithm, CHOSEN.get(algorithm)) - alone()
+    assert lead.min() > margin, lead
 
-    def one(shared, row):
-        client, start, count = row
-        data = local.ClientData(shared.train, shared.train_holdings.order, start, count)
-        trained, _ = local.fit(
-            training,
-            lambda p, x, y: losses.cross_entropy(model.apply(p, x), y),
-            params,
-            data,
-            hparams,
-            keys.stream(jax.random.key(0), "alone", client),
-            epochs=ROUNDS,
-        )
-        size = len(shared.test.y)
-        everything = local.ClientData(shared.test, jnp.arange(size), jnp.int32(0), jnp.int32(size))
-        return local.test(model.apply, trained, everything, 500).mean()[0], ()
 
-    rows = federation.client, federation.train_holdings.start, federation.train_holdings.count
-    lifting = built.layout.lifting._replace(chunk=1)
-    run_all = jax.jit(lambda shared, rows: lift.over_clients(one, shared, rows, lifting)[0])
-    return np.asarray(run_all(federation, rows))
+@pytest.mark.parametrize("algorithm", LEVEL)
+def test_is_level_with_training_alone(algorithm):
+    models = {"models": "2nn:10", "model": "mclr"} if algorithm == "fedgkt" else {}
+    lead = final("local_accuracy", algorithm, CHOSEN.get(algorithm), **models) - alone()
+    assert np.abs(lead).max() < LEVEL[algorithm], lead
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "feddistill"])
-def test_learns_what_no_client_learns_alone(algorithm, alone):
-    built, state, metrics = run({"learning_rate": RATE}, algorithm=algorithm, **NON_IID)
-    scalars, _ = built.simulation.evaluate(state, built.federation)
-    assert metrics["train_loss"][-1] < 0.5 * metrics["train_loss"][0]
-    assert scalars["central_accuracy"] > 0.8
-    assert scalars["central_accuracy"] > alone.max() + 0.02
-    assert scalars["central_accuracy"] > alone.mean() + 0.15
+def test_learns_what_no_client_learns_alone(algorithm):
+    """The best of the clients alone reaches 0.336, 0.387, 0.411."""
+    for learned, by_itself in zip(run(algorithm), run("local"), strict=True):
+        assert learned.scalars["central_accuracy"] > by_itself.clients["local_accuracy"].max() + 0.1
 
 
-MIXED = {
-    "algorithm": "feddistill", "dataset": "synthetic", "num_clients": 5, "model": "mclr", "models": "mclr:2,2nn:3",
-    "samples_per_client": 30, "batch_size": 10, "rounds": 2, "eval_every": 2, "participation": 0.7, "local_eval": "own",
-}  # fmt: skip
+def test_fedavg_trains():
+    """The loss on the clients' own examples falls to a half; measured 0.47, 0.45, 0.53."""
+    for learned in run("fedavg"):
+        loss = learned.metrics["train_loss"]
+        assert loss[-1] < 0.7 * loss[0]
 
 
-def test_teachers_of_different_architectures():
-    built, state, metrics = run(**MIXED, chunk=1, devices=1)
-    assert [cohort.model.name for cohort in built.layout.cohorts] == ["mclr", "2nn"]
-    assert built.layout.participants == (1, 2)
-    student, teachers = state.server, state.clients
-    chex.assert_trees_all_equal_structs(student, teachers[0])
-    assert [jax.tree.leaves(t)[0].shape[0] for t in teachers] == [2, 3]
-    assert len(jax.tree.leaves(teachers[1])) == 6
-    P = sum(leaf.size for leaf in jax.tree.leaves(student))
-    traffic = built.simulation.traffic(built.federation)
-    assert (traffic.up, traffic.down) == ((4 * P, 4 * P), (4 * P, 4 * P))  # the student's bytes, whatever the teacher
-    scalars, clients = built.simulation.evaluate(state, built.federation)
-    assert {len(values) for values in clients.values()} == {5}
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics, scalars)))
+def test_fedmd_owes_its_lead_to_the_consensus_too():
+    """Much of what FedMD has before `local` are the labels of the public data; a digest of nothing loses the rest.
 
-    other = experiment.build(settings.make(**MIXED, chunk=2, devices=2))
-    start = jax.device_put(jax.device_get(built.simulation.init(0, built.federation)), replicated(other.layout.mesh))
-    other = other.simulation.run(start, other.federation, other.hparams, other.settings.rounds)
-    chex.assert_trees_all_close(jax.device_get(other), jax.device_get((state, metrics)), rtol=1e-5, atol=1e-5)
+    Measured 0.809, 0.821, 0.796 with it and 0.581, 0.575, 0.525 without.
+    """
+    without_digest = {"digest_learning_rate": 0.0}
+    with_it, without = (final("local_accuracy", "fedmd", CHOSEN["fedmd"] | given) for given in ({}, without_digest))
+    assert (with_it - without).min() > 0.12, (with_it, without)
 
 
-def test_models_that_an_algorithm_does_not_use_are_refused():
-    with pytest.raises(InputError, match="mclr"):
-        experiment.build(settings.make(**MIXED | {"algorithm": "fedavg", "model": "2nn", "models": "mclr:5"}))
+def test_dsfl_central_model_beats_the_mean_of_models_alone():
+    """Measured 0.597, 0.558, 0.504 against 0.230, 0.249, 0.235."""
+    lead = final("central_accuracy", "dsfl", CHOSEN["dsfl"]) - alone()
+    assert lead.min() > 0.2, lead
+
+
+@pytest.mark.exhaustive
+def test_feddf_is_near_fedavg_after_a_long_local_training():
+    """Not ahead, as in the paper. Measured 0.718, 0.723, 0.746 and FedAvg, of the same data, 0.716, 0.760, 0.745."""
+    long = {"learning_rate": 0.05, "local_epochs": 20}
+    fused = final("central_accuracy", "feddf", long | {"server_steps": 300})
+    averaged = final("central_accuracy", "fedavg", long, **HELD_OUT)
+    assert (fused - averaged).min() > -0.1, (fused, averaged)
+    assert (fused - alone()).min() > 0.4
+
+
+def test_cfd_sends_a_thirtieth_of_its_symbols():
+    """And less than a code without deltas could: one of 10 labels an example is log2(10) bits."""
+    clients, examples, labels = 10, 500, 10
+    for learned in run("cfd", CHOSEN["cfd"]):
+        assert learned.sent["up"].max() < clients * examples * labels / 30  # symbols of 1 byte
+        assert learned.sent["up"][1:].mean() < clients * examples * np.log2(labels) / 8 / 1.5
+
+
+def test_fedgems_server_learns_more_than_it_knew():
+    """Measured 0.890, 0.893, 0.883 for the server, whose proxy labels alone are worth much of it."""
+    for learned in run("fedgems", CHOSEN["fedgems"]):
+        assert learned.scalars["central_accuracy"] > 0.8
+        assert learned.metrics["server_known"][-1] > learned.metrics["server_known"][0]
+
+
+def test_baselines_are_in_order():
+    """Pooled above together above alone; measured 0.913, 0.587, 0.230 for seed 0."""
+    for together, pooled, by_itself in zip(run("ensemble"), run("centralized"), run("local"), strict=True):
+        assert together.scalars["local_accuracy"] == by_itself.scalars["local_accuracy"]  # the same clients
+        pooled_accuracy = pooled.scalars["central_accuracy"]
+        assert pooled_accuracy > together.scalars["central_accuracy"] + 0.2
+        np.testing.assert_allclose(pooled_accuracy, pooled.scalars["local_accuracy"], atol=1e-6)
+        for learned in (together, pooled, by_itself):
+            assert not np.any([learned.sent["up"], learned.sent["down"]])
+
+
+def test_centralized_is_one_client_that_holds_everything():
+    floats = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr"}
+    built = experiment.build(settings.make(algorithm="centralized", **floats, participation=0.1))
+    apart = experiment.build(settings.make(algorithm="local", **floats))
+    everything = sum(np.asarray(apart.federation.train_holdings.count).tolist())
+    assert np.asarray(built.federation.train_holdings.count).tolist() == [everything]
+    assert len(apart.holdings.order) == everything > 60
+    assert sorted(built.holdings.order.tolist()) == sorted(apart.holdings.order.tolist())

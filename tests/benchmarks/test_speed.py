@@ -11,7 +11,7 @@ import numpy as np
 import programs
 import pytest
 
-from benchmarks import speed_suites
+from benchmarks import speed_checkouts, speed_suites
 from benchmarks.peers import PEERS
 from benchmarks.speed import Verdict
 from benchmarks.speed_suites import DISTILL, LEARNING_RATE, SUITES, Case, Fdjax, make_work
@@ -111,12 +111,65 @@ def test_a_tiny_run_writes_its_files(tmp_path):
     assert (tmp_path / "speed_scale" / "ratios.png").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
+def test_a_checkout_against_itself_does_the_same_work(tmp_path):
+    done = programs.run(
+        "benchmarks.speed", "--suite=logistic", "--smoke", f"--against={ROOT}", f"--out={tmp_path}", "--devices=1"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "speed_against" / "results.json").read_text())
+    assert [version.split(",")[0] for version in told["checkouts"].values()] == [str(ROOT)] * 2
+    (result,) = told["results"]
+    assert result["weights_differ"] == 0
+    assert result["chunks"][0] == result["chunks"][1]
+    for what in ("steps", "compilations"):
+        (pair,) = result[what]
+        assert np.shape(pair) == (2, 2)
+        assert np.all(np.array(pair) > 0)
+    table = (tmp_path / "speed_against" / "table.md").read_text()
+    assert "ms a client step" in table
+    assert "s of compiling a superstep" in table
+
+
+class FakeCheckout:
+    """Answers as a worker does: it needs so many wall seconds, and half of that of the processor's."""
+
+    def __init__(self, name, seconds, moved=1.0):
+        self.name, self.seconds, self.moved, self.asked = name, seconds, moved, []
+
+    def ask(self, do, **given):
+        self.asked.append(do)
+        if do == "load":
+            return {"chunk": "2", "temp_bytes": 8}
+        if do == "save":
+            np.savez(given["path"], **{"first/w": np.zeros(4), "after/w": np.full(4, self.moved)})
+        return {"seconds": [self.seconds, self.seconds / 2]}
+
+
+def test_two_checkouts_take_turns_and_their_times_are_those_of_a_client_step():
+    case = Case("mclr", batch=4, clients=5, steps=3, shape=(6,))
+    this, other = FakeCheckout("this", 3.0), FakeCheckout("other", 2.0, moved=1.25)
+    result = speed_checkouts.time_case("logistic", case, [this, other], 2, 3, chunk=0)
+    assert this.asked == other.asked == ["load", *["compile"] * 3, *["run"] * 2, "save"]
+    np.testing.assert_allclose(result["steps"], [[[3e3 / 15, 1.5e3 / 15], [2e3 / 15, 1e3 / 15]]] * 2)
+    assert result["compilations"] == [([3.0, 1.5], [2.0, 1.0])] * 3
+    assert result["weights_differ"] == pytest.approx(0.25)
+    assert "| logistic | mclr B=4 5x3 |" in " ".join(speed_checkouts.tables([result]).split())
+
+
+def test_ratios_are_this_checkout_over_the_other_by_each_clock():
+    pairs = [([2.0, 3.0], [1.0, 2.0]), ([1.0, 1.0], [4.0, 1.0])]
+    assert speed_checkouts.ratios(pairs, 0) == [2.0, 0.25]
+    assert speed_checkouts.ratios(pairs, 1) == [1.5, 1.0]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--suite=cnn"], "unknown suite 'cnn'"),
         (["--suite=gpu", "--peers="], "suite 'gpu' needs a GPU"),
         (["--peers=flower"], "unknown peer 'flower'"),
+        (["--against=/no/such"], "--against=/no/such: no checkout of fdjax"),
         (["--peers=pfl", "--peer_python=nowhere/python"], "run `make bench-venv`"),
     ],
 )

@@ -56,10 +56,10 @@ def test_plain_convolutions_train_alike_under_every_chunk(rng, chunk):
             step = lambda _, p: jax.tree.map(  # noqa: E731
                 lambda p, g: p - 0.1 * g, p, jax.grad(lambda p: jnp.mean(model.apply(p, x) ** 2))(p)
             )
-            return jnp.zeros(()), jax.lax.fori_loop(0, 3, step, params)
+            return jnp.zeros(()), lift.Partials(sum=jax.lax.fori_loop(0, 3, step, params))
 
         lifting = lift.Lifting("shard_map", lift.make_mesh(jax.devices()[:2]), chunk)
-        return jax.jit(lambda p, x: lift.over_clients(one, p, x, lifting))(params, x)[1]
+        return jax.jit(lambda p, x: lift.over_clients(one, p, x, lifting))(params, x)[1].sum
 
     params = ours.init(jax.random.key(0))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
