@@ -43,8 +43,9 @@ class HParam(NamedTuple):
 
     def expected(self) -> str:
         """The range in words."""
-        kind = "a whole number" if self.integer else "a number" if math.isfinite(self.high) else "a finite number"
-        if not math.isfinite(self.high):
+        bounded = self.high < _INT32_MAX
+        kind = "a whole number" if self.integer else "a number" if bounded else "a finite number"
+        if not bounded:
             return f"{kind} {'above' if self.above else 'of at least'} {self.low:g}"
         return f"{kind} {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
 

@@ -115,7 +115,8 @@ def feddf(task: Task) -> Algorithm:
 
     def init_server(ctx, params):
         drawn = [model.init(ctx.at("prototype", j).key) for j, model in enumerate(task.models)]
-        return params if task.models[0] is task.model else drawn[0], *drawn[1:]
+        alike = jax.tree.map(jnp.shape, drawn[0]) == jax.tree.map(jnp.shape, params)
+        return params if alike else drawn[0], *drawn[1:]
 
     def own_prototype(ctx, prototypes, state, x):
         return ctx.model.apply(prototypes[ctx.cohort], x)

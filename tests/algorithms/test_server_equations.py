@@ -248,9 +248,6 @@ def test_cfd(bits_up, bits_down):
         np.testing.assert_allclose(state.server["labels"].labels, probabilities, rtol=1e-3, atol=1e-4)
 
 
-# FedGKT.
-
-
 class Edge:
     """Features relu(x W0 + b0), head relu(h W1 + b1) W2 + b2."""
 
@@ -334,9 +331,6 @@ def test_fedgkt_predicts_with_the_server_on_a_clients_features():
     right = [(net(Edge(row(state.clients[0], i)).features(x)).argmax(1) == test.y).mean() for i in range(7)]
     np.testing.assert_allclose(clients["local_accuracy"], right, rtol=1e-6)
     assert "central_accuracy" not in scalars
-
-
-# FedGEMS.
 
 
 def test_fedgems():

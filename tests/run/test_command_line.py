@@ -40,7 +40,7 @@ BAD = [
     ({}, {"temperature": 2.0}, "unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs"),
     ({}, {"learning_rate": -0.1}, "--learning_rate=-0.1: expected a finite number of at least 0"),
     ({}, {"learning_rate": float("nan")}, "--learning_rate=nan: expected a finite number"),
-    ({}, {"local_epochs": 0.0}, "--local_epochs=0.0: expected a whole number from 1 to 2"),
+    ({}, {"local_epochs": 0.0}, "--local_epochs=0.0: expected a whole number of at least 1"),
     ({}, {"local_epochs": 1.5}, "--local_epochs=1.5: expected a whole number"),
     ({}, {"local_epochs": float("inf")}, "--local_epochs=inf: expected a whole number"),
     ({}, {"local_epochs": float("nan")}, "--local_epochs=nan: expected a whole number"),
