@@ -39,12 +39,26 @@ class _Kept(NamedTuple):
 
     state: PyTree
     metrics: dict[str, jax.Array]
-    weight: jax.Array
-    took_part: jax.Array  # bool: held examples, and was not left out before
-    active: jax.Array  # bool: is not left out of what is to come of this round
     sent: tuple[Any, Any]  # bytes of its upload and of what it received, where it counts them
     nonfinite: jax.Array  # number of the first leaf that is not finite, or -1
     stacked: dict[str, PyTree]  # partials of the reductions that combine by "stack"
+
+
+class _Standing(NamedTuple):
+    """How far one client, or each of many, counts in an exchange."""
+
+    took_part: jax.Array  # bool: holds examples, and was not left out before
+    active: jax.Array  # bool: is not left out of what is to come of this round
+    weight: jax.Array  # float32: number of its examples, 0 if it does not count
+
+
+def _standing(layout: Layout, row: Row, nonfinite: jax.Array) -> _Standing:
+    """Cheap enough to be computed inside of the lifted function and again outside, instead of being carried out."""
+    count = jnp.asarray(row.count)
+    took_part = (count > 0) & row.active if layout.drop_nonfinite else count > 0
+    active = row.active & (nonfinite < 0) if layout.drop_nonfinite else row.active
+    counts = took_part & active if layout.drop_nonfinite else took_part
+    return _Standing(took_part, active, jnp.where(counts, count.astype(jnp.float32), 0))
 
 
 def context(moment: Moment, model: Model, key: jax.Array, client: Array | int = -1, cohort: int = 0) -> Context:
@@ -89,17 +103,18 @@ def exchange_step(
         )  # fmt: skip
         kept.append(cohort_kept)
         totals.append(cohort_totals)
-    summary = _summary(check, exchange, layout, moment, rows, kept, totals)
-    weight = jnp.concatenate([cohort.weight for cohort in kept])
+    standing = [_standing(layout, row, k.nonfinite) for row, k in zip(rows, kept, strict=True)]
+    weights = [cohort.weight for cohort in standing]
+    summary = _summary(check, exchange, layout, moment, rows, kept, totals, weights)
     ctx = context(moment, layout.central, keys.stream(moment.key, "server"))
     new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
-    anybody = jnp.sum(weight) > 0
+    anybody = jnp.sum(jnp.concatenate(weights)) > 0
     server = _where(anybody, new, server)
     server_metrics = _where(anybody, server_metrics, jax.tree.map(jnp.zeros_like, server_metrics))
-    report = _report(algorithm, exchange, rows, kept, weight)
+    report = _report(algorithm, exchange, rows, kept, standing)
     check_names(algorithm, (report.metrics, server_metrics))
     report = report._replace(metrics=report.metrics | server_metrics)
-    rows = tuple(row._replace(state=k.state, active=k.active) for row, k in zip(rows, kept, strict=True))
+    rows = tuple(row._replace(state=k.state, active=s.active) for row, k, s in zip(rows, kept, standing, strict=True))
     return server, rows, report
 
 
@@ -114,11 +129,9 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
         data = ClientData(moment.federation.train, moment.federation.train_holdings.order, row.start, row.count)
         result = exchange.client(ctx, Received(broadcast, own, known), row.state, data)
         state, upload, metrics = check.client(result, row.state)
-        took_part = (jnp.asarray(row.count) > 0) & row.active
-        nonfinite = jnp.where(took_part, _first_nonfinite(state, upload.tree, metrics), -1)
-        active = row.active & (nonfinite < 0) if layout.drop_nonfinite else row.active
-        counts = took_part & active
-        weight = jnp.where(counts, jnp.asarray(row.count, jnp.float32), 0)
+        nonfinite = _first_nonfinite(state, upload.tree, metrics)
+        took_part, _, weight = _standing(layout, row, nonfinite)
+        nonfinite, counts = jnp.where(took_part, nonfinite, -1), weight > 0
         ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client))
         partials = {
             label: check.partial(label, r, r.partial(ctx, upload.tree, weight)) for label, r in reductions.items()
@@ -130,9 +143,6 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
         kept = _Kept(
             state=_where(counts, state, row.state),
             metrics=_where(counts, metrics, jax.tree.map(jnp.zeros_like, metrics)),
-            weight=weight,
-            took_part=took_part,
-            active=active,
             sent=(_counted(took_part, upload.bytes), _counted(took_part, upload.bytes_received)),
             nonfinite=nonfinite,
             stacked=_where(counts, combined_by("stack"), jax.tree.map(jnp.zeros_like, combined_by("stack"))),
@@ -150,12 +160,13 @@ def _summary(
     rows: Sequence[Row],
     kept: list[_Kept],
     totals: list[lift.Partials],
+    weights: list[jax.Array],
 ) -> PyTree:
     """What the server gets: every reduction finished, over all cohorts or for each apart."""
 
     def combined(label: str, reduction: Reduction, cohorts: Sequence[int]) -> Any:
         if reduction.combine == "stack":
-            parts = [(kept[j].stacked[label], rows[j].client, kept[j].weight) for j in cohorts]
+            parts = [(kept[j].stacked[label], rows[j].client, weights[j]) for j in cohorts]
             check.same_partials(label, [jax.tree.map(lambda x: x[0], stacked) for stacked, *_ in parts])
             return Stack(*jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
         check.same_partials(label, [getattr(totals[j], reduction.combine)[label] for j in cohorts])
@@ -176,7 +187,7 @@ def _summary(
 
 
 def _report(
-    algorithm: Algorithm, exchange: Exchange, rows: Sequence[Row], kept: Sequence[_Kept], weight: jax.Array
+    algorithm: Algorithm, exchange: Exchange, rows: Sequence[Row], kept: Sequence[_Kept], standing: Sequence[_Standing]
 ) -> Report:
     """The clients' metrics averaged, what was sent, and who was not finite first."""
     names = [", ".join(sorted(k.metrics)) for k in kept]
@@ -186,12 +197,18 @@ def _report(
             f"({' and '.join(names)}); give the same in all"
         )
     metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *(k.metrics for k in kept))
+    weight = jnp.concatenate([cohort.weight for cohort in standing])
     total = jnp.maximum(jnp.sum(weight), 1)
     bad, client = jnp.concatenate([k.nonfinite for k in kept]), jnp.concatenate([row.client for row in rows])
     first = jnp.argmax(bad >= 0)
     return Report(
         metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
-        sent=(tuple(Sent(jnp.sum(k.took_part, dtype=jnp.int32), *jax.tree.map(jnp.sum, k.sent)) for k in kept),),
+        sent=(
+            tuple(
+                Sent(jnp.sum(s.took_part, dtype=jnp.int32), *jax.tree.map(jnp.sum, k.sent))
+                for k, s in zip(kept, standing, strict=True)
+            ),
+        ),
         nonfinite=NonFinite(
             jnp.sum(bad >= 0, dtype=jnp.int32), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]
         ),
