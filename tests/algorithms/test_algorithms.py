@@ -63,7 +63,7 @@ def reference(name):
 def largest_change(before, after):
     """Over all numbers of server and clients."""
     leaves = zip(jax.tree.leaves(before[:2]), jax.tree.leaves(after[:2]), strict=True)
-    return max(np.abs(a - b).max() for a, b in leaves)
+    return max(np.abs(a * 1.0 - b * 1.0).max() for a, b in leaves)
 
 
 def changed_clients(before, after):

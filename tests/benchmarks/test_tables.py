@@ -100,6 +100,7 @@ def test_one_federation_for_all_methods_and_a_row_that_fails_is_only_a_row(tmp_p
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_coded_bytes_and_a_net_in_two_parts(tmp_path):
     flags = ["--model=2nn", "--server_model=mclr", "--server_epochs=1", "--local_epochs=1", "--rounds=2"]
     done = programs.run(

@@ -58,10 +58,11 @@ def numbers(folder):
     return {f"{kind}/{name}": np.array(values) for kind in timeless for name, values in result[kind].items()}
 
 
-def test_two_processes_are_one_simulation(tmp_path):
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_two_processes_are_one_simulation(tmp_path, resumed):
     ((code, _, said),) = finish(start(tmp_path, "--rounds=4", f"--out={tmp_path}/one", devices=2))
     assert code == 0, said
-    for rounds, resume in ((2, ()), (4, ("--resume",))):
+    for rounds, resume in ((2, ()), (4, ("--resume",))) if resumed else ((4, ()),):
         first, second = together(tmp_path, f"--rounds={rounds}", f"--out={tmp_path}/two", *resume)
         assert (first[0], second[0]) == (0, 0), (first, second)
     assert "central accuracy" in first[1]

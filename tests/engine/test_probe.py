@@ -53,7 +53,8 @@ def test_ordered_sums_are_bitwise_the_same_on_any_number_of_devices():
     def run(devices):
         linear = tuple(("mclr", size) for _, size in probe.COHORTS)
         simulation, federation, hparams = probe.bind("shard_map", 1, devices, linear, ordered=True)
-        return jax.device_get(simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS))
+        state, _ = simulation.run(simulation.init(0, federation), federation, hparams, ROUNDS)
+        return jax.device_get(state.server)  # a client's own training may differ in the last bit
 
     alone = run(1)
     for devices in (2, 4):

@@ -55,7 +55,7 @@ def check_equal(result, other):
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["feddistill", "fedmd"])
+@pytest.mark.parametrize("name", [pytest.param("feddistill", marks=pytest.mark.exhaustive), "fedmd"])
 def test_a_trial_in_a_batch_is_the_trial_alone(name):
     chosen = settings_of(name, seeds=(0, 1))[:6]
     results = run(chosen, devices=1)
