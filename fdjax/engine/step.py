@@ -54,9 +54,9 @@ class _Standing(NamedTuple):
 
 def _standing(layout: Layout, row: Row, nonfinite: jax.Array) -> _Standing:
     """Cheap enough to be computed inside of the lifted function and again outside, instead of being carried out."""
-    count = jnp.asarray(row.count)
-    took_part = (count > 0) & row.active if layout.drop_nonfinite else count > 0
-    active = row.active & (nonfinite < 0) if layout.drop_nonfinite else row.active
+    count, active = jnp.asarray(row.count), jnp.asarray(row.active)
+    took_part = (count > 0) & active if layout.drop_nonfinite else count > 0
+    active = active & (nonfinite < 0) if layout.drop_nonfinite else active
     counts = took_part & active if layout.drop_nonfinite else took_part
     return _Standing(took_part, active, jnp.where(counts, count.astype(jnp.float32), 0))
 
