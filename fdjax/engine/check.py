@@ -5,7 +5,7 @@ function and file, what was returned, what was expected.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ def reductions_of(exchange: Exchange) -> dict[str, Reduction]:
     return {"": exchange.reduce} if isinstance(exchange.reduce, Reduction) else dict(exchange.reduce)
 
 
-def check_algorithm(algorithm: Algorithm, classes_of: Callable[[], dict[str, int]]) -> None:
-    """Raises InputError for an algorithm that nobody could run or test; `classes_of` says K of each model in use."""
+def check_algorithm(algorithm: Algorithm, classes: dict[str, int]) -> None:
+    """Raises InputError for an algorithm that nobody could run or test; `classes` is K of each model in use."""
     if algorithm.central is None and algorithm.personal is None:
         raise InputError(f"{algorithm.name} names neither a central model nor personal ones: nothing can be tested")
     if algorithm.central is ENSEMBLE and algorithm.personal is None:
@@ -37,7 +37,6 @@ def check_algorithm(algorithm: Algorithm, classes_of: Callable[[], dict[str, int
         raise InputError(f"{algorithm.name} has no exchange in a round; give at least one")
     for exchange in (*algorithm.setup, *algorithm.round):
         _check_exchange(f"{algorithm.name}, exchange {exchange.label}", exchange)
-    classes = classes_of()
     if len({*classes.values()}) > 1:
         each = ", ".join(f"{model} {K}" for model, K in classes.items())
         raise InputError(f"models differ in their number of classes ({each}); build all for those of the data")

@@ -82,7 +82,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
 
 
 def _init(algorithm: Algorithm, layout: Layout, seed: Any, federation: Federation) -> State:
-    check_algorithm(algorithm, functools.partial(classes_of, layout, federation))
+    check_algorithm(algorithm, classes_of(layout, federation))
     return step.initial_state(algorithm, layout, seed, federation)
 
 

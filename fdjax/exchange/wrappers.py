@@ -64,7 +64,6 @@ def coded(exchange: Exchange, up: Codec | None = None, down: Codec | None = None
     """
     if up is not None and down is not None and up.memory and up.memory == down.memory:
         raise InputError(f"both codecs of exchange {exchange.label} keep {up.memory!r}; give each a name of its own")
-    exchange = exchange._replace(name=exchange.name or getattr(exchange.client, "__name__", ""))
 
     def broadcast(ctx, server):
         sent = exchange.broadcast(ctx, server)
