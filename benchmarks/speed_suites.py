@@ -153,7 +153,7 @@ class Fdjax:
         self.model = make_model(case.model, case.shape, case.padding)
         training = Training(case.batch, lambda learning_rate, round: optax.sgd(learning_rate))
         method = ALGORITHMS[case.algorithm]
-        task = Task(self.model, (self.model,), (case.clients,), training, training, CLASSES)
+        task = Task(self.model, (self.model,), (case.clients,), training, training, training, CLASSES)
         lifting = self._lifting(work, mesh, chunk)
         self.chunk, self.narrow = lifting.chunk, lifting.narrow
         layout = Layout(self.model, (Cohort(self.model, case.clients),), (case.clients,), lifting)

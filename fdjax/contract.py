@@ -32,6 +32,8 @@ class Context(NamedTuple):
     round: Array  # [] int32: rounds done before this one
     key: jax.Array  # [] key of this call alone: use it once, or split it by name with `at`
     proxy: Examples | None  # the proxy (public) data, if the run has any
+    work: Array | float = 1.0  # [] float32: the share of its epochs that this client does, less than 1 for a straggler
+    optimizers: dict[str, PyTree] | None = None  # states that `fit` goes on from and leaves behind, where they are kept
 
     def at(self, purpose: str, *numbers: Array | int) -> "Context":
         """The same surroundings with a key for `purpose`, and for `numbers` below it."""
@@ -122,9 +124,12 @@ class InitServer(Protocol):
 
 
 class InitClient(Protocol):
-    """One client's first state: what it keeps between exchanges and rounds, () for nothing."""
+    """One client's first state: what it keeps between exchanges and rounds, () for nothing.
 
-    def __call__(self, ctx: Context, /) -> PyTree: ...
+    `params` are first parameters of the client's architecture, the same for every client of it.
+    """
+
+    def __call__(self, ctx: Context, params: PyTree, /) -> PyTree: ...
 
 
 class CentralPredictor(Protocol):
@@ -195,7 +200,7 @@ class Algorithm(NamedTuple):
     name: str = "algorithm"  # for errors; `Method.algorithm` fills it in
 
 
-def own_model(ctx: Context) -> PyTree:
+def own_model(ctx: Context, params: PyTree) -> PyTree:
     """The usual `init_client` of a client with a model of its own, which starts from a draw of its own."""
     return ctx.model.init(ctx.key)
 

@@ -28,6 +28,7 @@ class HParam(NamedTuple):
     integer: bool = False
     help: str = ""
     above: bool = False  # whether the value must be larger than `low`, and not only as large
+    learning_rate: bool = False  # whether it is one, which the schedule "plateau" lowers
 
     def check(self, name: str, value: Any) -> float:
         """The value as a number. Raises InputError if it is none, or out of range."""
@@ -52,7 +53,7 @@ class HParam(NamedTuple):
 
 def learning_rate(default: float | str = 0.01, help: str = "learning rate of the clients") -> HParam:
     """The usual record of a learning rate."""
-    return HParam(default, help=help)
+    return HParam(default, help=help, learning_rate=True)
 
 
 def epochs(default: float | str = 1, help: str = "epochs over a client's own examples in a round") -> HParam:
@@ -65,7 +66,16 @@ def temperature(default: float | str, help: str) -> HParam:
     return HParam(default, above=True, help=help)
 
 
-LOCAL_TRAINING = {"learning_rate": learning_rate(), "local_epochs": epochs()}  # what every method has
+LOCAL_TRAINING = {  # what every method has
+    "learning_rate": learning_rate(),
+    "local_epochs": epochs(),
+    "local_steps": HParam(
+        0,
+        high=_INT32_MAX,
+        integer=True,
+        help="optimiser steps of a client in a round, in place of local_epochs; 0: those",
+    ),
+}
 
 
 class Training(NamedTuple):
@@ -74,6 +84,10 @@ class Training(NamedTuple):
     batch_size: int
     optimizer: Callable[[Array, Array], optax.GradientTransformation]  # (learning rate [], round []) -> optimiser
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None  # (key, x [B, ...]) -> x
+    label_smoothing: float = 0.0  # of labels; probabilities are learned as they are
+    drop_last: bool = False  # whether an epoch leaves its last batch out where it is short
+    trained: Callable[[str], bool] | None = None  # whether the params at a path are trained; None: all are
+    name: str = "training"  # trainings of one name share the optimiser's state, where that is kept
 
 
 class Task(NamedTuple):
@@ -84,6 +98,7 @@ class Task(NamedTuple):
     sizes: tuple[int, ...]  # clients of each cohort
     training: Training  # on a client's own examples
     distilling: Training  # on proxy data
+    serving: Training  # of the server's own net, on what clients uploaded
     classes: int
     largest: int = 0  # examples of the largest client
     proxy_size: int = 0  # M, 0 without proxy data
@@ -115,6 +130,12 @@ class Method(NamedTuple):
     one_architecture: bool = False  # whether all clients must share the central model's architecture
     split: bool = False  # whether clients' models are split in two, and the central one takes their features
     pooled: bool = False  # whether one client holds what all would hold
+    averages: bool = (
+        False  # whether params of the central model are all that is exchanged, so that clients can keep some
+    )
+    keeps_optimizer: bool = (
+        False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise
+    )
 
     def algorithm(self, task: Task) -> Algorithm:
         """The method for a task, under its name."""

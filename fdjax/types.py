@@ -12,6 +12,7 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 PyTree = Any
+STATISTICS = "batch_stats"  # key in params below which statistics of BatchNorm lie
 
 
 class Source(NamedTuple):
@@ -70,7 +71,7 @@ class Model(NamedTuple):
 
     name: str
     init: Callable[[jax.Array], PyTree]  # key -> params
-    apply: Callable[[PyTree, jax.Array], jax.Array]  # (params, x [B, ...]) -> logits [B, K]
+    apply: Callable[..., jax.Array]  # (params, x [B, ...], key=None) -> logits [B, K]; a key: in training mode
 
 
 class Split(NamedTuple):

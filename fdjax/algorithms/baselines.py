@@ -13,7 +13,7 @@ round, as it does for the federated methods, to which these are compared at equa
 """
 
 from fdjax.algorithms import fedavg
-from fdjax.client.training import fit, supervised
+from fdjax.client.training import fit, local_work, supervised
 from fdjax.contract import (
     ENSEMBLE,
     Algorithm,
@@ -30,7 +30,9 @@ def local(task: Task) -> Algorithm:
     """Training without exchange; hparams: `learning_rate`, `local_epochs`."""
 
     def train(ctx, received, params, data):
-        params, loss = fit(task.training, supervised(ctx.model), params, data, ctx, epochs=ctx.hparams["local_epochs"])
+        params, loss = fit(
+            task.training, supervised(ctx.model, task.training), params, data, ctx, epochs=local_work(ctx)
+        )
         return params, Upload(()), {"train_loss": loss}
 
     return Algorithm(

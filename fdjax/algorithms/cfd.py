@@ -27,7 +27,7 @@ Written from a summary of the paper, not from code (none was found); what that l
 import jax
 import jax.numpy as jnp
 
-from fdjax.client.training import fit, from_probabilities, supervised
+from fdjax.client.training import fit, from_probabilities, local_work, supervised
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.exchange import coding, proxy, reductions, traffic
 from fdjax.exchange.wrappers import Codec, coded
@@ -52,7 +52,7 @@ def cfd(task: Task) -> Algorithm:
         epochs = jnp.where(received.shared.given, ctx.hparams["distill_epochs"], 0)
         params, distill_loss = learn_labels(ctx, state["start"], received.shared, epochs)
         params, train_loss = fit(
-            task.training, supervised(ctx.model), params, data, ctx.at("train"), epochs=ctx.hparams["local_epochs"]
+            task.training, supervised(ctx.model, task.training), params, data, ctx.at("train"), epochs=local_work(ctx)
         )
         upload = Upload(label(ctx, params, received.shared.ids))
         return state | {"params": params}, upload, {"train_loss": train_loss, "distill_loss": distill_loss}
@@ -67,7 +67,7 @@ def cfd(task: Task) -> Algorithm:
         nothing = jnp.zeros((task.proxy_per_round, task.classes))
         return {"params": params, "labels": proxy.SoftLabels(proxy.draw_ids(task, ctx.key), nothing, jnp.bool(False))}
 
-    def init_client(ctx):
+    def init_client(ctx, params):
         start, nothing = ctx.model.init(ctx.key), coding.nothing_sent(task.proxy_size, task.classes)
         return {"start": start, "params": start, "received": nothing, "sent": nothing}
 

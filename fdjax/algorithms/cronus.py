@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.client.data import ClientData, Targets
-from fdjax.client.training import fit, from_probabilities, supervised
+from fdjax.client.training import fit, from_probabilities, local_work, supervised
 from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, robust
 from fdjax.exchange.wrappers import without_traffic
@@ -73,7 +73,7 @@ def cronus(task: Task) -> Algorithm:
     }[task.options["aggregation"]]()
 
     def first_phase(ctx, received, params, data):
-        loss = supervised(ctx.model)
+        loss = supervised(ctx.model, task.training)
         params, train_loss = fit(task.training, loss, params, data, ctx, epochs=ctx.hparams["first_epochs"])
         return params, Upload(()), {"train_loss": train_loss}
 
@@ -83,7 +83,7 @@ def cronus(task: Task) -> Algorithm:
     def learn(ctx, received, params, data):
         union = _Union(data, proxy.targets(ctx, received.known, received.shared))
         loss = from_probabilities(ctx.model)
-        params, train_loss = fit(task.training, loss, params, union, ctx, epochs=ctx.hparams["local_epochs"])
+        params, train_loss = fit(task.training, loss, params, union, ctx, epochs=local_work(ctx))
         return params, Upload(()), {"train_loss": train_loss}
 
     return Algorithm(

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.client import losses
-from fdjax.client.training import fit, from_probabilities, supervised
+from fdjax.client.training import fit, from_probabilities, local_work, supervised
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
@@ -68,7 +68,7 @@ def dsfl(task: Task) -> Algorithm:
 
     def update_and_predict(ctx, received, params, data):
         params, loss = fit(
-            task.training, supervised(ctx.model), params, data, ctx.at("update"), epochs=ctx.hparams["local_epochs"]
+            task.training, supervised(ctx.model, task.training), params, data, ctx.at("update"), epochs=local_work(ctx)
         )
         logits = proxy.predict(ctx, params, received.shared)
         return params, Upload(logits if aggregation == "era_logits" else jax.nn.softmax(logits)), {"train_loss": loss}

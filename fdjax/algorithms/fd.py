@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.client import losses
-from fdjax.client.training import fit_observing
+from fdjax.client.training import fit_observing, local_work
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
@@ -52,17 +52,18 @@ def fd(task: Task) -> Algorithm:
         return Broadcast((), own=means_of_others(table)[task.ids(ctx.cohort)])
 
     def train(ctx, received, params, data):
-        def loss(params, x, y):
-            logits = ctx.model.apply(params, x)
+        def loss(params, x, y, key):
+            logits = ctx.model.apply(params, x, key)
             regulariser = losses.soft_cross_entropy(received.own[y], logits)
-            return losses.cross_entropy(logits, y) + ctx.hparams["gamma"] * regulariser, jax.nn.softmax(logits)
+            hard = losses.cross_entropy(logits, y, task.training.label_smoothing)
+            return hard + ctx.hparams["gamma"] * regulariser, jax.nn.softmax(logits)
 
         def observe(probabilities, y, weight):
             return reductions.sum_by_label(probabilities, y, K, weight)
 
         nothing = reductions.ByLabel(jnp.zeros((K, K)), jnp.zeros(K))
         params, train_loss, seen = fit_observing(
-            task.training, loss, observe, nothing, params, data, ctx, epochs=ctx.hparams["local_epochs"]
+            task.training, loss, observe, nothing, params, data, ctx, epochs=local_work(ctx)
         )
         means = seen.value / jnp.maximum(seen.count, 1)[:, None]
         return params, Upload(means), {"train_loss": train_loss}

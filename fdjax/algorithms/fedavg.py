@@ -12,19 +12,21 @@ Deviations: the client's step is any optax transformation (plain SGD by default)
 of at least the largest client.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 
 from fdjax.client import losses
-from fdjax.client.training import fit
+from fdjax.client.training import fit, local_work
 from fdjax.contract import Algorithm, Broadcast, ClientWork, Context, Exchange, Upload
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, Method, Task
 from fdjax.types import PyTree
 
-Objective = Callable[[Context, PyTree, PyTree, jax.Array, jax.Array], jax.Array]
-# (ctx, w, w_k, x [B, ...], y [B]) -> losses [B]; w is what the client received
+Objective = Callable[[Context, PyTree, PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
+# (ctx, w, w_k, x [B, ...], y [B], key) -> losses [B]; w is what the client received, the key for a net in training mode
+Pull = Callable[[Context, PyTree, PyTree], PyTree]  # (ctx, w, w_k) -> what is added to the gradient at w_k
 
 
 def averaging(client: ClientWork) -> Exchange:
@@ -37,23 +39,34 @@ def averaging(client: ClientWork) -> Exchange:
     )
 
 
-def with_objective(task: Task, objective: Objective) -> Algorithm:
-    """FedAvg whose clients minimise another loss: w_k <- w_k - eta grad (mean over b of `objective`).
+def cross_entropy(task: Task) -> Objective:
+    """FedAvg's own objective: the cross-entropy of w_k to the labels."""
 
+    def objective(ctx, start, params, x, y, key):
+        return losses.cross_entropy(ctx.model.apply(params, x, key), y, task.training.label_smoothing)
+
+    return objective
+
+
+def with_objective(task: Task, objective: Objective, pull: Pull | None = None) -> Algorithm:
+    """FedAvg whose clients minimise another loss: w_k <- w_k - eta (grad (mean over b of `objective`) + `pull`).
+
+    A term of the loss that depends on w_k alone costs less as `pull`, its gradient, which is not differentiated.
     The metric `train_loss` is the mean of the objective over the last epoch's batches.
     """
 
     def train(ctx, received, state, data):
         w = received.shared
+        pull_here = None if pull is None else functools.partial(pull, ctx, w)
         params, loss = fit(
-            task.training, lambda params, x, y: objective(ctx, w, params, x, y), w, data, ctx,
-            epochs=ctx.hparams["local_epochs"],
+            task.training, lambda params, x, y, key: objective(ctx, w, params, x, y, key), w, data, ctx,
+            epochs=local_work(ctx), pull=pull_here,
         )  # fmt: skip
         return state, Upload(params), {"train_loss": loss}
 
     return Algorithm(
         init_server=lambda ctx, params: params,
-        init_client=lambda ctx: (),
+        init_client=lambda ctx, params: (),
         round=(averaging(train),),
         central=lambda ctx, params, x: ctx.model.apply(params, x),
     )
@@ -61,11 +74,7 @@ def with_objective(task: Task, objective: Objective) -> Algorithm:
 
 def fedavg(task: Task) -> Algorithm:
     """FedAvg of the task's model; hparams: `learning_rate` (eta), `local_epochs` (E)."""
-
-    def objective(ctx, start, params, x, y):
-        return losses.cross_entropy(ctx.model.apply(params, x), y)
-
-    return with_objective(task, objective)
+    return with_objective(task, cross_entropy(task))
 
 
 METHOD = Method(
@@ -74,4 +83,5 @@ METHOD = Method(
     build=fedavg,
     hparams=LOCAL_TRAINING,
     one_architecture=True,
+    averages=True,
 )

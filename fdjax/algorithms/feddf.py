@@ -37,6 +37,7 @@ from jax import lax
 from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.client.data import Targets
+from fdjax.client.trained import on_trained
 from fdjax.contract import Algorithm, Broadcast, Reduction
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import after
@@ -71,18 +72,18 @@ def feddf(task: Task) -> Algorithm:
         steps, rate = ctx.hparams["server_steps"], ctx.hparams["server_learning_rate"]
         every, held = jnp.maximum(steps // _VALIDATIONS, 1), max(1, len(ids) // 10)
         training = ids[held:] if len(ids) > held else ids
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(_CLIP), optax.adam(lambda i: rate * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
-        )
+        adam = optax.adam(lambda i: rate * 0.5 * (1 + jnp.cos(jnp.pi * i / steps)))
+        optimizer = optax.chain(optax.clip_by_global_norm(_CLIP), adam)
+        optimizer = on_trained(optimizer, start, task.distilling.trained)
 
-        def kl(params, batch):
+        def kl(params, batch, key=None):
             x, target = Targets(ctx.proxy, ids, teacher[ids]).take(batch)
-            return jnp.mean(losses.kl_divergence(target, ctx.model.apply(params, x)))
+            return jnp.mean(losses.kl_divergence(target, ctx.model.apply(params, x, key)))
 
         def step(i, carry):
             params, optimizer_state = carry
             batch = jax.random.randint(ctx.at("batch", i).key, (task.distilling.batch_size,), 0, len(training))
-            gradient = jax.grad(kl)(params, batch + (len(ids) - len(training)))
+            gradient = jax.grad(kl)(params, batch + (len(ids) - len(training)), ctx.at("loss", i).key)
             update, optimizer_state = optimizer.update(gradient, optimizer_state, params)
             return optax.apply_updates(params, update), optimizer_state
 
@@ -125,7 +126,7 @@ def feddf(task: Task) -> Algorithm:
     (train,) = fedavg.fedavg(task).round
     return Algorithm(
         init_server=init_server,
-        init_client=lambda ctx: (),
+        init_client=lambda ctx, params: (),
         round=(train._replace(broadcast=lambda ctx, ps: Broadcast(ps[ctx.cohort]), reduce=reduction, server=server),),
         central=lambda ctx, prototypes, x: task.models[0].apply(prototypes[0], x),
         personal=own_prototype if len(task.models) > 1 else None,

@@ -23,7 +23,7 @@ from jax import lax
 
 from fdjax.algorithms import fedavg
 from fdjax.client import losses
-from fdjax.client.training import fit, supervised
+from fdjax.client.training import fit, local_work, supervised
 from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
@@ -39,18 +39,18 @@ def feddistill(task: Task) -> Algorithm:
     def distil(ctx, received, teacher_params, data):
         T, weight, teacher = ctx.hparams["temperature"], ctx.hparams["weight"], ctx.model
 
-        def distillation(params, x, y):
-            logits = student.apply(params, x)
-            hard = losses.cross_entropy(logits, y)
+        def distillation(params, x, y, key):
+            logits = student.apply(params, x, key)
+            hard = losses.cross_entropy(logits, y, training.label_smoothing)
             soft = losses.kl_divergence(lax.stop_gradient(teacher.apply(teacher_params, x)), logits, T)
             return (1 - weight) * hard + weight * T**2 * soft
 
         teacher_params, teacher_loss = fit(
-            training, supervised(teacher), teacher_params, data, ctx.at("teacher"),
+            training, supervised(teacher, training), teacher_params, data, ctx.at("teacher"),
             epochs=ctx.hparams["teacher_epochs"], learning_rate=ctx.hparams["teacher_learning_rate"],
         )  # fmt: skip
         params, loss = fit(
-            training, distillation, received.shared, data, ctx.at("student"), epochs=ctx.hparams["local_epochs"]
+            training, distillation, received.shared, data, ctx.at("student"), epochs=local_work(ctx), keeps=False
         )
         return teacher_params, Upload(params), {"train_loss": loss, "teacher_loss": teacher_loss}
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.client import losses
-from fdjax.client.training import fit, supervised
+from fdjax.client.training import fit, local_work, supervised
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions, traffic
 from fdjax.exchange.wrappers import after
@@ -45,10 +45,11 @@ def fedgems(task: Task) -> Algorithm:
     def learn(ctx, params, ids, teacher, weight, epochs, rate):
         """(1 - weight) CE + weight KL to `teacher` [n, K], with a `weight` [n] for each of `ids`."""
 
-        def loss(params, x, target):
+        def loss(params, x, target, key):
             y, teacher, weight = target
-            z = ctx.model.apply(params, x)
-            return (1 - weight) * losses.cross_entropy(z, y) + weight * losses.kl_divergence(teacher, z)
+            z = ctx.model.apply(params, x, key)
+            hard = losses.cross_entropy(z, y, task.distilling.label_smoothing)
+            return (1 - weight) * hard + weight * losses.kl_divergence(teacher, z)
 
         y = ctx.proxy.y[proxy.positions(ctx.proxy, ids)]
         targets = proxy.targets(ctx, ids, (y, teacher, weight))
@@ -61,7 +62,7 @@ def fedgems(task: Task) -> Algorithm:
             jnp.where(learned, h["distill_epochs"], 0), h["distill_learning_rate"],
         )  # fmt: skip
         params, train_loss = fit(
-            task.training, supervised(ctx.model), params, data, ctx.at("train"), epochs=h["local_epochs"]
+            task.training, supervised(ctx.model, task.training), params, data, ctx.at("train"), epochs=local_work(ctx)
         )
         z = proxy.predict(ctx, params, ids)
         logits_received = jnp.where(learned, float(traffic.size(teacher)), 0)

@@ -36,7 +36,7 @@ from jax import lax
 
 from fdjax.client import losses
 from fdjax.client.data import Paired, Ragged, batches
-from fdjax.client.training import fit
+from fdjax.client.training import fit, local_work
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model
 from fdjax.errors import InputError
 from fdjax.exchange import reductions
@@ -64,14 +64,14 @@ def fedgkt(task: Task) -> Algorithm:
     def train_and_extract(ctx, received, params, data):
         (known, logits), split = received.own, task.splits[ctx.cohort]
 
-        def loss(params, x, target):
+        def loss(params, x, target, key):
             y, teacher = target
-            z = ctx.model.apply(params, x)
-            return losses.cross_entropy(z, y) + known * ctx.hparams["weight"] * distillation(ctx, z, teacher)
+            z = ctx.model.apply(params, x, key)
+            return losses.cross_entropy(z, y, task.training.label_smoothing) + known * ctx.hparams[
+                "weight"
+            ] * distillation(ctx, z, teacher)
 
-        params, train_loss = fit(
-            task.training, loss, params, Paired(data, logits), ctx, epochs=ctx.hparams["local_epochs"]
-        )
+        params, train_loss = fit(task.training, loss, params, Paired(data, logits), ctx, epochs=local_work(ctx))
 
         def step(i, upload):
             position = i * batch + jnp.arange(batch)
@@ -93,13 +93,14 @@ def fedgkt(task: Task) -> Algorithm:
         h, z, y = stack.partials
         uploads = Ragged(h, (y, z), jnp.cumsum(stack.weight.astype(jnp.int32)))
 
-        def loss(params, x, target):
+        def loss(params, x, target, key):
             labels, teacher = target
-            logits = net(params, x)
-            return ctx.hparams["weight"] * losses.cross_entropy(logits, labels) + distillation(ctx, logits, teacher)
+            logits = net(params, x, key)
+            hard = losses.cross_entropy(logits, labels, task.serving.label_smoothing)
+            return ctx.hparams["weight"] * hard + distillation(ctx, logits, teacher)
 
         params, train_loss = fit(
-            task.training._replace(augment=None), loss, server["params"], uploads, ctx.at("train"),
+            task.serving, loss, server["params"], uploads, ctx.at("train"),
             epochs=ctx.hparams["server_epochs"], learning_rate=ctx.hparams["server_learning_rate"],
         )  # fmt: skip
 
@@ -136,4 +137,5 @@ METHOD = Method(
         "weight": HParam(1.0, help="alpha: of the divergence at the clients, of the labels at the server"),
     },
     split=True,
+    keeps_optimizer=True,
 )

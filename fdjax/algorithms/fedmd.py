@@ -20,23 +20,23 @@ Deviations:
 - Public and private data share one set of K labels, while the paper's models have an output for the labels of both.
 - The mean counts participants alike; the authors weigh two weak models less. Labels of the public data serve transfer
   learning alone. The batch size on public data is `distill_batch_size`; learning rate and optimiser are one for all
-  stages but for `digest_learning_rate`.
+  stages but for `digest_learning_rate`. The optimiser's state is kept over stages and rounds, as in the code.
 """
 
 from fdjax.client import losses
 from fdjax.client.data import whole
-from fdjax.client.training import fit, supervised
+from fdjax.client.training import fit, local_work, supervised
 from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import without_traffic
-from fdjax.method import Method, Task, epochs, learning_rate
+from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
 
 
 def fedmd(task: Task) -> Algorithm:
     """FedMD; hparams: see METHOD."""
 
     def transfer_learning(ctx, received, params, data):
-        h, loss = ctx.hparams, supervised(ctx.model)
+        h, loss = ctx.hparams, supervised(ctx.model, task.training)
         public = whole(ctx.proxy)
         params, _ = fit(task.distilling, loss, params, public, ctx.at("public"), epochs=h["pretrain_epochs"])
         params, _ = fit(task.training, loss, params, data, ctx.at("private"), epochs=h["private_epochs"])
@@ -46,8 +46,8 @@ def fedmd(task: Task) -> Algorithm:
         return params, Upload(proxy.predict(ctx, params, received.shared)), {}
 
     def digest_and_revisit(ctx, received, params, data):
-        def distance(params, x, consensus):
-            return losses.mean_absolute_error(consensus, ctx.model.apply(params, x))
+        def distance(params, x, consensus, key):
+            return losses.mean_absolute_error(consensus, ctx.model.apply(params, x, key))
 
         h, consensus = ctx.hparams, proxy.targets(ctx, received.known, received.shared)
         params, digest_loss = fit(
@@ -55,7 +55,7 @@ def fedmd(task: Task) -> Algorithm:
             learning_rate=h["digest_learning_rate"],
         )  # fmt: skip
         params, train_loss = fit(
-            task.training, supervised(ctx.model), params, data, ctx.at("revisit"), epochs=h["local_epochs"]
+            task.training, supervised(ctx.model, task.training), params, data, ctx.at("revisit"), epochs=local_work(ctx)
         )
         return params, Upload(()), {"train_loss": train_loss, "digest_loss": digest_loss}
 
@@ -73,7 +73,7 @@ METHOD = Method(
     summary="FedMD (Li & Wang 2019): mean logits on proxy data",
     build=fedmd,
     hparams={
-        "learning_rate": learning_rate(),
+        **LOCAL_TRAINING,
         "pretrain_epochs": epochs(20, "epochs of transfer learning over the public data"),
         "private_epochs": epochs(25, "epochs of transfer learning over a client's own data"),
         "local_epochs": epochs(2, "epochs of the revisit in a round"),
@@ -81,4 +81,5 @@ METHOD = Method(
         "digest_learning_rate": learning_rate("learning_rate", "learning rate of the digest"),
     },
     proxy="labelled",
+    keeps_optimizer=True,
 )

@@ -7,14 +7,20 @@ its paper does or does not. No gradient is stopped: a fixed teacher is the calle
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fdjax.types import Array
 
 
-def cross_entropy(logits: Array, labels: Array) -> jax.Array:
-    """CE(p, y) = -log softmax(z)_y, for labels `[...]` int32."""
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1])
-    return -jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=-1)
+def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> jax.Array:
+    """CE(p, y) = -log softmax(z)_y, for labels `[...]` int32.
+
+    With label smoothing s: CE = -sum_c ((1 - s) [c = y] + s / K) log softmax(z)_c. Source: Szegedy et al. (2016), 7.
+    """
+    target = jax.nn.one_hot(labels, logits.shape[-1])
+    if smoothing:
+        target = optax.smooth_labels(target, smoothing)
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
 
 
 def kl_divergence(teacher: Array, student: Array, temperature: Array | float = 1.0) -> jax.Array:

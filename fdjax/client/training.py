@@ -1,7 +1,7 @@
 """One client's training, and the server's on proxy data: an optimiser's steps over shuffled batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,35 @@ from jax import lax
 from fdjax import keys
 from fdjax.client import losses
 from fdjax.client.data import batches
+from fdjax.client.trained import on_trained
 from fdjax.contract import Context, Data
 from fdjax.method import Training
 from fdjax.types import Array, Model, PyTree
 
-Loss = Callable[[PyTree, jax.Array, Any], jax.Array]  # (params, x [B, ...], targets [B, ...]) -> losses [B]
+Loss = Callable[[PyTree, jax.Array, Any, jax.Array], jax.Array]
+# (params, x [B, ...], targets [B, ...], key) -> losses [B]; the key is for nets in training mode
 
 
-def supervised(model: Model) -> Loss:
-    """Cross-entropy of the model's logits to labels [B]."""
-    return lambda params, x, y: losses.cross_entropy(model.apply(params, x), y)
+class Amount(NamedTuple):
+    """How long to train: `steps` optimiser steps or, where they are 0, `epochs` passes."""
+
+    epochs: Array
+    steps: Array | int = 0
+
+
+def local_work(ctx: Context) -> Amount:
+    """A client's training on its own examples in a round: hparams `local_epochs`, or `local_steps` in their place."""
+    return Amount(ctx.hparams["local_epochs"], ctx.hparams.get("local_steps", 0))
+
+
+def supervised(model: Model, training: Training) -> Loss:
+    """Cross-entropy of the model's logits to labels [B], smoothed as `training` says."""
+    return lambda params, x, y, key: losses.cross_entropy(model.apply(params, x, key), y, training.label_smoothing)
 
 
 def from_probabilities(model: Model) -> Loss:
     """Cross-entropy of the model's logits to target probabilities [B, K]."""
-    return lambda params, x, target: losses.soft_cross_entropy(target, model.apply(params, x))
+    return lambda params, x, target, key: losses.soft_cross_entropy(target, model.apply(params, x, key))
 
 
 def fit(
@@ -35,43 +49,52 @@ def fit(
     data: Data,
     ctx: Context,
     *,
-    epochs: Array,
+    epochs: Array | Amount,
     learning_rate: Array | None = None,
+    pull: Callable[[PyTree], PyTree] | None = None,
+    keeps: bool = True,
 ) -> tuple[PyTree, jax.Array]:
-    """Minimise the mean of `loss` over `data` for `epochs` epochs, reshuffled each; the optimiser starts fresh.
+    """Minimise the mean of `loss` over `data` for `epochs` epochs, reshuffled each.
 
-    Steps are counted at run time: a client pays for its own examples, and a new `epochs` compiles nothing.
+    Steps are counted at run time: a client pays for its own examples, and a new `epochs` compiles nothing. A straggler
+    (`ctx.work` < 1) does max(1, round(work epochs)) epochs, or such steps. Statistics of BatchNorm follow batches and
+    see no optimiser; params that `training` does not train stay as they are.
 
     Args:
       training: batch size, optimiser, augmentation.
-      loss: (params, x [B, ...], targets [B, ...]) -> losses [B].
+      loss: (params, x [B, ...], targets [B, ...], key) -> losses [B].
       params: where to start.
       data: the examples; none at all is fine, and trains nothing.
       ctx: its key is consumed (`ctx.at("student")` for one of several fits), its round goes to the optimiser.
-      epochs: [] int32.
+      epochs: [] int32, or an `Amount`.
       learning_rate: [] float32; the hyperparameter `learning_rate` if not given.
+      pull: params -> what is added to the gradient, such as mu (w_k - w) of a proximal term.
+      keeps: whether a kept optimiser state (`ctx.optimizers`) is that of these params: False for a second net of a
+        client, whose optimiser then starts fresh.
 
     Returns:
       The params, and the mean loss over the last epoch's batches (0 for a client without examples).
     """
     params, mean, _ = fit_observing(
-        training, lambda p, x, y: (loss(p, x, y), ()), lambda *_: (), (), params, data, ctx,
-        epochs=epochs, learning_rate=learning_rate,
+        training, lambda *args: (loss(*args), ()), lambda *_: (), (), params, data, ctx,
+        epochs=epochs, learning_rate=learning_rate, pull=pull, keeps=keeps,
     )  # fmt: skip
     return params, mean
 
 
 def fit_observing(
     training: Training,
-    loss: Callable[[PyTree, jax.Array, Any], tuple[jax.Array, PyTree]],
+    loss: Callable[[PyTree, jax.Array, Any, jax.Array], tuple[jax.Array, PyTree]],
     observe: Callable[[Any, Any, jax.Array], PyTree],
     account: PyTree,
     params: PyTree,
     data: Data,
     ctx: Context,
     *,
-    epochs: Array,
+    epochs: Array | Amount,
     learning_rate: Array | None = None,
+    pull: Callable[[PyTree], PyTree] | None = None,
+    keeps: bool = True,
 ) -> tuple[PyTree, jax.Array, PyTree]:
     """`fit` that also keeps an account of what is seen on the way, such as predictions.
 
@@ -79,8 +102,11 @@ def fit_observing(
     up, is added to `account` at every step of every epoch, and what that comes to is returned last.
     """
     rate = ctx.hparams["learning_rate"] if learning_rate is None else learning_rate
-    optimizer = training.optimizer(rate, ctx.round)
-    steps = batches(data.count, training.batch_size)
+    optimizer = on_trained(training.optimizer(rate, ctx.round), params, training.trained, pull)
+    kept = ctx.optimizers if keeps and ctx.optimizers is not None and training.name in ctx.optimizers else {}
+    steps = _steps_of_an_epoch(training, data)
+    total_steps = _total_steps(epochs, steps, ctx.work)
+    whole_epochs = (total_steps + steps - 1) // jnp.maximum(steps, 1)
 
     def epoch(number, carry):
         epoch_key = jax.random.fold_in(ctx.key, number)
@@ -90,12 +116,13 @@ def fit_observing(
             params, optimizer_state, total, account = carry
             position = index * training.batch_size + jnp.arange(training.batch_size)
             weight = (position < data.count).astype(jnp.float32)
-            x, y = data.take(shuffle(jnp.minimum(position, data.count - 1)))
+            # A short batch is filled with the epoch's first examples, which count in BatchNorm's statistics alone.
+            x, y = data.take(shuffle(position % jnp.maximum(data.count, 1)))
             if training.augment is not None:
                 x = training.augment(keys.stream(epoch_key, "augment", index), x)
 
             def mean(params):
-                values, seen = loss(params, x, y)
+                values, seen = loss(params, x, y, keys.stream(epoch_key, "loss", index))
                 return losses.weighted_mean(values, weight), seen
 
             (value, seen), gradient = jax.value_and_grad(mean, has_aux=True)(params)
@@ -104,8 +131,36 @@ def fit_observing(
             return optax.apply_updates(params, update), optimizer_state, total + value, account
 
         params, optimizer_state, _, account = carry
-        return lax.fori_loop(0, steps, step, (params, optimizer_state, jnp.float32(0), account))
+        stop = jnp.minimum(steps, total_steps - number * steps)
+        return lax.fori_loop(0, stop, step, (params, optimizer_state, jnp.float32(0), account))
 
-    carry = params, optimizer.init(params), jnp.float32(0), account
-    params, _, total, account = lax.fori_loop(0, epochs, epoch, carry)
-    return params, total / jnp.maximum(steps, 1), account
+    carry = params, kept.get(training.name, optimizer.init(params)), jnp.float32(0), account
+    params, optimizer_state, total, account = lax.fori_loop(0, whole_epochs, epoch, carry)
+    if kept:
+        kept[training.name] = optimizer_state
+    in_last_epoch = total_steps - (whole_epochs - 1) * steps
+    return params, total / jnp.maximum(in_last_epoch, 1), account
+
+
+def _steps_of_an_epoch(training: Training, data: Data) -> jax.Array:
+    """Batches of an epoch. Where a short last one is dropped, a client of less than a batch has it all the same."""
+    if training.drop_last:
+        return jnp.maximum(data.count // training.batch_size, jnp.minimum(data.count, 1))
+    return batches(data.count, training.batch_size)
+
+
+def _total_steps(epochs: Array | Amount, steps: jax.Array, work: Array | float) -> jax.Array:
+    """Optimiser steps of a fit whose epochs have `steps` each."""
+    amount = epochs if isinstance(epochs, Amount) else Amount(epochs)
+
+    def share(number):
+        number = jnp.asarray(number)
+        part = jnp.maximum(1, jnp.round(work * number)).astype(number.dtype)
+        return jnp.where(number > 0, part, number)
+
+    whole, by_steps = (share(amount.epochs), share(amount.steps)) if _may_be_partial(work) else amount
+    return jnp.where(jnp.asarray(by_steps) > 0, jnp.where(steps > 0, by_steps, 0), whole * steps)
+
+
+def _may_be_partial(work: Array | float) -> bool:
+    return not (isinstance(work, float) and work == 1.0)

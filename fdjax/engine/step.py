@@ -286,22 +286,34 @@ def initial_state(algorithm: Algorithm, layout: Layout, seed: Array | int, feder
     moment = Moment(federation, {}, jnp.int32(0), key)
 
     def client(cohort: int, model: Model):
-        def init(moment, client):
+        def init(shared, client):
+            moment, params = shared
             own = keys.stream(moment.key, "client", client)
-            return algorithm.init_client(context(moment, model, own, client, cohort)), lift.Partials()
+            return algorithm.init_client(context(moment, model, own, client, cohort), params), lift.Partials()
 
         return init
 
+    params = layout.central.init(keys.stream(key, "server"))
+
     clients = tuple(
         lift.over_clients(
-            client(j, cohort.model), moment, federation.client[part], layout.lifting, stage="init",
+            client(j, cohort.model), (moment, _first_params(layout, j, key, params)), federation.client[part],
+            layout.lifting, stage="init",
             names=federation.client[part],
         )[0]
         for j, (cohort, part) in enumerate(zip(layout.cohorts, layout.slices, strict=True))
     )  # fmt: skip
-    params = layout.central.init(keys.stream(key, "server"))
     ctx = context(moment, layout.central, keys.stream(key, "server state"))
     return State(algorithm.init_server(ctx, params), clients, jnp.int32(0), jax.random.key_data(key))
+
+
+def _first_params(layout: Layout, cohort: int, key: jax.Array, central: PyTree) -> PyTree:
+    """The first parameters of a cohort's architecture: the central model's, or those of its first cohort."""
+    model = layout.cohorts[cohort].model
+    if model is layout.central:
+        return central
+    first = next(j for j, other in enumerate(layout.cohorts) if other.model is model)
+    return model.init(keys.stream(key, "cohort", first))
 
 
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:

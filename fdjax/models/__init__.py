@@ -101,7 +101,7 @@ def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None =
     def init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, *shape), jnp.float32))["params"]
 
-    def apply(params: Any, x: jax.Array) -> jax.Array:
+    def apply(params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         if x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
             raise InputError(f"model {label!r} takes floats [B, {', '.join(map(str, shape))}]; got {x.dtype} {x.shape}")
         out = module.apply({"params": params}, x)

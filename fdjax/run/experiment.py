@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from fdjax import data, models
 from fdjax.client.augment import AUGMENTATIONS
@@ -18,11 +17,12 @@ from fdjax.engine.lift import Lifting
 from fdjax.engine.simulation import Simulation, simulation
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
-from fdjax.method import Task, Training
+from fdjax.method import Task
 from fdjax.models.split import build_split
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.settings import Settings
-from fdjax.types import Array, Cohort, Federation, Holdings, Model, Source, Split
+from fdjax.run.training import method_of, trainings
+from fdjax.types import Cohort, Federation, Holdings, Model, Source, Split
 
 
 class Shapes(NamedTuple):
@@ -128,6 +128,11 @@ def with_plan(experiment: Experiment, changed: plan.Plan) -> Experiment:
     return experiment._replace(plan=changed, layout=layout, simulation=simulation)
 
 
+def put_hparams(experiment: Experiment, hparams: HParams) -> HParams:
+    """Hyperparameters on the devices of an experiment, placed as its own are."""
+    return jax.device_put(hparams, replicated(experiment.layout.lifting.mesh))
+
+
 def traffic_of(experiment: Experiment) -> Traffic:
     """Bytes that one participant of each cohort sends and receives."""
     return experiment.simulation.traffic(experiment.federation, experiment.hparams)
@@ -193,42 +198,20 @@ def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     return _Networks(central, tuple(splits[name].model for name in names), tuple(splits[name] for name in names))
 
 
-def optimizer_of(settings: Settings) -> Callable[[Array, Array], optax.GradientTransformation]:
-    """The clients' optimiser as a function of a traced learning rate and of the round, which its schedule goes by."""
-
-    def scale(round):
-        if settings.schedule == "exponential":
-            return optax.exponential_decay(1.0, 1, settings.decay)(round)
-        if settings.schedule == "cosine":
-            return optax.cosine_decay_schedule(1.0, settings.rounds)(round)
-        return 1.0
-
-    def optimizer(learning_rate, round):
-        learning_rate = learning_rate * scale(round)
-        if settings.optimizer == "adamw":
-            return optax.adamw(learning_rate, weight_decay=settings.weight_decay)
-        if settings.optimizer == "adam":
-            step = optax.adam(learning_rate)
-        else:
-            step = optax.sgd(learning_rate, settings.momentum or None)
-        return optax.chain(optax.add_decayed_weights(settings.weight_decay), step) if settings.weight_decay else step
-
-    return optimizer
-
-
 def _task(settings: Settings, shapes: Shapes) -> Task:
     """What the method is built for."""
     augment = AUGMENTATIONS[settings.augment]
     if augment is not None and len(shapes.inputs) != 3:
         raise InputError(f"--augment={settings.augment} needs images, but examples have shape {shapes.inputs}")
     networks = _networks(settings, shapes)
-    training = Training(settings.batch_size, optimizer_of(settings), augment)
+    training, distilling, serving = trainings(settings, augment)
     return Task(
         model=networks.central,
         models=networks.clients,
         sizes=tuple(size for _, size in shapes.cohorts),
         training=training,
-        distilling=training._replace(batch_size=settings.distill_batch_size or settings.batch_size, augment=None),
+        distilling=distilling,
+        serving=serving,
         classes=shapes.classes,
         largest=shapes.largest,
         proxy_size=shapes.proxy,
@@ -249,7 +232,7 @@ class _Bound(NamedTuple):
 def _bind(settings: Settings, shapes: Shapes) -> _Bound:
     """Cached, and so are the simulations: experiments whose static settings are equal share what is compiled."""
     task = _task(settings, shapes)
-    algorithm = settings.method.algorithm(task)
+    algorithm = method_of(settings, task)
 
     @functools.lru_cache(maxsize=8)
     def lifted(lifting: Lifting) -> tuple[Layout, Simulation]:

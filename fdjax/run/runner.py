@@ -16,9 +16,10 @@ from fdjax.engine import hosts, plan
 from fdjax.engine.layout import State
 from fdjax.errors import InputError
 from fdjax.run.checkpoint import Checkpoints
-from fdjax.run.experiment import Experiment, build, traffic_of, with_plan
+from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, with_plan
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import FOLDERS, Settings, make
+from fdjax.run.training import hparams_now
 
 __all__ = ["InterruptedRun", "Result", "run", "start"]
 
@@ -109,6 +110,8 @@ def _run_rounds(experiment: Experiment, state: State, recording: Recording, save
     with _stop_signals() as signals:
         while done < rounds:
             length = min(eval_every, rounds - done)
+            if experiment.settings.schedule == "plateau":
+                hparams = put_hparams(experiment, hparams_now(experiment.settings, recording.record["evaluations"]))
             state, report = simulation.run(state, federation, hparams, length)
             done += length
             recording.add_superstep(done, report, *simulation.evaluate(state, federation, hparams))

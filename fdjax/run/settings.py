@@ -7,10 +7,9 @@ and for hyperparameters and options from the method's own record.
 import dataclasses
 import difflib
 import functools
-import math
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -22,102 +21,23 @@ from fdjax.engine.lift import KINDS
 from fdjax.errors import InputError, unknown
 from fdjax.method import Method
 from fdjax.models import MODELS
+from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
+from fdjax.run.setting import Role, Setting, described
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = MappingProxyType(
-    {"constant": "the same in every round", "exponential": "times decay a round", "cosine": "to 0 after the last round"}
-)
 LOCAL_EVALS = MappingProxyType(
     {"full": "on the full test set too", "own": "on the client's own part of it alone, which costs less"}
 )
 
-Role = Literal[
-    "static",  # changes what is compiled
-    "traced",  # an argument of what is compiled
-    "data",  # which data: changes arrays alone
-    "partition",  # the same, and handed to the partition scheme by its name
-    "run",  # how or where the run is carried out
-]
-
-
-class Setting(NamedTuple):
-    """What is known about one setting."""
-
-    help: str
-    kind: type  # str, int, float or bool; tuple for what has no flag of its own
-    role: Role
-    optional: bool  # whether it may be None
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False  # whether `low` itself is too little
-    below: bool = False  # whether `high` itself is too much
-    choices: Collection[str] = ()  # a mapping where each is explained
-    noun: str = ""  # what an error calls the choices; the setting's name if there is no better word
-    resumable: bool = False  # whether a run may go on with another value
-    folder: bool = False  # whether it says where a machine keeps its files: hosts may differ, and results leave it out
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises InputError if the value is of another kind, out of range or none of the choices."""
-        if value is None and self.optional:
-            return
-        if not self._is_of_kind(value) or not self._is_in_range(value):
-            raise InputError(f"--{name}={value!r}: expected {self.expected()}")
-        if self.choices and value not in self.choices:
-            raise unknown(self.noun or name, str(value), self.choices)
-
-    def _is_of_kind(self, value: Any) -> bool:
-        if self.kind is float:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
-
-    def _is_in_range(self, value: Any) -> bool:
-        if self.kind not in (int, float):
-            return True
-        return (self.low < value if self.above else self.low <= value) and (
-            value < self.high if self.below else value <= self.high
-        )
-
-    def expected(self) -> str:
-        """The kind and the range in words."""
-        if self.kind not in (int, float):
-            return {str: "text", bool: "true or false", tuple: "pairs of a name and a value"}[self.kind]
-        words = "a whole number" if self.kind is int else "a number" if math.isfinite(self.high) else "a finite number"
-        low, high = (repr(int(x)) if math.isfinite(x) and x == int(x) else f"{x:g}" for x in (self.low, self.high))
-        if math.isfinite(self.low) and math.isfinite(self.high) and not self.above and not self.below:
-            return f"{words} from {low} to {high}"
-        if math.isfinite(self.low):
-            words += f" above {low}" if self.above else f" of at least {low}"
-        if math.isfinite(self.high):
-            words += f" and below {high}" if self.below else f" and at most {high}"
-        return words
-
-    def flag_help(self) -> str:
-        """The help of its flag, which names the choices."""
-        if isinstance(self.choices, Mapping):
-            return f"{self.help}. {'; '.join(f'{name}: {_summary(row)}' for name, row in self.choices.items())}"
-        return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
-
-
-def _summary(row: Any) -> str:
-    """What a table of methods, models or data sets says of one of them."""
-    return getattr(row, "summary", getattr(row, "help", row))
-
-
-def _setting(default: Any, help: str, kind: type | None = None, role: Role = "static", **more: Any) -> Any:
-    record = Setting(help, kind or type(default), role, default is None, **more)
-    return dataclasses.field(default=default, metadata={"setting": record})
-
-
-_data = functools.partial(_setting, role="data")
-_partition = functools.partial(_setting, None, role="partition")
-_run = functools.partial(_setting, role="run")
+_data = functools.partial(described, role="data")
+_partition = functools.partial(described, None, role="partition")
+_run = functools.partial(described, role="run")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(OptimizerSettings):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
-    algorithm: str = _setting("fedavg", "the method", choices=ALGORITHMS)
+    algorithm: str = described("fedavg", "the method", choices=ALGORITHMS)
     dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
     data_dir: str | None = _data(None, "folder of the data set's files", str, resumable=True, folder=True)
     cache_dir: str | None = _data(
@@ -155,39 +75,52 @@ class Settings:
         low=0, high=1, below=True,
     )  # fmt: skip
 
-    model: str = _setting("2nn", "the central (student) model", choices=MODELS)
-    models: str | None = _setting(
+    model: str = described("2nn", "the central (student) model", choices=MODELS)
+    models: str | None = described(
         None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,cnn2:2; default: model for all", str
     )
-    padding: str | None = _setting(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
+    padding: str | None = described(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
 
-    rounds: int = _setting(10, "communication rounds", low=1, resumable=True)
-    participation: float = _setting(
+    rounds: int = described(10, "communication rounds", low=1, resumable=True)
+    participation: float = described(
         1.0, "fraction of the clients (of each cohort) that takes part in a round; at least 1 client",
         low=0, above=True, high=1,
     )  # fmt: skip
-    batch_size: int = _setting(32, "examples of a step; 0: all of a client's", low=0)
-    optimizer: str = _setting("sgd", "the clients' optimiser, which starts fresh every round", choices=OPTIMIZERS)
-    momentum: float = _setting(0.0, "momentum of sgd", low=0)
-    weight_decay: float = _setting(0.0, "added to the gradient (sgd, adam) or decoupled (adamw)", low=0)
-    schedule: str = _setting("constant", "learning rate over the rounds", choices=SCHEDULES)
-    decay: float = _setting(0.99, "factor of a round of the exponential schedule", low=0)
-    augment: str = _setting("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
+    batch_size: int = described(32, "examples of a step; 0: all of a client's", low=0)
+    label_smoothing: float = described(
+        0.0, "share of a label that is spread over all classes", low=0, high=1, below=True
+    )
+    drop_last: bool = described(False, "leave out an epoch's last batch where it is short")
+    optimizer_state: str | None = described(
+        None, "whether optimisers start anew in every fit or go on; default: as the method's authors do", str,
+        choices=("fresh", "kept"),
+    )  # fmt: skip
+    trained: str | None = described(
+        None, "patterns of the params that are trained, e.g. '*lora*' or '!Dense_0/*'; default: all", str
+    )
+    exchanged: str | None = described(
+        None, "patterns of the params that are exchanged, the others staying with the client; default: all", str
+    )
+    norm_statistics: str = described(
+        "averaged", "BatchNorm's statistics",
+        choices={"averaged": "as the params are", "local": "stay with the client"},
+    )  # fmt: skip
+    augment: str = described("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
 
-    seed: int = _setting(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
+    seed: int = described(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
     partition_seed: int | None = _data(
         None, "seed of the partition and of synthetic data; default: seed", int, low=0, high=2**63 - 1
     )
     eval_every: int = _run(1, "rounds between evaluations, compiled as one call", low=1)
-    eval_batch: int = _setting(500, "examples of a step of an evaluation", low=1)
-    local_eval: str = _setting("full", "where personal models are tested", choices=LOCAL_EVALS)
+    eval_batch: int = described(500, "examples of a step of an evaluation", low=1)
+    local_eval: str = described("full", "where personal models are tested", choices=LOCAL_EVALS)
     proxy: str | None = _data(
         None, "proxy data, by default none: the name of a data set, or a kind", str,
         choices={**data.PROXIES, **data.SOURCES}, noun="proxy data",
     )  # fmt: skip
     proxy_size: int = _data(1000, "number of proxy examples", low=1)
-    proxy_per_round: int = _setting(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
-    distill_batch_size: int = _setting(0, "examples of a step on proxy data; 0: batch_size", low=0)
+    proxy_per_round: int = described(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
+    distill_batch_size: int = described(0, "examples of a step on proxy data; 0: batch_size", low=0)
 
     lifting: str = _run(
         "auto", "how clients run side by side", choices={"auto": "by the clients, models and devices", **KINDS},
@@ -196,11 +129,11 @@ class Settings:
     chunk: int = _run(0, "clients trained at once on a device; 0: by the size of the model on a CPU, else 256", low=0)
     devices: int = _run(0, "devices that share the clients, of all hosts together; 0: all", low=0, resumable=True)
     ordered_sums: bool = _run(False, "add uploads in an order that does not depend on the devices; costs memory")
-    drop_nonfinite: bool = _setting(False, "leave a client out of a round in which its numbers are not finite")
+    drop_nonfinite: bool = described(False, "leave a client out of a round in which its numbers are not finite")
     memory_limit: float = _run(0.0, "GB that a device may use; 0: what is free", low=0, resumable=True)
 
-    hparams: tuple[tuple[str, float], ...] = _setting((), "hyperparameters of the method", role="traced")
-    options: tuple[tuple[str, str], ...] = _setting((), "static choices of the method")
+    hparams: tuple[tuple[str, float], ...] = described((), "hyperparameters of the method", role="traced")
+    options: tuple[tuple[str, str], ...] = described((), "static choices of the method")
 
     @property
     def method(self) -> Method:
@@ -221,7 +154,7 @@ class Settings:
     def resumable(self) -> frozenset[str]:
         """The settings that may be others when a run goes on. A cosine schedule depends on the number of rounds."""
         return frozenset(name for name, s in SETTINGS.items() if s.resumable) - (
-            {"rounds"} if self.schedule == "cosine" else set()
+            {"rounds"} if ends_with_rounds(self) else set()
         )
 
     def static(self, largest_client: int) -> "Settings":
@@ -231,7 +164,7 @@ class Settings:
         """
         others = {f.name: f.default for f in dataclasses.fields(self) if SETTINGS[f.name].role != "static"}
         batch_size = min(self.batch_size or largest_client, largest_client)
-        rounds = self.rounds if self.schedule == "cosine" else 1
+        rounds = self.rounds if ends_with_rounds(self) else 1
         return dataclasses.replace(self, **others | {"batch_size": batch_size, "rounds": rounds})
 
     def check(self) -> "Settings":
@@ -241,6 +174,7 @@ class Settings:
         """
         for name, setting in SETTINGS.items():
             setting.check(name, getattr(self, name))
+        check_optimizers(self)
         options = self.method.choices(dict(self.options))
         hparams = self.method.values(dict(self.hparams))
         whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}

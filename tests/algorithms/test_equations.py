@@ -69,7 +69,7 @@ def test_fedprox_of_no_mu_is_fedavg():
 def test_fedavg_with_an_objective_of_ones_own():
     """Three lines like FedNTD's: CE plus beta KL to the received model, both without the logit of the true class."""
 
-    def objective(ctx, start, params, x, y):
+    def objective(ctx, start, params, x, y, key):
         z, teacher = (ctx.model.apply(w, x) for w in (params, start))
         others = 1e9 * jax.nn.one_hot(y, cases.CLASSES)
         return losses.cross_entropy(z, y) + ctx.hparams["beta"] * losses.kl_divergence(teacher - others, z - others)

@@ -18,12 +18,14 @@ from fdjax.exchange import reductions
 from fdjax.method import Training
 
 BATCH, RATE, MOMENTUM = 5, 0.3, 0.9
+SUPERVISED = training.supervised(MODEL, cases.training(BATCH))
 
 
 @functools.cache
 def fit(batch_size=BATCH, momentum=None):
     """The jitted `training.fit` of logistic regression: (params, data, key, epochs, rate) -> (params, loss)."""
-    how, loss = cases.training(batch_size, momentum=momentum), training.supervised(MODEL)
+    how = cases.training(batch_size, momentum=momentum)
+    loss = training.supervised(MODEL, how)
     compiled = jax.jit(lambda p, d, k, e, rate: training.fit(how, loss, p, d, context(k, rate), epochs=e))
     return lambda p, d, k, e, rate=RATE: compiled(p, d, k, np.int32(e), np.float32(rate))
 
@@ -34,7 +36,7 @@ def fit_once(how, loss, params, data, key, epochs, rate=RATE, round=0, **more):
     return training.fit(how, loss, params, data, ctx, epochs=epochs, **more)
 
 
-def an_examples_own_number(params, x, y):
+def an_examples_own_number(params, x, y, key):
     """A loss that says which examples were visited, and learns nothing."""
     return x[:, 0]
 
@@ -105,7 +107,7 @@ def test_clients_of_any_size_train_side_by_side(params):
     @functools.partial(jax.vmap, in_axes=(0, 0))
     def side_by_side(count, key):
         mine = data._replace(count=count)
-        return fit_once(cases.training(BATCH), training.supervised(MODEL), params, mine, key, np.int32(2))
+        return fit_once(cases.training(BATCH), SUPERVISED, params, mine, key, np.int32(2))
 
     trained, means = side_by_side(counts, many)
     for i, count in enumerate(counts):
@@ -136,7 +138,7 @@ def test_the_optimiser_starts_fresh_and_sees_rate_and_round(params):
     assert np.abs(at_once["Dense_0"]["bias"] - plain["Dense_0"]["bias"]).max() > 1e-3
 
     decayed = Training(BATCH, lambda learning_rate, round: optax.sgd(learning_rate * 0.5**round))
-    third = fit_once(decayed, training.supervised(MODEL), params, data, key, np.int32(1), round=3)[0]
+    third = fit_once(decayed, SUPERVISED, params, data, key, np.int32(1), round=3)[0]
     eighth = fit()(params, data, key, 1, RATE / 8)[0]
     chex.assert_trees_all_close(third, eighth, rtol=1e-5, atol=1e-7)
 
@@ -144,7 +146,7 @@ def test_the_optimiser_starts_fresh_and_sees_rate_and_round(params):
 def test_a_rate_that_is_given_goes_before_that_of_the_hyperparameters(params):
     data, _, _ = data_of(3)
     given, mean = fit_once(
-        cases.training(BATCH), training.supervised(MODEL), params, data, jax.random.key(0), np.int32(2), rate=9.0,
+        cases.training(BATCH), SUPERVISED, params, data, jax.random.key(0), np.int32(2), rate=9.0,
         learning_rate=np.float32(RATE),
     )  # fmt: skip
     usual, usual_mean = fit()(params, data, jax.random.key(0), 2)
@@ -175,13 +177,13 @@ def test_probabilities_are_learned_from_by_soft_cross_entropy(params, rng):
     """`from_probabilities` of one-hot targets is `supervised` of labels."""
     _, x, y = data_of(7)
     for loss, target in (
-        (training.supervised(MODEL), y),
+        (SUPERVISED, y),
         (training.from_probabilities(MODEL), np.eye(K, dtype=np.float32)[y]),
     ):
-        actual = loss(params, x.astype(np.float32), jnp.asarray(target))
+        actual = loss(params, x.astype(np.float32), jnp.asarray(target), None)
         np.testing.assert_allclose(actual, cases.cross_entropy(cases.Logistic(params)(x), y), rtol=1e-5)
     target = rng.dirichlet(np.ones(K), 7).astype(np.float32)
-    actual = training.from_probabilities(MODEL)(params, x.astype(np.float32), target)
+    actual = training.from_probabilities(MODEL)(params, x.astype(np.float32), target, None)
     expected = -(target * cases.log_softmax(cases.Logistic(params)(x))).sum(-1)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
@@ -193,7 +195,7 @@ def test_an_account_of_training_counts_every_example_of_every_epoch(params):
     key = jax.random.key(2)
     paired = Paired(data, jnp.arange(count) * 1.0)
 
-    def loss(params, x, target):
+    def loss(params, x, target, key):
         y, number = target
         return losses.cross_entropy(MODEL.apply(params, x), y), number
 

@@ -65,7 +65,7 @@ def probe(task: Task) -> Algorithm:
 
     def train(ctx, received, state, data):
         params, loss = fit(
-            task.training, supervised(task.model), received.shared["params"], data, ctx.at("train"),
+            task.training, supervised(task.model, task.training), received.shared["params"], data, ctx.at("train"),
             epochs=ctx.hparams["local_epochs"],
         )  # fmt: skip
         x, _ = data.take(jnp.arange(8) % jnp.maximum(data.count, 1))
@@ -96,7 +96,7 @@ def probe(task: Task) -> Algorithm:
 
     def revisit(ctx, received, state, data):
         own, loss = fit(
-            task.training, supervised(ctx.model), state["own"], data, ctx, epochs=1,
+            task.training, supervised(ctx.model, task.training), state["own"], data, ctx, epochs=1,
             learning_rate=ctx.hparams["learning_rate"] * 0.5,
         )  # fmt: skip
         shift = 0.01 * jnp.mean(received.shared)
@@ -128,7 +128,7 @@ def probe(task: Task) -> Algorithm:
             "range": jnp.zeros((2, F)), "cohorts": jnp.zeros((len(task.models), F)), "noisy": zeros,
             "squares": zeros, "begun": zeros,
         },
-        init_client=lambda ctx: {"own": ctx.model.init(ctx.key), "sent": zeros},
+        init_client=lambda ctx, params: {"own": ctx.model.init(ctx.key), "sent": zeros},
         setup=(Exchange(lambda ctx, server: Broadcast(server["point"]), sum_up, reductions.weighted_mean(), keep_sum),),
         round=(
             coded(first, up=changes("sent")),

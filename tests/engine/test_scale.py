@@ -38,7 +38,7 @@ def build(clients):
     model = models.build("mclr", (FEATURES,), CLASSES)
     training = Training(EACH, lambda learning_rate, round: optax.sgd(learning_rate))
     fedavg = ALGORITHMS["fedavg"]
-    algorithm = fedavg.algorithm(Task(model, (model,), (clients,), training, training, CLASSES))
+    algorithm = fedavg.algorithm(Task(model, (model,), (clients,), training, training, training, CLASSES))
     layout = Layout(model, (Cohort(model, clients),), (clients,), lift.Lifting("shard_map", mesh, CHUNK))
     federation = federate(source, train, test, (clients,), mesh)
     return simulation(algorithm, layout), federation, fedavg.resolve({"learning_rate": 1.0})

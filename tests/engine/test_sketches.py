@@ -36,7 +36,7 @@ def sketch(reduce, first, *, client=send_mean, server=keep, more=(), setup=()):
     exchange = Exchange(lambda ctx, server: Broadcast(()), client, reduce, server)
     return Algorithm(
         init_server=lambda ctx, params: jax.tree.map(jnp.asarray, first),
-        init_client=lambda ctx: (),
+        init_client=lambda ctx, params: (),
         round=(exchange, *more),
         setup=setup,
         central=lambda ctx, server, x: ctx.model.apply(ctx.model.init(jax.random.key(0)), x),
@@ -209,7 +209,7 @@ def test_a_client_without_examples_keeps_its_state_whatever_its_function_says():
     algorithm = sketch(
         Reduction(lambda ctx, upload, weight: jnp.where(weight > 0, 1.0, upload), lambda ctx, total: total),
         np.float32(0), client=grow,
-    )._replace(init_client=lambda ctx: jnp.zeros(()))  # fmt: skip
+    )._replace(init_client=lambda ctx, params: jnp.zeros(()))  # fmt: skip
     simulation, federation = bind(algorithm, (3, 4))
     state, _ = run(simulation, federation)
     holds = np.asarray(federation.train_holdings.count) > 0
@@ -233,7 +233,7 @@ def test_a_client_that_is_left_out_stays_out_of_the_round():
     algorithm = sketch(
         total, {"first": np.float32(0), "second": np.float32(0)}, client=spoil, more=(second,),
         server=lambda ctx, s, n: (s | {"first": n}, {}),
-    )._replace(init_client=lambda ctx: jnp.zeros(()))  # fmt: skip
+    )._replace(init_client=lambda ctx, params: jnp.zeros(()))  # fmt: skip
     task = cases.task(cohorts=COHORTS)
     simulation = cases.bind(algorithm, task, (3, 4), chunk=2, devices=2, drop_nonfinite=True)
     federation = cases.federation(devices=2, cohort_sizes=task.sizes)

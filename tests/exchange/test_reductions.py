@@ -303,7 +303,7 @@ def probe(devices):
     }
     algorithm = Algorithm(
         init_server=lambda ctx, params: first,
-        init_client=lambda ctx: (),
+        init_client=lambda ctx, params: (),
         round=(exchange,),
         central=lambda ctx, server, x: jnp.zeros((len(x), cases.CLASSES)),
         name="probe",

@@ -166,7 +166,7 @@ def counting(state):
     )
     return Algorithm(
         init_server=lambda ctx, params: jnp.int32(0),
-        init_client=lambda ctx: state,
+        init_client=lambda ctx, params: state,
         round=(coded(exchange, up=changes_alone("sent"), down=changes_alone("received")),),
         personal=lambda ctx, server, state, x: jnp.zeros((len(x), cases.CLASSES)),
         name="counting",
@@ -234,7 +234,7 @@ def test_a_codec_draws_anew_in_every_call(purpose):
     )
     algorithm = Algorithm(
         init_server=lambda ctx, params: jnp.zeros(7),
-        init_client=lambda ctx: jnp.float32(0),
+        init_client=lambda ctx, params: jnp.float32(0),
         round=(coded(exchange, up=drawing(purpose), down=drawing(purpose)),),
         personal=lambda ctx, server, state, x: jnp.zeros((len(x), cases.CLASSES)),
         name="drawing",

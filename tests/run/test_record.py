@@ -38,7 +38,7 @@ def two_phases(metric="seen"):
         return Algorithm(
             name="two_phases",
             init_server=lambda ctx, params: params,
-            init_client=lambda ctx: (),
+            init_client=lambda ctx, params: (),
             setup=(Exchange(lambda ctx, s: Broadcast(()), count, reductions.nothing(), lambda ctx, s, _: (s, {})),),
             round=(
                 Exchange(

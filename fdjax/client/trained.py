@@ -1,0 +1,87 @@
+"""Which of the params a training changes, by their paths, and an optimiser that keeps to these."""
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from fdjax.errors import InputError
+from fdjax.types import STATISTICS, PyTree
+
+Paths = Callable[[str], bool]  # whether the params at a path, such as "Dense_0/kernel", are among those meant
+
+
+def path_of(keys: Any) -> str:
+    """The path of a leaf as it is written in patterns, e.g. "Dense_0/kernel"."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def is_statistic(path: str) -> bool:
+    """Whether a path leads to a running statistic of BatchNorm."""
+    return STATISTICS in path.split("/")
+
+
+def paths(patterns: str) -> Paths:
+    """The paths that comma-separated patterns mean, e.g. "Dense_0/*,*bias"; one that begins with ! takes paths away.
+
+    `*` stands for any text, slashes too. If the first pattern takes away, all others are meant.
+    """
+    parts = [part.strip() for part in patterns.split(",") if part.strip()]
+
+    def meant(path: str) -> bool:
+        found = parts[0].startswith("!")
+        for part in parts:
+            if fnmatch.fnmatchcase(path, part.removeprefix("!")):
+                found = not part.startswith("!")
+        return found
+
+    return meant
+
+
+def check_patterns(flag: str, patterns: str, params: PyTree) -> None:
+    """Raises InputError if a pattern meets no parameter of `params` (shapes do), or if all of them mean none."""
+    known = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(params)]
+    listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+    parts = [part.strip().removeprefix("!") for part in patterns.split(",") if part.strip()]
+    for part in parts:
+        if not any(fnmatch.fnmatchcase(path, part) for path in known):
+            raise InputError(f"--{flag}={patterns}: {part!r} meets none of the model's parameters, which are {listed}")
+    if not parts or not any(map(paths(patterns), known)):
+        raise InputError(f"--{flag}={patterns} means none of the model's parameters, which are {listed}")
+
+
+def on_trained(
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    trained: Paths | None = None,
+    pull: Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """The optimiser for the trained params alone, after `pull(params)` is added to their gradient.
+
+    Statistics of BatchNorm, whose gradient is by construction their change, take it as it is; all others stay. The
+    optimiser has state, and clips by the norm, of the trained params alone.
+    """
+
+    def label(keys, _):
+        path = path_of(keys)
+        if is_statistic(path):
+            return "statistics"
+        return "trained" if trained is None or trained(path) else "frozen"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if {*jax.tree.leaves(labels)} - {"trained"}:
+        of_label = {"trained": optimizer, "frozen": optax.set_to_zero(), "statistics": optax.scale(-1.0)}
+        optimizer = optax.partition(of_label, labels)  # pyright: ignore[reportArgumentType]
+    return optimizer if pull is None else optax.chain(_pulled(pull, labels), optimizer)
+
+
+def _pulled(pull: Callable[[PyTree], PyTree], labels: PyTree) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        def add(label, g, more):
+            return g + more if label == "trained" else g
+
+        return jax.tree.map(add, labels, updates, pull(params)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

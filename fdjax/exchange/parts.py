@@ -1,0 +1,110 @@
+"""A part of the parameters stays with the client: personal layers, local statistics of BatchNorm, a frozen net."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from fdjax.client.trained import Paths, is_statistic, path_of
+from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Received
+from fdjax.types import Model, PyTree
+
+Leaves = dict[str, jax.Array]  # by path
+
+
+class Server(NamedTuple):
+    """The server's state of the exchanged params, and what never changes of the others."""
+
+    state: PyTree
+    frozen: Leaves
+
+
+class Client(NamedTuple):
+    """The client's state of the method, and the params that it keeps for itself."""
+
+    state: PyTree
+    own: Leaves
+
+
+class _Parts(NamedTuple):
+    """The paths of a model's params, and which of them are exchanged, kept by each client, or never change."""
+
+    order: list[str]
+    structure: Any  # the treedef of whole params
+    sent: set[str]
+    own: set[str]
+    frozen: set[str]
+
+    def whole(self, *parts: Leaves) -> PyTree:
+        """The params that these parts make together."""
+        leaves = {path: leaf for part in parts for path, leaf in part.items()}
+        return jax.tree.unflatten(self.structure, [leaves[path] for path in self.order])
+
+
+def _parts(model: Model, exchanged: Paths, trained: Paths | None) -> _Parts:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    order = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
+    sent = {path for path in order if exchanged(path)}
+    frozen = {path for path in order if trained is not None and not trained(path) and not is_statistic(path)} - sent
+    return _Parts(order, jax.tree.structure(shapes), sent, {*order} - sent - frozen, frozen)
+
+
+def _only(params: PyTree, wanted: set[str]) -> Leaves:
+    return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params) if path_of(keys) in wanted}
+
+
+def exchanging(algorithm: Algorithm, model: Model, exchanged: Paths, trained: Paths | None = None) -> Algorithm:
+    """The algorithm that exchanges the params at paths `exchanged` alone, of a method whose `Method.averages` is set.
+
+    The others start from the same first params. Those that are trained become each client's own (LG-FedAvg, FedPer,
+    FedBN), and then there is no central model to test. Those that are not trained are known from the start, which is
+    not counted (LoRA adapters on a frozen net). Bytes, averages and optimisers' states at the server follow.
+
+    Sources: Liang et al. (2020), LG-FedAvg; Arivazhagan et al. (2019), FedPer; Li et al. (2021), FedBN.
+    """
+    parts = _parts(model, exchanged, trained)
+    wrapped = functools.partial(_exchanging, parts=parts)
+
+    def params_of(ctx: Context, server: Server, own: Leaves) -> PyTree:
+        return parts.whole(algorithm.round[0].broadcast(ctx, server.state).shared, own, server.frozen)
+
+    def central(ctx, server, x):
+        return ctx.model.apply(params_of(ctx, server, {}), x)
+
+    def personal(ctx, server, client, x):
+        return ctx.model.apply(params_of(ctx, server, client.own), x)
+
+    return algorithm._replace(
+        init_server=lambda ctx, params: Server(
+            algorithm.init_server(ctx, _only(params, parts.sent)), _only(params, parts.frozen)
+        ),
+        init_client=lambda ctx, params: Client(algorithm.init_client(ctx, params), _only(params, parts.own)),
+        round=tuple(map(wrapped, algorithm.round)),
+        setup=tuple(map(wrapped, algorithm.setup)),
+        central=None if parts.own else central,
+        personal=personal if parts.own else None,
+    )
+
+
+def _exchanging(exchange: Exchange, parts: _Parts) -> Exchange:
+    """The exchange whose client works with all params, and sends some."""
+
+    @functools.wraps(exchange.broadcast)
+    def broadcast(ctx, server):
+        inner = exchange.broadcast(ctx, server.state)
+        return Broadcast(inner.shared, inner.own, known=(inner.known, server.frozen))
+
+    @functools.wraps(exchange.client)
+    def client(ctx, received, client, data):
+        known, frozen = received.known
+        params = parts.whole(received.shared, client.own, frozen)
+        state, upload, metrics = exchange.client(ctx, Received(params, received.own, known), client.state, data)
+        new = Client(state, _only(upload.tree, parts.own))
+        return new, upload._replace(tree=_only(upload.tree, parts.sent)), metrics
+
+    @functools.wraps(exchange.server)
+    def server(ctx, server, summary):
+        state, metrics = exchange.server(ctx, server.state, summary)
+        return server._replace(state=state), metrics
+
+    return exchange._replace(broadcast=broadcast, client=client, server=server, name=exchange.label)

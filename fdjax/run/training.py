@@ -1,0 +1,101 @@
+"""From settings to how a method trains: its trainings, and what of the params and optimisers stays where."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdjax.client.optimizers import with_kept_optimizers
+from fdjax.client.trained import Paths, check_patterns, is_statistic, path_of, paths
+from fdjax.contract import Algorithm, Context
+from fdjax.errors import InputError
+from fdjax.exchange.parts import exchanging
+from fdjax.method import Task, Training
+from fdjax.run.optimizers import STAGES, build_optimizer, optimizer_of, plateau
+from fdjax.run.settings import Settings
+from fdjax.types import Model, PyTree
+
+
+def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, Training, Training]:
+    """The trainings on a client's own examples, on proxy data, and of the server on what clients upload.
+
+    Those of equal optimisers have one name, and so share an optimiser's state where it is kept.
+    """
+    chosen = [optimizer_of(settings, stage) for stage in STAGES]
+    sizes = settings.batch_size, settings.distill_batch_size or settings.batch_size, settings.batch_size
+    first, on_proxy, at_server = (
+        Training(
+            batch_size=size,
+            optimizer=build_optimizer(optimizer, settings.rounds),
+            augment=None if stage else augment,
+            label_smoothing=settings.label_smoothing,
+            drop_last=settings.drop_last,
+            trained=paths(settings.trained) if settings.trained else None,
+            name=(STAGES[chosen.index(optimizer)] or "client_").removesuffix("_"),
+        )
+        for stage, optimizer, size in zip(STAGES, chosen, sizes, strict=True)
+    )
+    return first, on_proxy, at_server
+
+
+def hparams_now(settings: Settings, evaluations: Mapping[str, list[float]]) -> dict[str, np.ndarray]:
+    """The hyperparameters of the next round, after these evaluations: on a plateau, with lower learning rates."""
+    hparams = settings.method.resolve(dict(settings.hparams))
+    if settings.schedule != "plateau":
+        return hparams
+    scale = plateau(evaluations.get("validation_loss", []), settings.decay, settings.decay_every)
+    rates = {name for name, record in settings.method.hparams.items() if record.learning_rate}
+    return {name: np.float32(scale) * value if name in rates else value for name, value in hparams.items()}
+
+
+def method_of(settings: Settings, task: Task) -> Algorithm:
+    """The method for a task, with the params and the optimisers' states that are to stay where they are.
+
+    Raises InputError for patterns that mean nothing, and for a method whose exchange they do not fit.
+    """
+    for flag in ("trained", "exchanged"):
+        for model in {*task.models, task.model} if getattr(settings, flag) else ():
+            check_patterns(flag, getattr(settings, flag), jax.eval_shape(model.init, jax.random.key(0)))
+    algorithm = settings.method.algorithm(task)
+    exchanged = _exchanged(settings, task, algorithm)
+    if exchanged is not None:
+        algorithm = exchanging(algorithm, task.model, exchanged, task.training.trained)
+    default = "kept" if settings.method.keeps_optimizer else "fresh"
+    if (settings.optimizer_state or default) == "kept":
+        algorithm = with_kept_optimizers(algorithm, task)
+    return algorithm
+
+
+def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | None:
+    """Which params are exchanged; None for all that the method exchanges."""
+    by_pattern = paths(settings.exchanged) if settings.exchanged else None
+    if by_pattern and not settings.method.averages:
+        raise InputError(
+            f"--exchanged={settings.exchanged}: {settings.algorithm} does not average the params of one model, so no "
+            "part of them can stay; use fedavg or fedprox"
+        )
+    if settings.norm_statistics == "averaged":
+        return by_pattern
+    if not any(_has_statistics(model) for model in task.models):
+        raise InputError(f"--norm_statistics=local: {task.model.name} has none; give --norm=batch")
+    if settings.method.averages:
+        return lambda path: not is_statistic(path) and (by_pattern is None or by_pattern(path))
+    if not jax.tree.leaves(_first_client(algorithm, task)):
+        raise InputError(f"--norm_statistics=local: clients of {settings.algorithm} keep no model; use averaged")
+    return None  # their models, statistics too, stay with them anyway
+
+
+def _has_statistics(model: Model) -> bool:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return any(is_statistic(path_of(keys)) for keys, _ in jax.tree.leaves_with_path(shapes))
+
+
+def _first_client(algorithm: Algorithm, task: Task) -> PyTree:
+    """Shapes of what a client keeps at first."""
+
+    def first(key):
+        ctx = Context(task.models[0], 0, jnp.int32(0), {}, jnp.int32(0), key, None)
+        return algorithm.init_client(ctx, task.models[0].init(key))
+
+    return jax.eval_shape(first, jax.random.key(0))
