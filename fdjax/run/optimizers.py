@@ -26,6 +26,11 @@ SCHEDULES = MappingProxyType(
         "plateau": "all learning rates times decay when the validation loss has not fallen for decay_every evaluations",
     }
 )
+_OF_SCHEDULES = {
+    "decay": ("step", "exponential", "plateau"),
+    "decay_every": ("step", "exponential", "plateau"),
+    "schedule_length": ("cosine",),
+}
 STAGES = ("", "distill_", "server_")
 _OF_STAGE = {"distill_": "training on proxy data", "server_": "the server's net on what clients upload"}
 _ARGUMENTS = {"momentum": "momentum", "nesterov": "nesterov", "beta1": "b1", "beta2": "b2", "epsilon": "eps"}
@@ -43,7 +48,7 @@ class _Flag(NamedTuple):
 
 _METHOD = {
     "optimizer": _Flag("sgd", "the optimiser, of optax", str, {"choices": OPTIMIZERS}),
-    "momentum": _Flag(0.0, "momentum, of optimisers that have it", float, {"low": 0}),
+    "momentum": _Flag(0.0, "momentum, of optimisers that have it", float, {"low": 0, "high": 1, "below": True}),
     "nesterov": _Flag(False, "Nesterov's momentum", bool),
     "beta1": _Flag(None, "decay of the first moment; default: optax's", float, {"low": 0, "high": 1, "below": True}),
     "beta2": _Flag(None, "decay of the second moment; default: optax's", float, {"low": 0, "high": 1, "below": True}),
@@ -58,7 +63,7 @@ _AROUND = {
         "round", "what t counts", str,
         {"choices": {"round": "rounds", "step": "steps of a fit, or of all where the optimiser's state is kept"}},
     ),
-    "decay": _Flag(0.99, "factor of the schedules step, exponential and plateau", float, {"low": 0, "above": True}),
+    "decay": _Flag(0.99, "factor of step, exponential and plateau", float, {"low": 0, "above": True, "high": 1}),
     "decay_every": _Flag(1, "rounds, steps or evaluations between them", int, {"low": 1}),
     "schedule_length": _Flag(0, "rounds or steps of the cosine; 0: all rounds", int, {"low": 0}),
     "warmup": _Flag(0, "rounds or steps over which the factor first rises to 1", int, {"low": 0}),
@@ -120,21 +125,28 @@ def check_optimizers(settings: Any) -> None:
         chosen = optimizer_of(settings, stage)
         takes = inspect.signature(getattr(optax, chosen.optimizer)).parameters
         for name, argument in _ARGUMENTS.items():
-            value = getattr(chosen, name)
-            if value and argument not in takes and getattr(settings, stage + name):
-                raise InputError(
-                    f"--{stage}{name}={value}: --{stage}optimizer={chosen.optimizer} has none; leave it out"
-                )
+            if getattr(settings, stage + name) and argument not in takes:
+                given = f"--{stage}{name}={getattr(settings, stage + name)}"
+                raise InputError(f"{given}: --{stage}optimizer={chosen.optimizer} has none; leave it out")
         if chosen.nesterov and "momentum" in takes and not chosen.momentum:
             raise InputError(f"--{stage}nesterov needs --{stage}momentum above 0")
-        if chosen.schedule == "plateau" and not settings.validation_fraction:
+        _check_schedule(settings, stage, chosen)
+
+
+def _check_schedule(settings: Any, stage: str, chosen: Optimizer) -> None:
+    for name, schedules in _OF_SCHEDULES.items():
+        given = getattr(settings, stage + name)
+        if given not in (None, _FLAGS[name].default) and chosen.schedule not in schedules:
             raise InputError(
-                f"--{stage}schedule=plateau goes by the validation loss; give --validation_fraction, e.g. 0.1"
+                f"--{stage}{name}={given} means nothing to --{stage}schedule={chosen.schedule}; give "
+                f"--{stage}schedule={' or '.join(schedules)}, or leave it out"
             )
-        if stage and getattr(settings, f"{stage}schedule") == "plateau":
-            raise InputError(f"--{stage}schedule=plateau: a plateau lowers all learning rates; give --schedule=plateau")
-        if chosen.schedule == "cosine" and chosen.schedule_every == "step" and not chosen.schedule_length:
-            raise InputError(f"--{stage}schedule=cosine by steps needs --{stage}schedule_length, in steps")
+    if stage and getattr(settings, f"{stage}schedule") == "plateau":
+        raise InputError(f"--{stage}schedule=plateau: a plateau lowers all learning rates; give --schedule=plateau")
+    if chosen.schedule == "plateau" and not settings.validation_fraction:
+        raise InputError(f"--{stage}schedule=plateau goes by the validation loss; give --validation_fraction, e.g. 0.1")
+    if chosen.schedule == "cosine" and chosen.schedule_every == "step" and not chosen.schedule_length:
+        raise InputError(f"--{stage}schedule=cosine by steps needs --{stage}schedule_length, in steps")
 
 
 def ends_with_rounds(settings: Any) -> bool:

@@ -143,6 +143,10 @@ def test_which_schedules_end_with_the_rounds():
         ({"schedule": "cosine", "schedule_every": "step"}, "needs --schedule_length"),
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
         ({"distill_optimizer": "sdg"}, "unknown optimizer 'sdg'"),
+        ({"decay": 0.5}, "--decay=0.5 means nothing to --schedule=constant"),
+        ({"schedule": "step", "schedule_length": 5}, "give --schedule=cosine"),
+        ({"momentum": 1.5}, "below 1"),
+        ({"schedule": "step", "decay": 2.0}, "at most 1"),
         ({"label_smoothing": 1.0}, "below 1"),
         ({"clip_norm": -1.0}, "at least 0"),
         ({"warmup": -1}, "at least 0"),
@@ -165,5 +169,5 @@ def test_a_plateau_in_a_run(tmp_path):
     assert resumed.evaluations == whole.evaluations
     losses = whole.evaluations["validation_loss"]
     assert plateau(losses[:-1], 0.5, 1) < 1
-    constant = fdjax.run(**given | {"schedule": "constant"}, progress=False).evaluations["validation_loss"]
+    constant = fdjax.run(**given | {"schedule": "constant", "decay": 0.99}, progress=False).evaluations["validation_loss"]
     assert constant != losses
