@@ -1,8 +1,8 @@
-"""Figure 1 of FedProx (Li et al. 2020): synthetic(1, 1) with 0, 50 and 90 % stragglers, dropped or doing part of the work.
+"""Figure 1 of FedProx (Li et al. 2020): synthetic(1, 1) with 0, 50 and 90 % stragglers.
 
     python -m benchmarks.fedprox_stragglers
 
-FedAvg drops its stragglers; FedProx takes what they did, with mu = 0 and with mu = 1, the best of the paper's grid. The
+FedAvg drops its stragglers, who do part of their epochs; FedProx takes what they did, with mu = 0 and with mu = 1, the best of the paper's grid. The
 paper shows curves of the training loss (Figure 1) and of the test accuracy (appendix) and prints no number but one: at
 90 % stragglers FedProx is 22 % absolute above FedAvg in the mean over its data sets.
 
@@ -53,7 +53,7 @@ def main() -> None:
         ]
         for share in SHARES
         for row in ROWS
-        if share or row.work == "partial" or not row.mu  # without stragglers FedAvg is FedProx with mu = 0
+        if share or row.work == "partial"  # without stragglers FedAvg is FedProx with mu = 0
     }
     results = cases.run_seeds(named, out)
     panels: list[report.Panel] = [
@@ -98,9 +98,9 @@ def _table(results: dict[str, list[Result]]) -> str:
         lines.append(line)
     headers = ("", *(text for share in SHARES for text in (f"{share:.0%} stragglers: accuracy, %", "loss")))
     note = (
-        f"Test accuracy and loss of the central model, means of the last ten evaluations of {flags.FLAGS.rounds} rounds "
-        f"over {flags.FLAGS.seeds} seed(s), each with devices of its own, mean ± std. The paper's order: each row above "
-        "the one before it, by more the more stragglers there are."
+        "Test accuracy and loss of the central model, means of the last ten evaluations of "
+        f"{flags.FLAGS.rounds} rounds over {flags.FLAGS.seeds} seed(s), each with devices of its own, mean ± std. The "
+        "paper's order: each row above the one before it, by more the more stragglers there are."
     )
     return f"{report.table(lines, headers)}\n\n{note}"
 
