@@ -2,9 +2,9 @@
 
     python -m benchmarks.fedprox_stragglers
 
-FedAvg drops its stragglers, who do part of their epochs; FedProx takes what they did, with mu = 0 and with mu = 1, the best of the paper's grid. The
-paper shows curves of the training loss (Figure 1) and of the test accuracy (appendix) and prints no number but one: at
-90 % stragglers FedProx is 22 % absolute above FedAvg in the mean over its data sets.
+FedAvg drops its stragglers, who do part of their epochs; FedProx takes what they did, with mu = 0 and with mu = 1, the
+best of the paper's grid. The paper shows curves of the training loss (Figure 1) and of the test accuracy (appendix) and
+prints no number but one: at 90 % stragglers FedProx is 22 % absolute above FedAvg in the mean over its data sets.
 
 The paper's setting: 30 devices of which 10 take part, B = 10, E = 20, SGD with 0.01, logistic regression, 200 rounds; a
 straggler does 1 to E - 1 epochs at random. Ours: the loss shown is that of the test set.
