@@ -28,6 +28,7 @@ LOCAL_EVALS = MappingProxyType(
     {"full": "on the full test set too", "own": "on the client's own part of it alone, which costs less"}
 )
 
+_setting = described
 _data = functools.partial(described, role="data")
 _partition = functools.partial(described, None, role="partition")
 _run = functools.partial(described, role="run")
@@ -37,7 +38,7 @@ _run = functools.partial(described, role="run")
 class Settings(OptimizerSettings):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
-    algorithm: str = described("fedavg", "the method", choices=ALGORITHMS)
+    algorithm: str = _setting("fedavg", "the method", choices=ALGORITHMS)
     dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
     data_dir: str | None = _data(None, "folder of the data set's files", str, resumable=True, folder=True)
     cache_dir: str | None = _data(
@@ -75,52 +76,52 @@ class Settings(OptimizerSettings):
         low=0, high=1, below=True,
     )  # fmt: skip
 
-    model: str = described("2nn", "the central (student) model", choices=MODELS)
-    models: str | None = described(
+    model: str = _setting("2nn", "the central (student) model", choices=MODELS)
+    models: str | None = _setting(
         None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,cnn2:2; default: model for all", str
     )
-    padding: str | None = described(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
+    padding: str | None = _setting(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
 
-    rounds: int = described(10, "communication rounds", low=1, resumable=True)
-    participation: float = described(
+    rounds: int = _setting(10, "communication rounds", low=1, resumable=True)
+    participation: float = _setting(
         1.0, "fraction of the clients (of each cohort) that takes part in a round; at least 1 client",
         low=0, above=True, high=1,
     )  # fmt: skip
-    batch_size: int = described(32, "examples of a step; 0: all of a client's", low=0)
-    label_smoothing: float = described(
+    batch_size: int = _setting(32, "examples of a step; 0: all of a client's", low=0)
+    label_smoothing: float = _setting(
         0.0, "share of a label that is spread over all classes", low=0, high=1, below=True
     )
-    drop_last: bool = described(False, "leave out an epoch's last batch where it is short")
-    optimizer_state: str | None = described(
+    drop_last: bool = _setting(False, "leave out an epoch's last batch where it is short")
+    optimizer_state: str | None = _setting(
         None, "whether optimisers start anew in every fit or go on; default: as the method's authors do", str,
         choices=("fresh", "kept"),
     )  # fmt: skip
-    trained: str | None = described(
+    trained: str | None = _setting(
         None, "patterns of the params that are trained, e.g. '*lora*' or '!Dense_0/*'; default: all", str
     )
-    exchanged: str | None = described(
+    exchanged: str | None = _setting(
         None, "patterns of the params that are exchanged, the others staying with the client; default: all", str
     )
-    norm_statistics: str = described(
+    norm_statistics: str = _setting(
         "averaged", "BatchNorm's statistics",
         choices={"averaged": "as the params are", "local": "stay with the client"},
     )  # fmt: skip
-    augment: str = described("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
+    augment: str = _setting("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
 
-    seed: int = described(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
+    seed: int = _setting(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
     partition_seed: int | None = _data(
         None, "seed of the partition and of synthetic data; default: seed", int, low=0, high=2**63 - 1
     )
     eval_every: int = _run(1, "rounds between evaluations, compiled as one call", low=1)
-    eval_batch: int = described(500, "examples of a step of an evaluation", low=1)
-    local_eval: str = described("full", "where personal models are tested", choices=LOCAL_EVALS)
+    eval_batch: int = _setting(500, "examples of a step of an evaluation", low=1)
+    local_eval: str = _setting("full", "where personal models are tested", choices=LOCAL_EVALS)
     proxy: str | None = _data(
         None, "proxy data, by default none: the name of a data set, or a kind", str,
         choices={**data.PROXIES, **data.SOURCES}, noun="proxy data",
     )  # fmt: skip
     proxy_size: int = _data(1000, "number of proxy examples", low=1)
-    proxy_per_round: int = described(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
-    distill_batch_size: int = described(0, "examples of a step on proxy data; 0: batch_size", low=0)
+    proxy_per_round: int = _setting(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
+    distill_batch_size: int = _setting(0, "examples of a step on proxy data; 0: batch_size", low=0)
 
     lifting: str = _run(
         "auto", "how clients run side by side", choices={"auto": "by the clients, models and devices", **KINDS},
@@ -129,11 +130,11 @@ class Settings(OptimizerSettings):
     chunk: int = _run(0, "clients trained at once on a device; 0: by the size of the model on a CPU, else 256", low=0)
     devices: int = _run(0, "devices that share the clients, of all hosts together; 0: all", low=0, resumable=True)
     ordered_sums: bool = _run(False, "add uploads in an order that does not depend on the devices; costs memory")
-    drop_nonfinite: bool = described(False, "leave a client out of a round in which its numbers are not finite")
+    drop_nonfinite: bool = _setting(False, "leave a client out of a round in which its numbers are not finite")
     memory_limit: float = _run(0.0, "GB that a device may use; 0: what is free", low=0, resumable=True)
 
-    hparams: tuple[tuple[str, float], ...] = described((), "hyperparameters of the method", role="traced")
-    options: tuple[tuple[str, str], ...] = described((), "static choices of the method")
+    hparams: tuple[tuple[str, float], ...] = _setting((), "hyperparameters of the method", role="traced")
+    options: tuple[tuple[str, str], ...] = _setting((), "static choices of the method")
 
     @property
     def method(self) -> Method:
