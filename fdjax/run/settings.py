@@ -7,10 +7,10 @@ and for hyperparameters and options from the method's own record.
 import dataclasses
 import difflib
 import functools
-import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -19,9 +19,12 @@ from fdjax import data
 from fdjax.algorithms import ALGORITHMS
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.engine.lift import KINDS
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, end
 from fdjax.method import Method
 from fdjax.models import MODELS
+from fdjax.models import own as nets
+from fdjax.run import methods
+from fdjax.run.setting import Role, Setting
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = MappingProxyType(
@@ -30,77 +33,6 @@ SCHEDULES = MappingProxyType(
 LOCAL_EVALS = MappingProxyType(
     {"full": "on the full test set too", "own": "on the client's own part of it alone, which costs less"}
 )
-
-Role = Literal[
-    "static",  # changes what is compiled
-    "traced",  # an argument of what is compiled
-    "data",  # which data: changes arrays alone
-    "partition",  # the same, and handed to the partition scheme by its name
-    "run",  # how or where the run is carried out
-]
-
-
-class Setting(NamedTuple):
-    """What is known about one setting."""
-
-    help: str
-    kind: type  # str, int, float or bool; tuple for what has no flag of its own
-    role: Role
-    optional: bool  # whether it may be None
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False  # whether `low` itself is too little
-    below: bool = False  # whether `high` itself is too much
-    choices: Collection[str] = ()  # a mapping where each is explained
-    noun: str = ""  # what an error calls the choices; the setting's name if there is no better word
-    resumable: bool = False  # whether a run may go on with another value
-    folder: bool = False  # whether it says where a machine keeps its files: hosts may differ, and results leave it out
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises InputError if the value is of another kind, out of range or none of the choices."""
-        if value is None and self.optional:
-            return
-        if not self._is_of_kind(value) or not self._is_in_range(value):
-            raise InputError(f"--{name}={value!r}: expected {self.expected()}")
-        if self.choices and value not in self.choices:
-            raise unknown(self.noun or name, str(value), self.choices)
-
-    def _is_of_kind(self, value: Any) -> bool:
-        if self.kind is float:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
-
-    def _is_in_range(self, value: Any) -> bool:
-        if self.kind not in (int, float):
-            return True
-        return (self.low < value if self.above else self.low <= value) and (
-            value < self.high if self.below else value <= self.high
-        )
-
-    def expected(self) -> str:
-        """The kind and the range in words."""
-        if self.kind not in (int, float):
-            return {str: "text", bool: "true or false", tuple: "pairs of a name and a value"}[self.kind]
-        words = "a whole number" if self.kind is int else "a number" if math.isfinite(self.high) else "a finite number"
-        low, high = (repr(int(x)) if math.isfinite(x) and x == int(x) else f"{x:g}" for x in (self.low, self.high))
-        if math.isfinite(self.low) and math.isfinite(self.high) and not self.above and not self.below:
-            return f"{words} from {low} to {high}"
-        if math.isfinite(self.low):
-            words += f" above {low}" if self.above else f" of at least {low}"
-        if math.isfinite(self.high):
-            words += f" and below {high}" if self.below else f" and at most {high}"
-        return words
-
-    def flag_help(self) -> str:
-        """The help of its flag, which names the choices."""
-        if isinstance(self.choices, Mapping):
-            return f"{self.help}. {'; '.join(f'{name}: {_summary(row)}' for name, row in self.choices.items())}"
-        return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
-
-
-def _summary(row: Any) -> str:
-    """What a table of methods, models or data sets says of one of them."""
-    return getattr(row, "summary", getattr(row, "help", row))
 
 
 def _setting(default: Any, help: str, kind: type | None = None, role: Role = "static", **more: Any) -> Any:
@@ -117,7 +49,10 @@ _run = functools.partial(_setting, role="run")
 class Settings:
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
-    algorithm: str = _setting("fedavg", "the method", choices=ALGORITHMS)
+    algorithm: str = _setting(
+        "fedavg", "the method, or the file of one of your own (my.py)", choices=ALGORITHMS,
+        resolve=lambda given: methods.resolve(given, SETTINGS),
+    )  # fmt: skip
     dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
     data_dir: str | None = _data(None, "folder of the data set's files", str, resumable=True, folder=True)
     cache_dir: str | None = _data(
@@ -155,10 +90,13 @@ class Settings:
         low=0, high=1, below=True,
     )  # fmt: skip
 
-    model: str = _setting("2nn", "the central (student) model", choices=MODELS)
-    models: str | None = _setting(
-        None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,cnn2:2; default: model for all", str
+    model: str = _setting(
+        "2nn", "the central (student) model, or one of your own (path/net.py:Net)", choices=MODELS, resolve=nets.resolve
     )
+    models: str | None = _setting(
+        None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,net.py:Net:2; default: model for all",
+        str, resolve=nets.resolve_list,
+    )  # fmt: skip
     padding: str | None = _setting(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
 
     rounds: int = _setting(10, "communication rounds", low=1, resumable=True)
@@ -205,7 +143,19 @@ class Settings:
     @property
     def method(self) -> Method:
         """The record of the algorithm."""
-        return ALGORITHMS[self.algorithm]
+        return methods.of(self.algorithm)
+
+    @property
+    def algorithm_title(self) -> str:
+        """The algorithm as tables call it, with the file of a user's own."""
+        return methods.title(self.algorithm)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that a user's own method and nets came from, by the values of the settings that name them."""
+        names = {self.model, *(name for name, _ in cohorts_of(self.models))} if self.models else {self.model}
+        found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
+        return {name: file for name, file in sorted(found.items()) if file}
 
     @property
     def partition_name(self) -> str:
@@ -239,6 +189,7 @@ class Settings:
 
         Raises InputError for what can be seen to be wrong before any data are loaded.
         """
+        self = self._resolved()
         for name, setting in SETTINGS.items():
             setting.check(name, getattr(self, name))
         options = self.method.choices(dict(self.options))
@@ -246,7 +197,9 @@ class Settings:
         whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}
         if self.method.proxy and self.proxy is None:
             labels = "with labels" if self.method.proxy == "labelled" else "whose labels it does not use"
-            raise InputError(f"{self.algorithm} needs proxy data, {labels}; give --proxy=held_out, or another (--help)")
+            raise InputError(
+                f"{self.method.name} needs proxy data, {labels}; give --proxy=held_out, or another (--help)"
+            )
         if self.proxy is not None and self.proxy_per_round > self.proxy_size:
             raise InputError(
                 f"--proxy_per_round={self.proxy_per_round}, but --proxy_size={self.proxy_size}; give at most as many"
@@ -255,14 +208,17 @@ class Settings:
             self._check_models(self.models)
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 
+    def _resolved(self) -> "Settings":
+        """The same with plain values for a user's own files and values."""
+        given = {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.resolve}
+        plain = {n: SETTINGS[n].resolve(v) for n, v in given.items() if v is not None}  # pyright: ignore
+        return dataclasses.replace(self, **plain)
+
     def _check_models(self, models: str) -> None:
         names = [name for name, _ in cohorts_of(models)]
-        for name in names:
-            if name not in MODELS:
-                raise unknown("model", name, MODELS)
         if self.method.one_architecture and names != [self.model]:
             raise InputError(
-                f"--models={models}: clients of {self.algorithm} have no model of their own, only "
+                f"--models={models}: clients of {self.method.name} have no model of their own, only "
                 f"--model={self.model}; leave --models out"
             )
 
@@ -285,8 +241,8 @@ def cohorts_of(models: str) -> tuple[tuple[str, int], ...]:
     """(model, clients) of each cohort of --models. Raises InputError for what is not of its form."""
     cohorts = []
     for part in models.split(","):
-        name, _, size = part.partition(":")
-        if not size.isdecimal() or int(size) < 1:
+        name, _, size = part.rpartition(":")
+        if not name or not size.isdecimal() or int(size) < 1:
             raise InputError(f"--models={models}: {part!r} is not of the form name:clients, e.g. cnn1:3")
         cohorts.append((name.strip(), int(size)))
     return tuple(cohorts)
@@ -299,10 +255,12 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
     """
     fields: dict[str, Any] = {}
     hparams, options = dict(hparams or {}), dict(options or {})
+    algorithm = methods.resolve(named.get("algorithm", Settings.algorithm), SETTINGS)
+    named, its = named | {"algorithm": algorithm}, methods.of(algorithm)
     for name, value in named.items():
         if name in FLAGS:
             fields[name] = value
-        elif name in _names_of_options():
+        elif name in its.options or (name in _names_of_options() and name not in its.hparams):
             options[name] = str(value)
         elif name in _names_of_hparams():
             hparams[name] = value
@@ -321,15 +279,24 @@ def _plain(value: Any) -> Any:
 
 
 def _names_of_hparams() -> set[str]:
-    return {name for method in ALGORITHMS.values() for name in method.hparams}
+    return {name for method in methods.known().values() for name in method.hparams}
 
 
 def _names_of_options() -> set[str]:
-    return {name for method in ALGORITHMS.values() for name in method.options}
+    return {name for method in methods.known().values() for name in method.options}
 
 
 def define_flags(skip: Collection[str] = (), **defaults: Any) -> None:
-    """Define a flag for each setting and for each hyperparameter and option of any method, but for those in `skip`."""
+    """Define a flag for each setting and for each hyperparameter and option of any method, but for those in `skip`.
+
+    Methods are ours and those of the files that --algorithm names on the command line. If one of these is no method,
+    the program ends here with the reason.
+    """
+    try:
+        theirs = methods.on_command_line(sys.argv, SETTINGS)
+    except InputError as error:
+        end(error)
+    every = [*ALGORITHMS.values(), *theirs.values()]
     define = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
@@ -339,13 +306,15 @@ def define_flags(skip: Collection[str] = (), **defaults: Any) -> None:
     for field in dataclasses.fields(Settings):
         if field.name in FLAGS and field.name not in skip:
             setting = FLAGS[field.name]
-            define[setting.kind](field.name, defaults.get(field.name, field.default), setting.flag_help())
-    choices = _by_name((m.options.items(), m.name) for m in ALGORITHMS.values())
+            more = theirs if field.name == "algorithm" else {}
+            text = "; ".join([setting.flag_help(), *(f"{methods.title(n)}: {m.summary}" for n, m in more.items())])
+            define[setting.kind](field.name, defaults.get(field.name, field.default), text)
+    choices = _by_name((m.options.items(), m.name) for m in every)
     for name, users in choices.items():
         if name not in skip:
             text = "; ".join(f"{' and '.join(methods)} ({', '.join(allowed)})" for allowed, methods in users.items())
             flags.DEFINE_string(name, defaults.get(name), f"choice of {text}; the first is the default")
-    hparams = _by_name((m.hparams.items(), m.name) for m in ALGORITHMS.values())
+    hparams = _by_name((m.hparams.items(), m.name) for m in every)
     for name, users in hparams.items():
         if name not in skip:
             text = "; ".join(
