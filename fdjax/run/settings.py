@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from fdjax import data
+from fdjax import data, own
 from fdjax.algorithms import ALGORITHMS
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.engine.lift import KINDS
@@ -151,6 +151,11 @@ class Settings:
         return methods.title(self.algorithm)
 
     @property
+    def model_title(self) -> str:
+        """The central model as tables call it, likewise."""
+        return nets.title(self.model)
+
+    @property
     def files(self) -> dict[str, str]:
         """The files that a user's own method and nets came from, by the values of the settings that name them."""
         names = {self.model, *(name for name, _ in cohorts_of(self.models))} if self.models else {self.model}
@@ -271,6 +276,19 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
     for name, given in (("hparams", hparams), ("options", options)):
         fields[name] = tuple(sorted((name, _plain(value)) for name, value in given.items()))
     return Settings(**{name: _plain(value) for name, value in fields.items()}).check()
+
+
+def described(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of settings, as JSON has them: a user's own method or net by its name, files as given."""
+    own_values = {n: v for n, v in named.items() if n in SETTINGS and SETTINGS[n].resolve and not isinstance(v, str)}
+    return dict(named) | {n: SETTINGS[n].resolve(v) for n, v in own_values.items() if v is not None}  # pyright: ignore
+
+
+def contents(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Of pairs of a setting and a value: for each value that names files of a user's own, what settings hold for it."""
+    texts = [(name, value) for name, value in named if name in SETTINGS and isinstance(value, str)]
+    found = {value: SETTINGS[n].resolve(value) for n, value in texts if SETTINGS[n].resolve}  # pyright: ignore
+    return {given: held for given, held in sorted(found.items()) if held != given and own.is_own(held)}
 
 
 def _plain(value: Any) -> Any:
