@@ -127,8 +127,8 @@ class Runner:
         for given, held in self.plan.files().items():
             if held != self._files[given]:
                 raise InputError(
-                    f"{given} was changed while the study ran ({self._files[given]}, now {held}); change it back and run "
-                    "the same command, or give the new one another --name"
+                    f"{given} was changed while the study ran ({self._files[given]}, now {held}); change it back and "
+                    "run the same command, or give the new one another --name"
                 )
         groups: dict[Any, list[tuple[optuna.Trial, Experiment]]] = {}
         for trial, experiment in zip(asked, self._experiments(asked), strict=True):
