@@ -10,7 +10,7 @@ from absl import flags
 
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
-from fdjax.run import report
+from fdjax.run import methods, report
 from fdjax.run.runner import InterruptedRun, Result, run
 from fdjax.run.settings import Settings
 
@@ -46,8 +46,9 @@ def without_distillation() -> dict[str, None]:
 
 def without_others(algorithm: str) -> dict[str, None]:
     """Overrides that leave out the hparams and options that only other methods understand."""
-    understood = {*ALGORITHMS[algorithm].hparams, *ALGORITHMS[algorithm].options}
-    every = {name for method in ALGORITHMS.values() for name in (*method.hparams, *method.options)}
+    own = methods.of(algorithm)
+    understood = {*own.hparams, *own.options}
+    every = {name for method in methods.known().values() for name in (*method.hparams, *method.options)}
     return dict.fromkeys(every - understood)
 
 

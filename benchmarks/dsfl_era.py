@@ -151,7 +151,7 @@ def _text(results: Runs, budgets: Sequence[float], targets: dict[str, float]) ->
     note = (
         f"Accuracy in % on the test set, {count}; a cell is empty where a seed sends more by its first evaluation, or "
         f"never gets there; a run that ends below a budget shows its end. {used.num_clients} clients, "
-        f"{used.partition_name}, alpha {used.alpha:g}, {used.model}, B = {used.batch_size}, {used.optimizer} "
+        f"{used.partition_name}, alpha {used.alpha:g}, {used.model_title}, B = {used.batch_size}, {used.optimizer} "
         f"{hparams['learning_rate']:g}, local epochs {hparams['local_epochs']:g}{distil}; open data {used.proxy_size}, "
         f"{used.proxy_per_round or used.proxy_size} of them a round."
         + (f" ERA's T = {hparams['era_temperature']:g}." if "era_temperature" in hparams else "")

@@ -30,8 +30,8 @@ from absl import flags
 from benchmarks import cases
 from fdjax.algorithms import ALGORITHMS
 from fdjax.engine import hosts
-from fdjax.errors import InputError, unknown
-from fdjax.run import experiment, program, report, settings
+from fdjax.errors import InputError
+from fdjax.run import experiment, methods, program, report, settings
 from fdjax.run.checkpoint import Checkpoints
 from fdjax.run.runner import InterruptedRun, Result
 
@@ -40,10 +40,7 @@ REFERENCE = "fedavg"
 
 def main() -> None:
     given = flags.FLAGS
-    names = given.algorithms or list(ALGORITHMS)
-    for name in names:
-        if name not in ALGORITHMS:
-            raise unknown("algorithm", name, ALGORITHMS)
+    names = [methods.resolve(name, settings.SETTINGS) for name in given.algorithms or ALGORITHMS]
     _refuse_unused(names)
     out = report.prepare(given.out, overwrite=given.overwrite)
     results: dict[str, list[Result]] = {}
@@ -61,11 +58,11 @@ def main() -> None:
                 traceback.print_exc()
             failed[name] = _one_line(error)
             results.pop(name, None)
-            print(f"{name} failed: {failed[name]}", file=sys.stderr, flush=True)
+            print(f"{methods.title(name)} failed: {failed[name]}", file=sys.stderr, flush=True)
     if not results:
         raise InputError(next(iter(failed.values())))
     _draw(out / "curves.png", {name: runs[0] for name, runs in results.items()})
-    reasons = "".join(f"\n\n{name} failed: {reason}" for name, reason in failed.items())
+    reasons = "".join(f"\n\n{methods.title(name)} failed: {reason}" for name, reason in failed.items())
     text = f"{_table(names, results, seconds, failed)}{reasons}\n\n{_notes(results)}"
     cases.write(out, "benchmarks.exchange_bytes", text, results, {"seconds_per_round": seconds, "failed": failed})
     if failed:
@@ -74,17 +71,18 @@ def main() -> None:
 
 def _refuse_unused(names: list[str]) -> None:
     """Raises InputError for an hparam or option that none of the methods has."""
-    understood = {n for name in names for n in (*ALGORITHMS[name].hparams, *ALGORITHMS[name].options)}
-    for method in ALGORITHMS.values():
+    understood = {n for name in names for n in (*methods.of(name).hparams, *methods.of(name).options)}
+    for method in methods.known().values():
         for name in (*method.hparams, *method.options):
             if flags.FLAGS[name].present and name not in understood:
-                raise InputError(f"--{name} is of none of {', '.join(names)}; leave it out or name its method")
+                titles = ", ".join(map(methods.title, names))
+                raise InputError(f"--{name} is of none of {titles}; leave it out or name its method")
 
 
 def _settings(name: str) -> settings.Settings:
     given = flags.FLAGS
     models: dict[str, Any] = {}
-    if ALGORITHMS[name].split:
+    if methods.of(name).split:
         models = {"models": f"{given.model}:{given.num_clients}", "model": given.server_model}
     return settings.from_flags(algorithm=name, **models, **cases.without_others(name))
 
@@ -124,7 +122,7 @@ def sent_once(result: Result) -> float:
 
 def _measure(result: Result) -> tuple[str, str]:
     """The metric that stands for the method, and whose it is."""
-    if ALGORITHMS[result.settings.algorithm].pooled:
+    if result.settings.method.pooled:
         return "central_accuracy", "all data pooled"
     if "central_accuracy" not in result.final:
         return "local_accuracy", "mean of clients"
@@ -138,13 +136,13 @@ def _table(
     reference = sum(sent(results[REFERENCE][0])) if REFERENCE in results else 0.0
     for name in names:
         if name in failed:
-            lines.append((name, *[""] * 4, "failed", *[""] * 5))
+            lines.append((methods.title(name), *[""] * 4, "failed", *[""] * 5))
             continue
         result = results[name][0]
         (up, down), (metric, whose) = sent(result), _measure(result)
         lines.append(
             (
-                name,
+                methods.title(name),
                 f"{up:,.0f}",
                 f"{down:,.0f}",
                 f"{sent_once(result):,.0f}" if result.setup else "",
@@ -164,7 +162,7 @@ def _table(
 
 def _notes(results: dict[str, list[Result]]) -> str:
     given, used = flags.FLAGS, next(iter(results.values()))[0].settings
-    split = [name for name in results if ALGORITHMS[name].split]
+    split = [name for name in results if methods.of(name).split]
     alpha = f" (alpha = {used.alpha:g})" if used.alpha is not None else ""
     public = used.public()
     parts = [
@@ -197,7 +195,7 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
     for number, (name, result) in enumerate(results.items()):
         metric, whose = _measure(result)
         accuracy = [100 * value for value in result.evaluations[metric]]
-        color, label = colors[number % len(colors)], f"{name} ({whose})"
+        color, label = colors[number % len(colors)], f"{methods.title(name)} ({whose})"
         in_setup, in_a_round = sent_once(result), sum(sent(result))
         total = [in_setup + in_a_round * r for r in result.evaluations["round"]]
         if total[-1] == 0:
@@ -218,7 +216,7 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("algorithms", None, f"methods, default all: {', '.join(ALGORITHMS)}")
+    flags.DEFINE_list("algorithms", None, f"methods, or files of your own, default all: {', '.join(ALGORITHMS)}")
     flags.DEFINE_string("server_model", "2nn", "the server's model on features, of methods with models in two parts")
     settings.define_flags(
         skip=("algorithm", "models", "local_eval"),

@@ -21,9 +21,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from fdjax import models
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
+from fdjax.models import own as nets
 from fdjax.run import loading, program, report, settings
 from fdjax.run.runner import Result
 
@@ -75,7 +75,7 @@ def main() -> None:
     named = {f"{PUBLISHED[name].label}, {count} devices": runs for (name, count), runs in grid.items()}
     results = dict(zip(grid, (runs[0] for runs in cases.run_seeds(named, out).values()), strict=True))
     used = next(iter(results.values())).settings
-    title = f"FD, Table 1: {used.dataset}, {used.model}"
+    title = f"FD, Table 1: {used.dataset}, {used.model_title}"
     report.draw_curves(out / "curves.png", [_panel(count, results) for count in counts], title)
     text = f"{_table(results, devices)}\n\n{_notes(results, devices)}"
     cases.write(out, "benchmarks.fd_table1", text, {name: [r] for name, r in zip(named, results.values(), strict=True)})
@@ -106,7 +106,7 @@ def _devices(of: settings.Settings) -> Devices:
     wanted = flags.FLAGS.iterations or PRESETS[flags.FLAGS.preset]["iterations"]
     steps = -(-holdings.count // of.batch_size) if of.batch_size else np.ones_like(holdings.count)
     epochs = max(1, round(wanted / float(np.mean(steps))))
-    net = models.build(of.model, source.train_x.shape[1:], source.num_classes)
+    net = nets.build(of.model, source.train_x.shape[1:], source.num_classes)
     leaves = jax.tree.leaves_with_path(jax.eval_shape(net.init, jax.random.key(0)))
     sizes = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size) for path, leaf in leaves]
     return Devices(
@@ -156,7 +156,7 @@ def _setting(result: Result) -> str:
     used = result.settings
     rate = used.public()["learning_rate"]
     images = f"{used.dataset}, {used.samples_per_client:,} images a device before three labels are cut to five"
-    return f"{images}, {used.model}, B = {used.batch_size}, learning rate {rate:g}"
+    return f"{images}, {used.model_title}, B = {used.batch_size}, learning rate {rate:g}"
 
 
 def _notes(results: dict[tuple[str, int], Result], devices: dict[int, Devices]) -> str:
@@ -182,7 +182,7 @@ def _notes(results: dict[tuple[str, int], Result], devices: dict[int, Devices]) 
     if used.batch_size != 64:
         cut.append(f"B = {used.batch_size} in place of 64")
     if used.model != "fd_cnn":
-        cut.append(f"{used.model} in place of the paper's net")
+        cut.append(f"{used.model_title} in place of the paper's net")
     for name in MEASURES:
         absent = [str(count) for count in PUBLISHED[name].accuracy if (name, count) not in results]
         cut += [f"{PUBLISHED[name].label} with {', '.join(absent)} devices not run"] if absent else []

@@ -142,7 +142,7 @@ def _setting(results: dict[tuple[str, str, int], list[Result]]) -> str:
     used = next(iter(results.values()))[0].settings
     share = f" ({100 * used.train_fraction:g} % of it)" if used.train_fraction < 1 else ""
     rate = used.public()["learning_rate"]
-    clients = f"{used.num_clients} clients, {used.model}, B = {used.batch_size}, learning rate {rate:g}"
+    clients = f"{used.num_clients} clients, {used.model_title}, B = {used.batch_size}, learning rate {rate:g}"
     return f"{used.dataset}{share}, {clients}"
 
 

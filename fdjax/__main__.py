@@ -41,7 +41,7 @@ def main() -> None:
 def new_folder(chosen: settings.Settings) -> Path:
     """A folder under runs/, another for each of the processes that start in one second."""
     dataset, when = chosen.dataset.replace("/", "-"), time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{when}-{chosen.algorithm}-{dataset}-{chosen.partition_name}-{os.getpid()}"
+    return Path("runs") / f"{when}-{chosen.method.name}-{dataset}-{chosen.partition_name}-{os.getpid()}"
 
 
 def summary(result: Result) -> str:
@@ -72,7 +72,7 @@ def summary(result: Result) -> str:
     ]
     chosen = result.settings
     return report.table(
-        rows, (f"{chosen.algorithm}, {chosen.dataset}, {chosen.partition_name}", f"round {chosen.rounds}")
+        rows, (f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}", f"round {chosen.rounds}")
     )
 
 
@@ -99,7 +99,7 @@ def draw(path: Path, result: Result) -> None:
         ("communication", "MB up and down", "%", over_bytes),
         ("training loss", "round", "", losses),
     ]
-    title = f"{result.settings.algorithm}, {result.settings.dataset}, {result.settings.partition_name}"
+    title = f"{result.settings.algorithm_title}, {result.settings.dataset}, {result.settings.partition_name}"
     report.draw_curves(path, panels, title)
 
 

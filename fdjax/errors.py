@@ -1,7 +1,9 @@
 """The one exception that means "what you gave cannot work, and here is what to do"."""
 
 import difflib
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -16,3 +18,9 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(given, known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return InputError(f"unknown {kind} {given!r}{hint}; known: {', '.join(known)}")
+
+
+def end(error: InputError) -> NoReturn:
+    """End the program with the error in one line, and the exit code 2."""
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(2)

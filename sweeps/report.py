@@ -152,6 +152,7 @@ def _versions(results: Outcome) -> dict[str, str]:
         "machine": environment.get("machine", ""),
         "revision": environment.get("revision") or "",
         "hash of the sources": results.attributes.get("code", ""),
+        "files": ", ".join(f"{given}: {held}" for given, held in results.attributes.get("files", {}).items()),
         "workers": str(len(workers)) if workers else "",
         "sweep": results.attributes.get("command", ""),
     }

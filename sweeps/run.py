@@ -68,9 +68,10 @@ def open_study(plan: Study, url: str) -> optuna.Study:
         study_name=plan.name, storage=open_storage(url), sampler=sampler, direction=plan.direction,
         pruner=plan.pruner or optuna.pruners.NopPruner(), load_if_exists=True,
     )  # fmt: skip
-    then, now = shared.user_attrs, {"description": plan.description(), "code": fingerprint_of_code()}
+    now = {"description": plan.description(), "code": fingerprint_of_code(), "files": plan.files()}
+    then = shared.user_attrs
     if "description" in then:
-        for name, what in (("description", "settings"), ("code", "code")):
+        for name, what in (("description", "settings"), ("code", "code"), ("files", "files")):
             if then.get(name, now[name]) != now[name]:
                 raise InputError(
                     f"study {plan.name} in {url} was begun with other {what}{_difference(then[name], now[name])}; "
@@ -115,10 +116,20 @@ class Runner:
 
     def __init__(self, worker: Worker, size: int, bar: tqdm):
         self.worker, self.plan, self.size, self.bar = worker, worker.plan, size, bar
+        self._files = worker.plan.files()  # and what they say
         self._batches: dict[Any, tuple[batch.Batch, list[Experiment]]] = {}
 
     def run(self, asked: Sequence[optuna.Trial]) -> None:
-        """Run the trials and tell their results. Raises what a batch raises; its trials get one more try."""
+        """Run the trials and tell their results. Raises what a batch raises; its trials get one more try.
+
+        Raises InputError if a user's file was changed since the worker began: trials of one study are of one code.
+        """
+        for given, held in self.plan.files().items():
+            if held != self._files[given]:
+                raise InputError(
+                    f"{given} was changed while the study ran ({self._files[given]}, now {held}); change it back and "
+                    "run the same command, or give the new one another --name"
+                )
         groups: dict[Any, list[tuple[optuna.Trial, Experiment]]] = {}
         for trial, experiment in zip(asked, self._experiments(asked), strict=True):
             if experiment is not None:

@@ -77,6 +77,11 @@ class Study(NamedTuple):
         except TypeError as error:
             raise InputError(f"study {self.name}: {error}; give values of the types that the flags have") from None
 
+    def files(self) -> dict[str, str]:
+        """For each user's file that the study names, what settings hold for it, which has a digest of its content."""
+        searched = [(n, v) for n, d in self.distributions.items() for v in getattr(d, "choices", ())]
+        return settings.contents([*self.fixed.items(), *searched])
+
     def smaller(self) -> "Study":
         """The smoke variant, a study of its own."""
         smoke = dict(self.smoke)
@@ -117,8 +122,8 @@ class Study(NamedTuple):
         """What makes it this study, as plain JSON values."""
         space = {n: json.loads(optuna.distributions.distribution_to_json(d)) for n, d in self.distributions.items()}
         return {
-            "fixed": dict(self.fixed), "space": space, "objective": self.objective, "direction": self.direction,
-            "search": self.search, "pruner": _described(self.pruner),
+            "fixed": settings.described(self.fixed), "space": space, "objective": self.objective,
+            "direction": self.direction, "search": self.search, "pruner": _described(self.pruner),
         }  # fmt: skip
 
 

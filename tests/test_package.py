@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The lowest layer first, as the diagram in WORKSPACE.md draws it. A module may import from its own layer and from lower
 # ones, and never in a circle.
 LAYERS = (
-    ("types", "errors", "keys", "runtime", "contract", "method"),
+    ("types", "errors", "keys", "runtime", "contract", "method", "digest", "own"),
     ("data",),
     ("models",),
     ("client",),

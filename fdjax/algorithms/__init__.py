@@ -1,5 +1,7 @@
 """The methods, one paper a file, each with a record `METHOD` that enrols it in programs, sweeps and tests."""
 
+from types import MappingProxyType
+
 from fdjax.algorithms import (
     baselines,
     cfd,
@@ -26,3 +28,5 @@ ALGORITHMS: dict[str, Method] = {
         *baselines.METHODS,
     )
 }
+
+SHIPPED = MappingProxyType(dict(ALGORITHMS))  # as they are here: what is put into ALGORITHMS later is somebody's own

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fdjax import data, models
+from fdjax import data
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.contract import Algorithm, HParams
 from fdjax.data.federation import federate, replicated
@@ -18,6 +18,7 @@ from fdjax.engine.simulation import Simulation, simulation
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
+from fdjax.models import own as nets
 from fdjax.models.split import build_split
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.settings import Settings
@@ -185,16 +186,16 @@ def _networks(settings: Settings, shapes: Shapes) -> _Networks:
         for name in (settings.model, *names)
     }
     if not settings.method.split:
-        built = {name: models.build(name, shapes.inputs, shapes.classes, **more) for name, more in options.items()}
+        built = {name: nets.build(name, shapes.inputs, shapes.classes, **more) for name, more in options.items()}
         return _Networks(built[settings.model], tuple(built[name] for name in names))
     if settings.models is None:
         raise InputError(
-            f"--model of {settings.algorithm} is the server's, on features; name the clients' too, e.g. "
+            f"--model of {settings.method.name} is the server's, on features; name the clients' too, e.g. "
             f"--models=gkt_edge:{shapes.cohorts[0][1]}"
         )
     splits = {name: build_split(name, shapes.inputs, shapes.classes, **options[name]) for name in {*names}}
     features = splits[names[0]].feature_shape
-    central = models.build(settings.model, features, shapes.classes, **options[settings.model])
+    central = nets.build(settings.model, features, shapes.classes, **options[settings.model])
     return _Networks(central, tuple(splits[name].model for name in names), tuple(splits[name] for name in names))
 
 

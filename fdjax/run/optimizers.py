@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import optax
 
 from fdjax.errors import InputError
-from fdjax.run.setting import described
+from fdjax.run.setting import setting_field
 from fdjax.types import Array
 
 # Of optax, all that need no more than gradients and the parameters that have flags here.
@@ -78,7 +78,7 @@ def _fields() -> list[tuple[str, Any, Any]]:
             default = None if stage else flag.default
             text = f"the same of {_OF_STAGE[stage]}; default: the clients'" if stage else flag.help
             more: dict[str, Any] = {**flag.more, "noun": name} if "choices" in flag.more else {**flag.more}
-            found.append((stage + name, flag.kind, described(default, text, flag.kind, **more)))
+            found.append((stage + name, flag.kind, setting_field(default, text, flag.kind, **more)))
     return found
 
 

@@ -84,7 +84,7 @@ def start(main: Callable[[], None]) -> None:
             with contextlib.nullcontext() if hosts.is_first() else _silent():
                 main()
         except InputError as error:
-            sys.exit(_complain(str(error)))
+            sys.exit(_complain("\n".join([str(error), *getattr(error, "__notes__", [])])))  # notes of --lifting=loop
         except InterruptedRun as stop:
             kept = f"; the same command with --out={stop.out} --resume (and no --overwrite) goes on" if stop.out else ""
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))

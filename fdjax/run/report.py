@@ -96,6 +96,7 @@ def result_dict(result: Result) -> dict[str, Any]:
     """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
     return {
         "settings": {name: value for name, value in result.settings.public().items() if name not in FOLDERS},
+        **({"files": result.settings.files} if result.settings.files else {}),  # of a user's own
         "final": result.final,
         "setup": result.setup,
         "rounds": result.rounds,

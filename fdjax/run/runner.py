@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fdjax import own
 from fdjax.engine import hosts, plan
 from fdjax.engine.layout import State
 from fdjax.errors import InputError
@@ -87,7 +88,11 @@ def run(
         time_spent.start(recording.record)
         bar = stack.enter_context(
             tqdm(
-                total=settings.rounds, initial=saves.round, desc=settings.algorithm, unit="round", disable=not progress
+                total=settings.rounds,
+                initial=saves.round,
+                desc=settings.method.name,
+                unit="round",
+                disable=not progress,
             )
         )
         _run_rounds(experiment, state, recording, saves, bar)
@@ -153,8 +158,9 @@ class _Saves:
         differing = sorted(n for n in {*then, *now} - settings.resumable if then.get(n) != now.get(n))
         if differing:
             name, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+            changed = own.changed(then.get(name), now.get(name))
             raise InputError(
-                f"{self.folder} was run with {name}={then.get(name)}, not {now.get(name)}{more}; "
+                f"{self.folder} was run with {name}={then.get(name)}, not {now.get(name)}{changed}{more}; "
                 "use the settings of the run that you resume, or another --out"
             )
         if latest > settings.rounds:

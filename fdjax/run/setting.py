@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
+from fdjax import own
 from fdjax.errors import InputError, unknown
 
 Role = Literal[
@@ -30,6 +31,7 @@ class Setting(NamedTuple):
     choices: Collection[str] = ()  # a mapping where each is explained
     noun: str = ""  # what an error calls the choices; the setting's name if there is no better word
     resumable: bool = False  # whether a run may go on with another value
+    resolve: Callable[[Any], str] | None = None  # the plain value for a user's own file or value
     folder: bool = False  # whether it says where a machine keeps its files: hosts may differ, and results leave it out
 
     def check(self, name: str, value: Any) -> None:
@@ -38,7 +40,7 @@ class Setting(NamedTuple):
             return
         if not self._is_of_kind(value) or not self._is_in_range(value):
             raise InputError(f"--{name}={value!r}: expected {self.expected()}")
-        if self.choices and value not in self.choices:
+        if self.choices and value not in self.choices and not (self.resolve and own.is_own(value)):
             raise unknown(self.noun or name, str(value), self.choices)
 
     def _is_of_kind(self, value: Any) -> bool:
@@ -79,6 +81,7 @@ def _summary(row: Any) -> str:
     return getattr(row, "summary", getattr(row, "help", row))
 
 
-def described(default: Any, help: str, kind: type | None = None, role: Role = "static", **more: Any) -> Any:
+def setting_field(default: Any, help: str, kind: type | None = None, role: Role = "static", **more: Any) -> Any:
+    """A field of a dataclass of settings, with its record; one whose default is None may be None."""
     record = Setting(help, kind or type(default), role, default is None, **more)
     return dataclasses.field(default=default, metadata={"setting": record})

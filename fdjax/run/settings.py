@@ -7,6 +7,7 @@ and for hyperparameters and options from the method's own record.
 import dataclasses
 import difflib
 import functools
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,31 +15,36 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from fdjax import data
+from fdjax import data, own
 from fdjax.algorithms import ALGORITHMS
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.engine.lift import KINDS
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, end
 from fdjax.method import Method
 from fdjax.models import MODELS
+from fdjax.models import own as nets
+from fdjax.run import methods
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
-from fdjax.run.setting import Role, Setting, described
+from fdjax.run.setting import Role, Setting, setting_field
 
 LOCAL_EVALS = MappingProxyType(
     {"full": "on the full test set too", "own": "on the client's own part of it alone, which costs less"}
 )
 
-_setting = described
-_data = functools.partial(described, role="data")
-_partition = functools.partial(described, None, role="partition")
-_run = functools.partial(described, role="run")
+_setting = setting_field
+_data = functools.partial(setting_field, role="data")
+_partition = functools.partial(setting_field, None, role="partition")
+_run = functools.partial(setting_field, role="run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(OptimizerSettings):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
-    algorithm: str = _setting("fedavg", "the method", choices=ALGORITHMS)
+    algorithm: str = _setting(
+        "fedavg", "the method, or the file of one of your own (my.py)", choices=ALGORITHMS,
+        resolve=lambda given: methods.resolve(given, SETTINGS),
+    )  # fmt: skip
     dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
     data_dir: str | None = _data(None, "folder of the data set's files", str, resumable=True, folder=True)
     cache_dir: str | None = _data(
@@ -76,10 +82,13 @@ class Settings(OptimizerSettings):
         low=0, high=1, below=True,
     )  # fmt: skip
 
-    model: str = _setting("2nn", "the central (student) model", choices=MODELS)
-    models: str | None = _setting(
-        None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,cnn2:2; default: model for all", str
+    model: str = _setting(
+        "2nn", "the central (student) model, or one of your own (path/net.py:Net)", choices=MODELS, resolve=nets.resolve
     )
+    models: str | None = _setting(
+        None, "the clients' own (teacher) models as name:clients,..., e.g. cnn1:3,net.py:Net:2; default: model for all",
+        str, resolve=nets.resolve_list,
+    )  # fmt: skip
     padding: str | None = _setting(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
 
     rounds: int = _setting(10, "communication rounds", low=1, resumable=True)
@@ -139,7 +148,24 @@ class Settings(OptimizerSettings):
     @property
     def method(self) -> Method:
         """The record of the algorithm."""
-        return ALGORITHMS[self.algorithm]
+        return methods.of(self.algorithm)
+
+    @property
+    def algorithm_title(self) -> str:
+        """The algorithm as tables call it, with the file of a user's own."""
+        return methods.title(self.algorithm)
+
+    @property
+    def model_title(self) -> str:
+        """The central model as tables call it, likewise."""
+        return nets.title(self.model)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that a user's own method and nets came from, by the values of the settings that name them."""
+        names = {self.model, *(name for name, _ in cohorts_of(self.models))} if self.models else {self.model}
+        found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
+        return {name: file for name, file in sorted(found.items()) if file}
 
     @property
     def partition_name(self) -> str:
@@ -173,6 +199,7 @@ class Settings(OptimizerSettings):
 
         Raises InputError for what can be seen to be wrong before any data are loaded.
         """
+        self = self._resolved()
         for name, setting in SETTINGS.items():
             setting.check(name, getattr(self, name))
         check_optimizers(self)
@@ -181,7 +208,9 @@ class Settings(OptimizerSettings):
         whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}
         if self.method.proxy and self.proxy is None:
             labels = "with labels" if self.method.proxy == "labelled" else "whose labels it does not use"
-            raise InputError(f"{self.algorithm} needs proxy data, {labels}; give --proxy=held_out, or another (--help)")
+            raise InputError(
+                f"{self.method.name} needs proxy data, {labels}; give --proxy=held_out, or another (--help)"
+            )
         if self.proxy is not None and self.proxy_per_round > self.proxy_size:
             raise InputError(
                 f"--proxy_per_round={self.proxy_per_round}, but --proxy_size={self.proxy_size}; give at most as many"
@@ -190,14 +219,17 @@ class Settings(OptimizerSettings):
             self._check_models(self.models)
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 
+    def _resolved(self) -> "Settings":
+        """The same with plain values for a user's own files and values."""
+        given = {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.resolve}
+        plain = {n: SETTINGS[n].resolve(v) for n, v in given.items() if v is not None}  # pyright: ignore
+        return dataclasses.replace(self, **plain)
+
     def _check_models(self, models: str) -> None:
         names = [name for name, _ in cohorts_of(models)]
-        for name in names:
-            if name not in MODELS:
-                raise unknown("model", name, MODELS)
         if self.method.one_architecture and names != [self.model]:
             raise InputError(
-                f"--models={models}: clients of {self.algorithm} have no model of their own, only "
+                f"--models={models}: clients of {self.method.name} have no model of their own, only "
                 f"--model={self.model}; leave --models out"
             )
 
@@ -220,8 +252,8 @@ def cohorts_of(models: str) -> tuple[tuple[str, int], ...]:
     """(model, clients) of each cohort of --models. Raises InputError for what is not of its form."""
     cohorts = []
     for part in models.split(","):
-        name, _, size = part.partition(":")
-        if not size.isdecimal() or int(size) < 1:
+        name, _, size = part.rpartition(":")
+        if not name or not size.isdecimal() or int(size) < 1:
             raise InputError(f"--models={models}: {part!r} is not of the form name:clients, e.g. cnn1:3")
         cohorts.append((name.strip(), int(size)))
     return tuple(cohorts)
@@ -234,10 +266,12 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
     """
     fields: dict[str, Any] = {}
     hparams, options = dict(hparams or {}), dict(options or {})
+    algorithm = methods.resolve(named.get("algorithm", Settings.algorithm), SETTINGS)
+    named, its = named | {"algorithm": algorithm}, methods.of(algorithm)
     for name, value in named.items():
         if name in FLAGS:
             fields[name] = value
-        elif name in _names_of_options():
+        elif name in its.options or (name in _names_of_options() and name not in its.hparams):
             options[name] = str(value)
         elif name in _names_of_hparams():
             hparams[name] = value
@@ -250,21 +284,43 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
     return Settings(**{name: _plain(value) for name, value in fields.items()}).check()
 
 
+def described(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of settings, as JSON has them: a user's own method or net by its name, files as given."""
+    own_values = {n: v for n, v in named.items() if n in SETTINGS and SETTINGS[n].resolve and not isinstance(v, str)}
+    return dict(named) | {n: SETTINGS[n].resolve(v) for n, v in own_values.items() if v is not None}  # pyright: ignore
+
+
+def contents(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Of pairs of a setting and a value: for each value that names files of a user's own, what settings hold for it."""
+    texts = [(name, value) for name, value in named if name in SETTINGS and isinstance(value, str)]
+    found = {value: SETTINGS[n].resolve(value) for n, value in texts if SETTINGS[n].resolve}  # pyright: ignore
+    return {given: held for given, held in sorted(found.items()) if held != given and own.is_own(held)}
+
+
 def _plain(value: Any) -> Any:
     """NumPy's scalars as Python's, so that settings can be compared and written as JSON."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _names_of_hparams() -> set[str]:
-    return {name for method in ALGORITHMS.values() for name in method.hparams}
+    return {name for method in methods.known().values() for name in method.hparams}
 
 
 def _names_of_options() -> set[str]:
-    return {name for method in ALGORITHMS.values() for name in method.options}
+    return {name for method in methods.known().values() for name in method.options}
 
 
 def define_flags(skip: Collection[str] = (), **defaults: Any) -> None:
-    """Define a flag for each setting and for each hyperparameter and option of any method, but for those in `skip`."""
+    """Define a flag for each setting and for each hyperparameter and option of any method, but for those in `skip`.
+
+    Methods are ours and those of the files that --algorithm names on the command line. If one of these is no method,
+    the program ends here with the reason.
+    """
+    try:
+        theirs = methods.on_command_line(sys.argv, SETTINGS)
+    except InputError as error:
+        end(error)
+    every = [*ALGORITHMS.values(), *theirs.values()]
     define = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
@@ -274,13 +330,15 @@ def define_flags(skip: Collection[str] = (), **defaults: Any) -> None:
     for field in dataclasses.fields(Settings):
         if field.name in FLAGS and field.name not in skip:
             setting = FLAGS[field.name]
-            define[setting.kind](field.name, defaults.get(field.name, field.default), setting.flag_help())
-    choices = _by_name((m.options.items(), m.name) for m in ALGORITHMS.values())
+            more = theirs if field.name == "algorithm" else {}
+            text = "; ".join([setting.flag_help(), *(f"{methods.title(n)}: {m.summary}" for n, m in more.items())])
+            define[setting.kind](field.name, defaults.get(field.name, field.default), text)
+    choices = _by_name((m.options.items(), m.name) for m in every)
     for name, users in choices.items():
         if name not in skip:
             text = "; ".join(f"{' and '.join(methods)} ({', '.join(allowed)})" for allowed, methods in users.items())
             flags.DEFINE_string(name, defaults.get(name), f"choice of {text}; the first is the default")
-    hparams = _by_name((m.hparams.items(), m.name) for m in ALGORITHMS.values())
+    hparams = _by_name((m.hparams.items(), m.name) for m in every)
     for name, users in hparams.items():
         if name not in skip:
             text = "; ".join(

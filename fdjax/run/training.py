@@ -72,7 +72,7 @@ def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | 
     by_pattern = paths(settings.exchanged) if settings.exchanged else None
     if by_pattern and not settings.method.averages:
         raise InputError(
-            f"--exchanged={settings.exchanged}: {settings.algorithm} does not average the params of one model, so no "
+            f"--exchanged={settings.exchanged}: {settings.method.name} does not average the params of one model, so no "
             "part of them can stay; use fedavg or fedprox"
         )
     if settings.norm_statistics == "averaged":
@@ -82,7 +82,7 @@ def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | 
     if settings.method.averages:
         return lambda path: not is_statistic(path) and (by_pattern is None or by_pattern(path))
     if not jax.tree.leaves(_first_client(algorithm, task)):
-        raise InputError(f"--norm_statistics=local: clients of {settings.algorithm} keep no model; use averaged")
+        raise InputError(f"--norm_statistics=local: clients of {settings.method.name} keep no model; use averaged")
     return None  # their models, statistics too, stay with them anyway
 
 
