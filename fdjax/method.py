@@ -14,7 +14,7 @@ import optax
 
 from fdjax.contract import Algorithm
 from fdjax.errors import InputError, unknown
-from fdjax.types import Array, Model, Split
+from fdjax.types import Array, Model
 
 _INT32_MAX = 2**31 - 1
 
@@ -103,7 +103,6 @@ class Task(NamedTuple):
     largest: int = 0  # examples of the largest client
     proxy_size: int = 0  # M, 0 without proxy data
     proxy_per_round: int = 0  # of them used in one round
-    splits: tuple[Split, ...] = ()  # the clients' models in two parts, if the method needs them; `model` takes features
     options: Mapping[str, str] = MappingProxyType({})  # the method's choices by name
 
     @property
@@ -128,7 +127,8 @@ class Method(NamedTuple):
     proxy: str | None = None  # the proxy data that it needs: "labelled" or "unlabelled"
     labels_for: tuple[str, str] | None = None  # an option and its value that need them labelled
     one_architecture: bool = False  # whether all clients must share the central model's architecture
-    split: bool = False  # whether clients' models are split in two, and the central one takes their features
+    split: bool = False  # whether the central model takes what the first block of the clients' models gives
+    parts: bool = False  # whether it uses `features` and `head` of models, or their `blocks`
     pooled: bool = False  # whether one client holds what all would hold
     averages: bool = (
         False  # whether params of the central model are all that is exchanged, so that clients can keep some
@@ -138,7 +138,9 @@ class Method(NamedTuple):
     )
 
     def algorithm(self, task: Task) -> Algorithm:
-        """The method for a task, under its name."""
+        """The method for a task, under its name. Raises InputError for models without the parts that it needs."""
+        for model in task.models if self.split else (task.model, *task.models) if self.parts else ():
+            model.parts(self.name)
         return self.build(task)._replace(name=self.name)
 
     def values(self, given: Mapping[str, Any]) -> dict[str, float]:

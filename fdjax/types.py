@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fdjax.errors import InputError
+
 Array = jax.Array | np.ndarray
 PyTree = Any
-STATISTICS = "batch_stats"  # key in params below which statistics of BatchNorm lie
 
 
 class Source(NamedTuple):
@@ -66,25 +67,41 @@ class Federation(NamedTuple):
     validation: Examples | None = None  # nobody trains on them
 
 
+STATISTICS = "batch_stats"  # the dict key below which params hold BatchNorm's running statistics
+
+
 class Model(NamedTuple):
-    """A network as two pure functions; input shape and classes are bound when it is built."""
+    """A network as pure functions; input shape and classes are bound when it is built.
+
+    Without a key `apply` and the blocks are the net as it is tested. With one they are in training mode: dropout draws
+    from the key, BatchNorm normalises by the batch, and the "gradient" of its running statistics, which are the leaves
+    of params below the key `STATISTICS`, is what they lose by this batch, old - new, whatever the loss. So an
+    optimiser that subtracts it as it is updates them, and a method need not know.
+    """
 
     name: str
     init: Callable[[jax.Array], PyTree]  # key -> params
-    apply: Callable[..., jax.Array]  # (params, x [B, ...], key=None) -> logits [B, K]; a key: in training mode
+    apply: Callable[..., jax.Array]  # (params, x [B, ...], key=None) -> logits [B, K]
+    blocks: tuple[Callable[..., jax.Array], ...] = ()  # (params, h, key=None) -> h; one after another they are `apply`
 
+    def features(self, params: PyTree, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """What the last block, the head, is given: all blocks but the last, one after another."""
+        for block in self.parts()[:-1]:
+            x = block(params, x, key)
+        return x
 
-class Split(NamedTuple):
-    """A model and its two parts, which share its params: `model.apply(p, x) == head(p, features(p, x))`.
+    def head(self, params: PyTree, h: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Logits [B, K] of features: the last block."""
+        return self.parts()[-1](params, h, key)
 
-    `model` is a cohort's model like any other. A net on the features alone, FedGKT's server, is a model of inputs
-    `feature_shape`.
-    """
-
-    model: Model
-    features: Callable[[PyTree, jax.Array], jax.Array]  # (params, x [B, ...]) -> features [B, *feature_shape]
-    head: Callable[[PyTree, jax.Array], jax.Array]  # (params, features) -> logits [B, K]
-    feature_shape: tuple[int, ...]
+    def parts(self, user: str = "the method") -> tuple[Callable[..., jax.Array], ...]:
+        """The blocks, two or more. Raises InputError, which names the `user` (a method), for a model without."""
+        if len(self.blocks) < 2:
+            raise InputError(
+                f"{user} needs the parts of its models, but {self.name!r} has none; give its module blocks(), or "
+                "features(x) and head(h), or choose a model of the zoo"
+            )
+        return self.blocks
 
 
 class Cohort(NamedTuple):

@@ -19,7 +19,6 @@ from fdjax.engine import lift
 from fdjax.engine import simulation as simulation_module
 from fdjax.engine.layout import Layout
 from fdjax.method import Task, Training
-from fdjax.models.split import build_split
 from fdjax.types import Cohort, Source
 
 FEATURES, CLASSES, TESTS = 6, 4, 37
@@ -109,9 +108,7 @@ def simulation(
 def _simulation(name, chunk, devices, participants, batch_size, cohorts, options, per_round, shape, more):
     made = task(batch_size, cohorts, options, per_round, shape)
     if ALGORITHMS[name].split:  # clients of a hidden layer of 5 units, and a second one in the head
-        edge = build_split("2nn", (FEATURES,), CLASSES, width=5)
-        central = models.build("mclr", edge.feature_shape, CLASSES)
-        made = made._replace(model=central, models=(edge.model,) * len(cohorts), splits=(edge,) * len(cohorts))
+        made = made._replace(model=models.build("mclr", (5,), CLASSES), models=(model("2nn"),) * len(cohorts))
     algorithm = ALGORITHMS[name].algorithm(made)
     return algorithm, bind(algorithm, made, participants, chunk=chunk, devices=devices, **dict(more))
 

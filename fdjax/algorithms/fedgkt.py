@@ -38,20 +38,17 @@ from fdjax.client import losses
 from fdjax.client.data import Paired, Ragged, batches
 from fdjax.client.training import fit, local_work
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model
-from fdjax.errors import InputError
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
 
 def fedgkt(task: Task) -> Algorithm:
     """FedGKT; the task's model is the server's, on features; `weight` is alpha; hparams: see METHOD."""
-    shapes = {split.feature_shape for split in task.splits}
-    if len(shapes) != 1:
-        found = ", ".join(f"{split.model.name} {split.feature_shape}" for split in task.splits)
-        raise InputError(f"fedgkt needs clients whose features have one shape, not {found}; use one model for all")
-    (features,) = shapes
     net, batch, largest, classes = task.model.apply, task.training.batch_size, task.largest, task.classes
     padded = -(-largest // batch) * batch
+
+    def extract(ctx, params, x):
+        return ctx.model.blocks[0](params, x)
 
     def distillation(ctx, logits, teacher):
         T = ctx.hparams["temperature"]
@@ -62,7 +59,7 @@ def fedgkt(task: Task) -> Algorithm:
         return Broadcast((), own=(server["known"][rows], server["logits"][rows]))
 
     def train_and_extract(ctx, received, params, data):
-        (known, logits), split = received.own, task.splits[ctx.cohort]
+        known, logits = received.own
 
         def loss(params, x, target, key):
             y, teacher = target
@@ -73,18 +70,23 @@ def fedgkt(task: Task) -> Algorithm:
 
         params, train_loss = fit(task.training, loss, params, Paired(data, logits), ctx, epochs=local_work(ctx))
 
-        def step(i, upload):
-            position = i * batch + jnp.arange(batch)
+        def outputs(position):
             x, y = data.take(jnp.minimum(position, data.count - 1))
-            h = split.features(params, x)
-            new = h, split.head(params, h), y
+            h = z = extract(ctx, params, x)
+            for block in ctx.model.blocks[1:]:
+                z = block(params, z)
+            return h, z, y
+
+        def step(i, upload):
+            new = outputs(i * batch + jnp.arange(batch))
             return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * batch, 0), upload, new)
 
-        empty = jnp.zeros((padded, *features)), jnp.zeros((padded, classes)), jnp.zeros(padded, jnp.int32)
+        like = jax.eval_shape(outputs, jnp.arange(batch))
+        empty = jax.tree.map(lambda a: jnp.zeros((padded, *a.shape[1:]), a.dtype), like)
         arrays = lax.fori_loop(0, batches(data.count, batch), step, empty)
         upload = Upload(
             jax.tree.map(lambda a: a[:largest], arrays),
-            bytes=4.0 * data.count * (math.prod(features) + classes + 1),
+            bytes=4.0 * data.count * (math.prod(like[0].shape[1:]) + classes + 1),
             bytes_received=4.0 * data.count * classes * known,
         )
         return params, upload, {"train_loss": train_loss}
@@ -121,7 +123,7 @@ def fedgkt(task: Task) -> Algorithm:
         init_server=init_server,
         init_client=own_model,
         round=(Exchange(broadcast, train_and_extract, reductions.stack(), train_on_features),),
-        personal=lambda ctx, server, params, x: net(server["params"], task.splits[ctx.cohort].features(params, x)),
+        personal=lambda ctx, server, params, x: net(server["params"], extract(ctx, params, x)),
     )
 
 

@@ -1,16 +1,62 @@
 """Layers of the model zoo: convolutions and dense layers that stay fast in loops and under vmap, and 2x2 pooling."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdjax.errors import InputError
+from fdjax.errors import InputError, unknown
 from fdjax.models.convolution import Padding, conv2d
 
-__all__ = ["Conv", "Dense", "avg_pool", "conv2d", "matmul", "max_pool"]
+__all__ = ["Block", "Conv", "Dense", "Net", "avg_pool", "conv2d", "flatten", "matmul", "max_pool", "norm", "rectified"]
+
+Block = Callable[[jax.Array], jax.Array]
+NORMS = ("group", "batch", "none")
+
+
+class Net(nn.Module):
+    """A module that is its `blocks` one after another; the last of them is the head."""
+
+    def blocks(self, train: bool) -> list[Block]:
+        """The blocks for training or for tests, each a function of what the one before it returns."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for block in self.blocks(train):
+            x = block(x)
+        return x
+
+
+def flatten(x: jax.Array) -> jax.Array:
+    """`[B, ...]` -> `[B, F]`."""
+    return x.reshape(x.shape[0], -1)
+
+
+def rectified(*layers: Block) -> Block:
+    """The layers one after another, then ReLU."""
+
+    def block(x: jax.Array) -> jax.Array:
+        for layer in layers:
+            x = layer(x)
+        return nn.relu(x)
+
+    return block
+
+
+def norm(kind: str, groups: int, train: bool) -> Block:
+    """A normalisation of images: GroupNorm of `groups` groups, BatchNorm or none; made within a compact method.
+
+    BatchNorm's running statistics move by a tenth of the way a batch, as PyTorch's do and the papers' code has it (but
+    with the biased variance, which normalises the batch too).
+    """
+    if kind not in NORMS:
+        raise unknown("norm", kind, NORMS)
+    if kind == "batch":
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9)
+    return nn.GroupNorm(num_groups=groups) if kind == "group" else lambda x: x
 
 
 class Conv(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fdjax import data
+from fdjax import data, models, own
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.contract import Algorithm, HParams
 from fdjax.data.federation import federate, replicated
@@ -19,11 +19,10 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
-from fdjax.models.split import build_split
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.settings import Settings
 from fdjax.run.training import method_of, trainings
-from fdjax.types import Cohort, Federation, Holdings, Model, Source, Split
+from fdjax.types import Cohort, Federation, Holdings, Model, Source
 
 
 class Shapes(NamedTuple):
@@ -175,28 +174,49 @@ class _Networks(NamedTuple):
 
     central: Model
     clients: tuple[Model, ...]  # cohort by cohort
-    splits: tuple[Split, ...] = ()  # these in two parts, if the method needs it
 
 
 @functools.lru_cache(maxsize=8)
 def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     names = [name for name, _ in shapes.cohorts]
-    options = {
-        name: {"padding": settings.padding} if settings.padding and name in ("cnn1", "cnn2") else {}
-        for name in (settings.model, *names)
-    }
+    build = functools.partial(_network, settings, classes=shapes.classes)
+    clients = {name: build(name, shapes.inputs) for name in names}
     if not settings.method.split:
-        built = {name: nets.build(name, shapes.inputs, shapes.classes, **more) for name, more in options.items()}
-        return _Networks(built[settings.model], tuple(built[name] for name in names))
+        central = clients.get(settings.model) or build(settings.model, shapes.inputs)
+        return _Networks(central, tuple(clients[name] for name in names))
     if settings.models is None:
         raise InputError(
             f"--model of {settings.method.name} is the server's, on features; name the clients' too, e.g. "
             f"--models=gkt_edge:{shapes.cohorts[0][1]}"
         )
-    splits = {name: build_split(name, shapes.inputs, shapes.classes, **options[name]) for name in {*names}}
-    features = splits[names[0]].feature_shape
-    central = nets.build(settings.model, features, shapes.classes, **options[settings.model])
-    return _Networks(central, tuple(splits[name].model for name in names), tuple(splits[name] for name in names))
+    x = jax.ShapeDtypeStruct((1, *shapes.inputs), np.float32)
+    features = {
+        name: jax.eval_shape(lambda x, m=m: m.parts(settings.method.name)[0](m.init(jax.random.key(0)), x), x).shape[1:]
+        for name, m in clients.items()
+    }
+    if len({*features.values()}) > 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in features.items())
+        raise InputError(
+            f"{settings.method.name} needs clients whose features have one shape, not {found}; use one model"
+        )
+    return _Networks(build(settings.model, features[names[0]]), tuple(clients[name] for name in names))
+
+
+def _network(settings: Settings, name: str, inputs: tuple[int, ...], classes: int) -> Model:
+    """A model of the zoo as the settings want it."""
+    has = frozenset() if own.is_own(name) else models.options_of(name)
+    options = {"norm": settings.norm, "dropout": settings.dropout or None}
+    for option, value in options.items():
+        if value is not None and option not in has:
+            able = ", ".join(other for other in models.MODELS if option in models.options_of(other))
+            raise InputError(
+                f"--{option}={value}: model {nets.title(name)!r} has no {option}; leave it out, or choose of {able}"
+            )
+    options = {option: v for option, v in {"padding": settings.padding, **options}.items() if v and option in has}
+    model = nets.build(name, inputs, classes, **options)
+    if settings.dtype != "float32":
+        model = models.in_precision(model, settings.dtype)
+    return models.with_lora(model, settings.lora_rank) if settings.lora_rank else model
 
 
 def _task(settings: Settings, shapes: Shapes) -> Task:
@@ -217,7 +237,6 @@ def _task(settings: Settings, shapes: Shapes) -> Task:
         largest=shapes.largest,
         proxy_size=shapes.proxy,
         proxy_per_round=min(settings.proxy_per_round or shapes.proxy, shapes.proxy),
-        splits=networks.splits,
         options=dict(settings.options),
     )
 

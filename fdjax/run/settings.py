@@ -90,6 +90,18 @@ class Settings(OptimizerSettings):
         str, resolve=nets.resolve_list,
     )  # fmt: skip
     padding: str | None = _setting(None, "padding of the models that have the option", str, choices=("SAME", "VALID"))
+    norm: str | None = _setting(
+        None, "normalisation of models that have one; default group", str, choices=("group", "batch", "none")
+    )
+    dropout: float = _setting(
+        0.0, "rate of dropout of models that have the option (FedMD's)", low=0, high=1, below=True
+    )
+    dtype: str = _setting(
+        "float32", "arithmetic of models; params, gradients and logits are float32", choices=("float32", "bfloat16")
+    )
+    lora_rank: int = _setting(
+        0, "rank of low-rank adapters on the models' kernels (lora/... of params); 0: none", low=0
+    )
 
     rounds: int = _setting(10, "communication rounds", low=1, resumable=True)
     participation: float = _setting(
