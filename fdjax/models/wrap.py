@@ -53,7 +53,7 @@ def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None =
         train, statistics = key is not None, params.get(STATISTICS)
         variables = {"params": {name: value for name, value in params.items() if name != STATISTICS}}
         if statistics is not None:
-            variables[STATISTICS] = statistics
+            variables[STATISTICS] = jax.lax.stop_gradient(statistics)
         # linen falls back to the stream "params" for every random number that a module asks for, whatever its stream.
         more: dict[str, Any] = {"rngs": {"params": key}, "mutable": [STATISTICS]} if train else {}
         out = module.apply(variables, x, method=lambda module, x: part(module, x, train), **more)
@@ -86,7 +86,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequence[int],
     label = name or type(module).__name__
     kinds = nnx.Param, nnx.BatchStat, nnx.RngState
     graph, *states, rest = nnx.split(module, *kinds, ...)
-    if found := sorted({type(variable).__name__ for _, variable in rest.flat_state()}):
+    if found := sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(rest)}):
         raise InputError(f"model {label!r} keeps {', '.join(found)} besides Param and BatchStat; use a module without")
 
     def init(key: jax.Array) -> PyTree:
@@ -98,7 +98,8 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequence[int],
         train, statistics = key is not None, params.get(STATISTICS, {})
         held = {name: value for name, value in params.items() if name != STATISTICS}
         drawn = _streams(states[2], jax.random.key(0) if key is None else key)
-        filled = (_filled(state, values) for state, values in zip(states, (held, statistics, drawn), strict=True))
+        given = held, jax.lax.stop_gradient(statistics), drawn
+        filled = (_filled(state, values) for state, values in zip(states, given, strict=True))
         module = nnx.merge(graph, *filled, copy=True)
         (module.train if train else module.eval)()
         y = part(module, x, train)
@@ -200,9 +201,9 @@ def _model(label: str, shape: tuple[int, ...], kind: type, init: Callable[[jax.A
     except (flax.errors.FlaxError, TypeError, ValueError, AttributeError) as error:
         hint = "; its call must be told the mode, e.g. by an argument train" if isinstance(error, _UNTOLD) else ""
         raise InputError(f"model {label!r} cannot take inputs {shape}: {_first_line(error)}{hint}") from error
-    for out in logits:
+    for out, what in zip(logits, ("", " in training mode", " by its blocks one after another")):
         if getattr(out, "ndim", None) != 2 or out.shape[0] != 2 or out.shape != logits[0].shape:
-            raise InputError(f"model {label!r} must return logits [B, K]; for x {(2, *shape)} it returned {out}")
+            raise InputError(f"model {label!r} must return logits [B, K]{what}; for x {(2, *shape)} it returned {out}")
     notice_plain_conv(model, shape)
     return model
 

@@ -1,17 +1,14 @@
-"""Residual nets and FedMD's against the sums that define them, in NumPy float64, and nets in two parts."""
+"""Residual nets, FedMD's and FedGKT's against the sums that define them, in NumPy float64."""
 
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdjax.errors import InputError
-from fdjax.models import build, make_module
+from fdjax.models import build
 from fdjax.models.fedmd_zoo import smooth
-from fdjax.models.split import build_split, split
 
 
 def numpy_conv(x, kernel, stride, pads):
@@ -117,62 +114,31 @@ def test_smooth(rng):
     np.testing.assert_allclose(smooth(jnp.asarray(x)), numpy_pool(x.astype(np.float64), 1), rtol=1e-5, atol=1e-6)
 
 
-# Nets in two parts.
+# The two nets of FedGKT.
 
 
 @pytest.mark.parametrize(("shape", "features"), [((28, 28, 1), (14, 14, 8)), ((32, 32, 3), (16, 16, 8))])
 def test_gkt_edge_and_server(rng, shape, features):
-    edge = build_split("gkt_edge", shape, 10)
-    assert edge.feature_shape == features
-    params, exact = drawn(edge.model)
+    edge = build("gkt_edge", shape, 10)
+    params, exact = drawn(edge)
     x = rng.normal(size=(2, *shape)).astype(np.float32)
-    h = edge.features(params, jnp.asarray(x))
+    h = edge.blocks[0](params, jnp.asarray(x))
+    assert h.shape == (2, *features)
     expected = relu(numpy_unit(x.astype(np.float64), exact["stem"], 2))
     close(h, expected)
-    logits = numpy_block(expected, exact["body_0"]).mean((1, 2)) @ exact["out"]["kernel"] + exact["out"]["bias"]
-    close(edge.head(params, h), logits)
-    close(edge.model.apply(params, jnp.asarray(x)), logits)
-    server = build("gkt_server", edge.feature_shape, 10, width=8)
+    pooled = numpy_block(expected, exact["body_0"]).mean((1, 2))
+    close(edge.features(params, jnp.asarray(x)), pooled)
+    close(edge.apply(params, jnp.asarray(x)), pooled @ exact["out"]["kernel"] + exact["out"]["bias"])
+    server = build("gkt_server", features, 10, width=8)
     above, exact = drawn(server, 1)
     close(server.apply(above, h), numpy_trunk(expected, exact, 1))
 
 
-def test_both_parts_train_their_own_params(rng):
-    edge = build_split("gkt_edge", (8, 8, 1), 3)
-    params = edge.model.init(jax.random.key(0))
-    x = jnp.asarray(rng.normal(size=(4, 8, 8, 1)), jnp.float32)
-
-    def moved(loss):
-        gradient = jax.jit(jax.grad(loss))(params)
-        return {name for name, leaves in gradient.items() if any(map(jnp.any, jax.tree.leaves(leaves)))}
-
-    assert moved(lambda p: jnp.sum(jnp.square(edge.features(p, x)))) == {"stem"}
-    h = edge.features(params, x)
-    assert moved(lambda p: jnp.sum(jnp.square(edge.head(p, h)))) == {"body_0", "out"}
-    assert moved(lambda p: jnp.sum(jnp.square(edge.model.apply(p, x)))) == {"stem", "body_0", "out"}
-
-
-def test_any_module_with_two_parts():
-    class Net(nn.Module):
-        def setup(self):
-            self.embed, self.out = nn.Dense(7), nn.Dense(3)
-
-        def features(self, x):
-            return nn.relu(self.embed(x))
-
-        def head(self, h):
-            return self.out(h)
-
-        def __call__(self, x):
-            return self.head(self.features(x))
-
-    net = split(Net(), (5,))
-    assert (net.model.name, net.feature_shape) == ("Net", (7,))
-
-
-def test_what_cannot_be_split():
-    with pytest.raises(InputError, match="'cnn1' has no method 'features'"):
-        build_split("cnn1", (28, 28, 1), 10)
-    with pytest.raises(InputError, match="did you mean 'gkt_edge'"):
-        build_split("gkt_edg", (28, 28, 1), 10)
-    assert make_module("gkt_edge", 10).num_classes == 10
+def test_every_part_trains_its_own_params(rng):
+    edge = build("gkt_edge", (8, 8, 1), 3)
+    params = edge.init(jax.random.key(0))
+    h, names = jnp.asarray(rng.normal(size=(4, 8, 8, 1)), jnp.float32), ("stem", "body_0", "", "out")
+    for block, name in zip(edge.blocks, names, strict=True):
+        gradient = jax.jit(jax.grad(lambda p, block=block, h=h: jnp.sum(jnp.square(block(p, h)))))(params)
+        assert {name for name, g in gradient.items() if any(map(jnp.any, jax.tree.leaves(g)))} == {name} - {""}
+        h = block(params, h)
