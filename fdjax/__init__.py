@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fdjax.errors import InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
+    from fdjax.run.contract_check import BrokenContractError, check_method
     from fdjax.run.runner import InterruptedRun, Result
     from fdjax.run.runner import start as run
     from fdjax.run.settings import Settings
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ENSEMBLE", "Algorithm", "Broadcast", "Context", "Exchange", "HParam", "InputError", "InterruptedRun", "Method",
-    "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "data", "keys",
-    "losses", "models", "reductions", "run", "settings",
+    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "Exchange", "HParam", "InputError",
+    "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
+    "Upload", "algorithms", "check_method", "data", "keys", "losses", "models", "reductions", "run", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -59,6 +60,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
     "InputError": "fdjax.errors",
+    **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
     **dict.fromkeys(
         ("ENSEMBLE", "Algorithm", "Broadcast", "Context", "Exchange", "Received", "Reduction", "Stack", "Upload"),
         "fdjax.contract",
