@@ -32,6 +32,7 @@ class Context(NamedTuple):
     round: Array  # [] int32: rounds done before this one
     key: jax.Array  # [] key of this call alone: use it once, or split it by name with `at`
     proxy: Examples | None  # the proxy (public) data, if the run has any
+    work: Array | float = 1.0  # [] float32: share of its epochs that this client does this round, see `--stragglers`
 
     def at(self, purpose: str, *numbers: Array | int) -> "Context":
         """The same surroundings with a key for `purpose`, and for `numbers` below it."""
@@ -67,7 +68,7 @@ class Stack(NamedTuple):
 
     partials: PyTree  # [S, ...]
     client: jax.Array  # [S] int32 ids
-    weight: jax.Array  # [S] float32: number of examples; 0 says that the client is to be ignored
+    weight: jax.Array  # [S] float32: of each upload, as `Partial` gets it; 0 says that the client is to be ignored
 
 
 class Data(Protocol):
@@ -98,7 +99,10 @@ class ClientWork(Protocol):
 
 
 class Partial(Protocol):
-    """What one upload of `weight` n_k ([] float32) adds to the summary: work of the server."""
+    """What one upload of `weight` ([] float32) adds to the summary: work of the server.
+
+    The weight is n_k, or where clients are drawn by their examples the number of times that this one was drawn.
+    """
 
     def __call__(self, ctx: Context, upload: PyTree, weight: jax.Array, /) -> PyTree: ...
 
@@ -139,14 +143,20 @@ class PersonalPredictor(Protocol):
     def __call__(self, ctx: Context, server: PyTree, state: PyTree, x: jax.Array, /) -> jax.Array: ...
 
 
+class ModelOf(Protocol):
+    """The params of `ctx.model` with which a client predicts."""
+
+    def __call__(self, ctx: Context, server: PyTree, state: PyTree, /) -> PyTree: ...
+
+
 COMBINES = ("sum", "min", "max", "stack")
 
 
 class Reduction(NamedTuple):
     """What becomes of the uploads: `finish(ctx, combine over participants of partial(ctx, upload, weight))`.
 
-    A client of weight 0 (it holds no example, or its numbers are not finite and are to be left out) gives the identity
-    of `combine`, whatever `partial` says; in a stack it has the weight 0.
+    A client of weight 0 (it holds no example, was dropped, or its numbers are not finite and are to be left out) gives
+    the identity of `combine`, whatever `partial` says; in a stack it has the weight 0.
     """
 
     partial: Partial
@@ -193,6 +203,7 @@ class Algorithm(NamedTuple):
     central: CentralPredictor | _Ensemble | None = None
     personal: PersonalPredictor | None = None  # without it a client's own model is the central one
     name: str = "algorithm"  # for errors; `Method.algorithm` fills it in
+    model_of: ModelOf | None = None  # with it a client that never trained can be fine-tuned
 
 
 def own_model(ctx: Context) -> PyTree:
@@ -203,6 +214,16 @@ def own_model(ctx: Context) -> PyTree:
 def predict_with_own_model(ctx: Context, server: PyTree, params: PyTree, x: jax.Array) -> jax.Array:
     """The usual `personal` of such a client."""
     return ctx.model.apply(params, x)
+
+
+def params_of_server(ctx: Context, server: PyTree, state: PyTree) -> PyTree:
+    """The `model_of` of a method whose server state is the model of all."""
+    return server
+
+
+def params_of_state(ctx: Context, server: PyTree, params: PyTree) -> PyTree:
+    """The `model_of` of a method whose clients' states are their own models."""
+    return params
 
 
 def unchanged(ctx: Context, server: PyTree, summary: Any) -> tuple[PyTree, Metrics]:
