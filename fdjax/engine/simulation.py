@@ -45,6 +45,7 @@ class Simulation(NamedTuple):
     fine_tune: Callable[[State, Federation, HParams], dict[str, jax.Array]] | None  # and test clients that never train
     traffic: Callable[[Federation, HParams], traffic.Traffic]
     leaf: Callable[[Federation, HParams, int, int, int], str]  # (..., cohort, exchange, NonFinite.leaf) -> its name
+    shapes: Callable[[Federation], State]  # of a state, and where it lies, with nothing allocated
     fetch: Callable[[State], State]  # to the host, the clients of a cohort [C_j, ...] as in the federation
     place: Callable[[State], State]  # and back
     pure: Pure
@@ -82,6 +83,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         fine_tune=compiled(functools.partial(fine_tune, algorithm, layout), out_shardings=everywhere) if tuned else None,
         traffic=functools.partial(_traffic, algorithm, layout),
         leaf=functools.partial(_leaf, algorithm, layout),
+        shapes=functools.partial(_state_shapes, pure, state),
         fetch=functools.partial(_fetch, layout),
         place=functools.partial(_place, layout),
         pure=pure,
@@ -91,6 +93,16 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
 def _init(algorithm: Algorithm, layout: Layout, seed: Any, federation: Federation) -> State:
     check_algorithm(algorithm, classes_of(layout, federation))
     return step.initial_state(algorithm, layout, seed, federation)
+
+
+def _state_shapes(pure: Pure, shardings: State, federation: Federation) -> State:
+    shapes = jax.eval_shape(pure.init, 0, federation)
+    return State(
+        *(
+            jax.tree.map(lambda x, s=s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part)
+            for part, s in zip(shapes, shardings, strict=True)
+        )
+    )
 
 
 def _fetch(layout: Layout, state: State) -> State:

@@ -19,6 +19,7 @@ from fdjax import data
 from fdjax.algorithms import ALGORITHMS
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.engine.lift import KINDS
+from fdjax.engine.participation import SAMPLINGS, STRAGGLER_WORKS
 from fdjax.errors import InputError, unknown
 from fdjax.method import Method
 from fdjax.models import MODELS
@@ -166,6 +167,25 @@ class Settings:
         1.0, "fraction of the clients (of each cohort) that takes part in a round; at least 1 client",
         low=0, above=True, high=1,
     )  # fmt: skip
+    sampling: str = _setting("uniform", "how participants are drawn", choices=SAMPLINGS)
+    capacity: int = _setting(
+        0, "places for the participants of a cohort, sampling poisson; 0: so many that hardly ever are there too few",
+        low=0,
+    )  # fmt: skip
+    dropped: float = _setting(
+        0.0, "probability that a participant receives, but sends nothing and stays as it was", low=0, high=1, below=True
+    )
+    stragglers: float = _setting(
+        0.0, "share of the participants, others in each round, that do only 1 to E - 1 of E epochs", low=0, high=1
+    )
+    straggler_work: str = _setting("partial", "what becomes of stragglers", choices=STRAGGLER_WORKS)
+    new_clients: float = _setting(
+        0.0, "share of the clients (of each cohort) that never train and are tested by themselves; drawn by "
+        "partition_seed", low=0, high=1, below=True,
+    )  # fmt: skip
+    fine_tune_epochs: int = _setting(
+        1, "epochs that each of these trains before it is tested again, after the last round", low=0
+    )
     batch_size: int = _setting(32, "examples of a step; 0: all of a client's", low=0)
     optimizer: str = _setting("sgd", "the clients' optimiser, which starts fresh every round", choices=OPTIMIZERS)
     momentum: float = _setting(0.0, "momentum of sgd", low=0)
@@ -253,6 +273,7 @@ class Settings:
             )
         if self.models is not None:
             self._check_models(self.models)
+        self._check_participation()
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 
     def _check_models(self, models: str) -> None:
@@ -265,6 +286,18 @@ class Settings:
                 f"--models={models}: clients of {self.algorithm} have no model of their own, only "
                 f"--model={self.model}; leave --models out"
             )
+
+    def _check_participation(self) -> None:
+        if self.capacity and self.sampling != "poisson":
+            raise InputError(
+                f"--capacity={self.capacity} is for --sampling=poisson alone; with {self.sampling} use --participation"
+            )
+        if self.stragglers and self.straggler_work == "partial" and "local_epochs" not in self.method.hparams:
+            raise InputError(
+                f"{self.algorithm} has no local_epochs of which stragglers could do a part; use --straggler_work=drop"
+            )
+        if self.new_clients and self.method.pooled:
+            raise InputError(f"--new_clients={self.new_clients:g}: {self.algorithm} has a single client; leave it out")
 
     def public(self) -> dict[str, Any]:
         """As a flat dict for results and checkpoints: hyperparameters and options beside the other settings."""
