@@ -27,7 +27,8 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# Ways to run a function for many clients. Only engine/lift.py does that, and lift_trials.py for trials; whoever else uses one says over what.
+# Ways to run a function for many clients. Only engine/lift.py does that, and engine/lift_trials.py for trials; whoever
+# else uses one says over what.
 LIFTINGS = {"vmap", "pmap", "shard_map", "psum", "pmean", "all_gather", "lax.map"}
 LIFTINGS_ALLOWED = {
     "engine/lift.py": LIFTINGS,

@@ -8,11 +8,11 @@ from fdjax import keys
 from fdjax.client import testing
 from fdjax.client.data import ClientData
 from fdjax.client.training import fit, supervised
-from fdjax.contract import Algorithm, HParams
+from fdjax.contract import Algorithm, HParams, ModelOf, params_of_state, predict_with_own_model
 from fdjax.engine import lift
 from fdjax.engine.layout import Layout, State, rows_of
 from fdjax.engine.step import Moment, context
-from fdjax.types import Federation
+from fdjax.types import Array, Federation
 
 
 def never_train(layout: Layout) -> np.ndarray:
@@ -21,7 +21,12 @@ def never_train(layout: Layout) -> np.ndarray:
     return np.concatenate([np.arange(size) >= trains for size, trains in zip(sizes, layout.may_train, strict=True)])
 
 
-def as_they_are(layout: Layout, accuracy: jax.Array, loss: jax.Array, tested: jax.Array) -> dict[str, jax.Array]:
+def model_of_client(algorithm: Algorithm) -> ModelOf | None:
+    """The params with which a client predicts, where the method says what they are."""
+    return algorithm.model_of or (params_of_state if algorithm.personal is predict_with_own_model else None)
+
+
+def as_they_are(layout: Layout, accuracy: jax.Array, loss: jax.Array, tested: Array) -> dict[str, jax.Array]:
     """Means over the new clients of what each reaches on its own test part; nothing where there are none."""
     if not any(layout.new):
         return {}
@@ -36,9 +41,10 @@ def fine_tune(
 
     Clients of all kinds go through this on the devices that hold their states; those that train have no examples here.
     """
-    assert algorithm.model_of is not None
+    model_of = model_of_client(algorithm)
+    assert model_of is not None
     assert layout.fine_tuning is not None
-    model_of, (training, epochs) = algorithm.model_of, layout.fine_tuning
+    training, epochs = layout.fine_tuning
     key = keys.stream(jax.random.wrap_key_data(state.root), "fine-tune", state.round)
     moment = Moment(federation, hparams, state.round, key)
     scores = []

@@ -21,8 +21,8 @@ from fdjax.types import Array
 SAMPLINGS = MappingProxyType(
     {
         "uniform": "so many clients, each with the same probability",
-        "examples": "so many different clients, each next one with probability n_k / n of those that are left, who then "
-        "count alike (FedProx)",
+        "examples": "so many different clients, each next one with probability n_k / n of those left, who then count "
+        "alike (FedProx)",
         "examples_replaced": "so many draws with probability n_k / n; a client drawn twice counts twice (FedProx)",
         "poisson": "each client by itself with probability --participation",
     }
@@ -97,9 +97,7 @@ def _thresholds(rate: float, may_train: int, places: int) -> np.ndarray:
     return np.minimum(np.rint(below * 2.0**32), 2.0**32 - 1).astype(np.uint32)
 
 
-def _by_examples(
-    policy: Policy, key: jax.Array, clients: int, may_train: int, places: int, cumulative: Array
-) -> Drawn:
+def _by_examples(policy: Policy, key: jax.Array, clients: int, may_train: int, places: int, cumulative: Array) -> Drawn:
     held = jnp.maximum(cumulative[-1], 1)
 
     def some(key):

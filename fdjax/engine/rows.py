@@ -33,10 +33,12 @@ def of_round(
     """The rows [S_j] of the participants of each cohort in the round of `key`."""
     rows = []
     for j, drawn in enumerate(chosen):
-        row = _all_that_train(layout, federation, state, j) if drawn is None else _of(layout, federation, state, j, drawn)
-        places, present = len(row.client), layout.may_train[j] if drawn is None else jnp.sum(drawn.times > 0)
+        if drawn is None:
+            row, present = _all_that_train(layout, federation, state, j), layout.may_train[j]
+        else:
+            row, present = _of(layout, federation, state, j, drawn), jnp.sum(drawn.times > 0)
         own = keys.stream(key, "effort", j)
-        effort = participation.effort(layout.policy, own, places, present, hparams)
+        effort = participation.effort(layout.policy, own, len(row.client), present, hparams)
         rows.append(row._replace(work=effort.work, weight=jnp.where(effort.sends, row.weight, 0)))
     return tuple(rows)
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from fdjax.contract import ENSEMBLE, Algorithm, Exchange, HParams, Received
 from fdjax.data.federation import replicated
 from fdjax.engine import evaluate, rows, step
 from fdjax.engine.check import Checker, check_algorithm
 from fdjax.engine.layout import Layout, Report, State, classes_of
-from fdjax.engine.new_clients import fine_tune
+from fdjax.engine.new_clients import fine_tune, model_of_client
 from fdjax.engine.storage import by_rows, on_host, placed
 from fdjax.errors import InputError
 from fdjax.exchange import traffic
@@ -51,6 +52,15 @@ class Simulation(NamedTuple):
     pure: Pure
 
 
+class _Placement(NamedTuple):
+    """Of each part of a `State`."""
+
+    server: NamedSharding
+    clients: NamedSharding
+    round: NamedSharding
+    root: NamedSharding
+
+
 def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
     """Bind an algorithm to its cohorts, participants and devices.
 
@@ -73,17 +83,19 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
     compiled = (lambda function, **options: function) if looping else jax.jit
     # Results have one placement, or the second superstep would compile anew.
     everywhere = replicated(layout.lifting.mesh)
-    state = State(everywhere, by_rows(layout.lifting.mesh), everywhere, everywhere)
-    tuned = algorithm.model_of and layout.fine_tuning and any(layout.new)
+    placement = _Placement(everywhere, by_rows(layout.lifting.mesh), everywhere, everywhere)
+    state: Any = State(*placement)  # pyright: ignore[reportArgumentType]  a prefix of the tree
+    tuned = functools.partial(fine_tune, algorithm, layout)
+    tunes = model_of_client(algorithm) and layout.fine_tuning and any(layout.new)
     return Simulation(
         init=compiled(pure.init, out_shardings=state, compiler_options=_QUICK if on_cpu else None),
         setup=compiled(pure.setup, out_shardings=(state, everywhere), donate_argnums=0) if pure.setup else None,
         run=compiled(pure.run, out_shardings=(state, everywhere), static_argnums=3, donate_argnums=0),
         evaluate=compiled(pure.evaluate, out_shardings=everywhere),
-        fine_tune=compiled(functools.partial(fine_tune, algorithm, layout), out_shardings=everywhere) if tuned else None,
+        fine_tune=compiled(tuned, out_shardings=everywhere) if tunes else None,
         traffic=functools.partial(_traffic, algorithm, layout),
         leaf=functools.partial(_leaf, algorithm, layout),
-        shapes=functools.partial(_state_shapes, pure, state),
+        shapes=functools.partial(_state_shapes, pure, placement),
         fetch=functools.partial(_fetch, layout),
         place=functools.partial(_place, layout),
         pure=pure,
@@ -95,7 +107,7 @@ def _init(algorithm: Algorithm, layout: Layout, seed: Any, federation: Federatio
     return step.initial_state(algorithm, layout, seed, federation)
 
 
-def _state_shapes(pure: Pure, shardings: State, federation: Federation) -> State:
+def _state_shapes(pure: Pure, shardings: _Placement, federation: Federation) -> State:
     shapes = jax.eval_shape(pure.init, 0, federation)
     return State(
         *(

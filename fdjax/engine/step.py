@@ -216,13 +216,11 @@ def _report(
         metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
         sent=(
             tuple(
-                Sent(_number(s.took_part), *jax.tree.map(jnp.sum, k.sent), _number(s.sends))
+                Sent(_number(s.took_part), *_summed(k.sent), _number(s.sends))
                 for k, s in zip(kept, standing, strict=True)
             ),
         ),
-        nonfinite=NonFinite(
-            _number(bad >= 0), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]
-        ),
+        nonfinite=NonFinite(_number(bad >= 0), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]),
     )
 
 
@@ -324,6 +322,10 @@ def initial_state(algorithm: Algorithm, layout: Layout, seed: Array | int, feder
 
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+
+
+def _summed(sent: tuple[Any, Any]) -> tuple[Any, Any]:
+    return jax.tree.map(jnp.sum, sent)
 
 
 def _number(of: jax.Array) -> jax.Array:

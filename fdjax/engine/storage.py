@@ -5,7 +5,7 @@ on its own rows when all of them train or are tested. A single device has its cl
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Storage(NamedTuple):
         """Rows of all devices."""
         return self.devices * self.units * self.unit
 
-    def row(self, rank: Array) -> Array:
+    def row(self, rank: Any) -> Any:
         """The row of each client; a rank that nobody has, C_j or more, is of no row at all."""
         if self.devices == 1:
             return rank
@@ -83,9 +83,9 @@ def keep_by_rows(clients: PyTree, mesh: Mesh) -> PyTree:
 
 def on_host(storages: Sequence[Storage], clients: tuple[PyTree, ...], mesh: Mesh) -> tuple[PyTree, ...]:
     """All states on every host, [C_j, ...] by rank: to look at, for on the way they are all on each device."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return tuple(
-        jax.tree.map(lambda x, s=s: np.asarray(s.collect(jax.device_get(jax.jit(_same, out_shardings=everywhere)(x)))), c)
+        jax.tree.map(lambda x, s=s: np.asarray(s.collect(jax.device_get(gather(x)))), c)
         for s, c in zip(storages, clients, strict=True)
     )
 
@@ -97,12 +97,10 @@ def placed(storages: Sequence[Storage], clients: tuple[PyTree, ...], mesh: Mesh)
         rank = np.arange(s.clients)
         client = np.zeros(s.rows, int)  # any will do for a row without one
         client[np.asarray(s.row(rank))] = rank
-        return jax.make_array_from_callback(
-            (s.rows, *x.shape[1:]), by_rows(mesh), lambda index: np.asarray(x)[client[index[0]]]
-        )
+
+        def part(index: Any) -> np.ndarray:
+            return np.asarray(x)[client[index[0]]]
+
+        return jax.make_array_from_callback((s.rows, *x.shape[1:]), by_rows(mesh), part)
 
     return tuple(jax.tree.map(lambda x, s=s: place(s, x), c) for s, c in zip(storages, clients, strict=True))
-
-
-def _same(x: jax.Array) -> jax.Array:
-    return x

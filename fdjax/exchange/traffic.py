@@ -1,8 +1,8 @@
 """Bytes on the simulated network, counted from what is really sent.
 
 Arrays count by their shapes, once and for all; what is coded or ragged is counted by the clients as they send it. A
-compiled round returns `Sent`: how many participants took part and sent, and the bytes that they counted. `Traffic` turns that
-into bytes on the host, in whole numbers that no float32 could hold.
+compiled round returns `Sent`: how many participants took part and sent, and the bytes that they counted. `Traffic`
+turns that into bytes on the host, in whole numbers that no float32 could hold.
 """
 
 from collections.abc import Sequence

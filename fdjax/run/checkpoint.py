@@ -50,11 +50,11 @@ class Checkpoints:
         args = self._ocp.args.Composite(record=self._ocp.args.JsonRestore())
         return self._manager.restore(self.latest(), args=args)["record"]
 
-    def restore(self, like: State, then: Sequence[Storage] | None, now: Sequence[Storage]) -> State:
+    def restore(self, like: State, then: Sequence[Storage] | None = None, now: Sequence[Storage] = ()) -> State:
         """The state of the latest checkpoint, with the structure, shapes, dtypes and placement of `like`.
 
-        `then` and `now` say where states of clients lay and are to lie (None: by rank, as on one device). If that is
-        not the same, as on another number of devices, each host reads all of them into its own memory first.
+        `then` and `now` say where states of clients lay (None: by rank, as on one device) and are to lie. If that is not
+        the same, as on another number of devices, each host reads all of them into its own memory first.
         """
         then = then or [Storage(each.clients, 1, 1, each.clients) for each in now]
         found = self._manager.item_metadata(self.latest() or 0)["state"]
@@ -63,10 +63,7 @@ class Checkpoints:
         if sorted(map(str, dtypes)) != sorted(str(leaf.dtype) for leaf in jax.tree.leaves(like)):
             raise InputError(f"the checkpoint in {self.folder} has other dtypes than this run; start a new --out")
         moves = list(then) != list(now)
-        if moves:
-            asked = like._replace(clients=tuple(map(_on_host, like.clients, then)))
-        else:
-            asked = like
+        asked = like._replace(clients=tuple(map(_on_host, like.clients, then))) if moves else like
         args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(asked))
         state = self._manager.restore(self.latest(), args=args)["state"]
         return state._replace(clients=tuple(map(_moved, state.clients, like.clients, then, now))) if moves else state
@@ -82,6 +79,6 @@ def _on_host(like: PyTree, then: Storage) -> PyTree:
 
 
 def _moved(clients: PyTree, like: PyTree, then: Storage, now: Storage) -> PyTree:
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(like)]
     by_rank = jax.tree.map(lambda x: then.collect(np.asarray(x)), clients)
-    (clients,) = placed([now], (by_rank,), jax.tree.leaves(like)[0].sharding.mesh) if jax.tree.leaves(like) else ((),)
-    return clients
+    return placed([now], (by_rank,), meshes[0])[0] if meshes else clients  # a client may keep nothing

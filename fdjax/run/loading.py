@@ -10,7 +10,6 @@ from fdjax.errors import InputError
 from fdjax.run.settings import Settings, cohorts_of, of_role
 from fdjax.types import Holdings, Source
 
-
 _NEW = 11  # sets the draw of new clients apart from others with the same seed
 
 
@@ -131,7 +130,7 @@ def new_clients(
         number = round(settings.new_clients * size)
         if not 0 < number < size:
             raise InputError(
-                f"--new_clients={settings.new_clients:g} of {size} clients is {number}; some have to be new, and some not"
+                f"--new_clients={settings.new_clients:g} of {size} clients is {number}; some must be new, and some not"
             )
         never_train[first + rng.choice(size, number, replace=False)] = True
         first += size

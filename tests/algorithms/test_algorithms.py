@@ -93,9 +93,9 @@ def run_elsewhere(name, **options):
     """The reference's start, carried on under another layout: (state, metrics)."""
     _, simulation = cases.simulation(name, **options)
     federation = cases.federation(devices=options.get("devices", 1))
-    start = cases.replicated(begun(name), federation)  # the same start, to save compiling `init` again
+    start = simulation.place(begun(name))  # the same start, to save compiling `init` again
     state, report = simulation.run(start, federation, cases.hparams_of(name), ROUNDS)
-    return state, report.metrics
+    return simulation.fetch(state), report.metrics
 
 
 def test_is_the_same_on_two_devices(name):
