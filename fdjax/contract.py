@@ -69,7 +69,7 @@ class Stack(NamedTuple):
 
     partials: PyTree  # [S, ...]
     client: jax.Array  # [S] int32 ids
-    weight: jax.Array  # [S] float32: number of examples; 0 says that the client is to be ignored
+    weight: jax.Array  # [S] float32: of each upload, as `Partial` gets it; 0 says that the client is to be ignored
 
 
 class Data(Protocol):
@@ -100,7 +100,10 @@ class ClientWork(Protocol):
 
 
 class Partial(Protocol):
-    """What one upload of `weight` n_k ([] float32) adds to the summary: work of the server."""
+    """What one upload of `weight` ([] float32) adds to the summary: work of the server.
+
+    The weight is n_k, or where clients are drawn by their examples the number of times that this one was drawn.
+    """
 
     def __call__(self, ctx: Context, upload: PyTree, weight: jax.Array, /) -> PyTree: ...
 
@@ -144,14 +147,20 @@ class PersonalPredictor(Protocol):
     def __call__(self, ctx: Context, server: PyTree, state: PyTree, x: jax.Array, /) -> jax.Array: ...
 
 
+class ModelOf(Protocol):
+    """The params of `ctx.model` with which a client predicts."""
+
+    def __call__(self, ctx: Context, server: PyTree, state: PyTree, /) -> PyTree: ...
+
+
 COMBINES = ("sum", "min", "max", "stack")
 
 
 class Reduction(NamedTuple):
     """What becomes of the uploads: `finish(ctx, combine over participants of partial(ctx, upload, weight))`.
 
-    A client of weight 0 (it holds no example, or its numbers are not finite and are to be left out) gives the identity
-    of `combine`, whatever `partial` says; in a stack it has the weight 0.
+    A client of weight 0 (it holds no example, was dropped, or its numbers are not finite and are to be left out) gives
+    the identity of `combine`, whatever `partial` says; in a stack it has the weight 0.
     """
 
     partial: Partial
@@ -198,6 +207,12 @@ class Algorithm(NamedTuple):
     central: CentralPredictor | _Ensemble | None = None
     personal: PersonalPredictor | None = None  # without it a client's own model is the central one
     name: str = "algorithm"  # for errors; `Method.algorithm` fills it in
+    model_of: ModelOf | None = None  # with it a client that never trained can be fine-tuned
+
+    @property
+    def params_of_client(self) -> ModelOf | None:
+        """The params of `ctx.model` with which a client predicts, where the method says what they are."""
+        return self.model_of or (params_of_state if self.personal is predict_with_own_model else None)
 
 
 def own_model(ctx: Context, params: PyTree) -> PyTree:
@@ -208,6 +223,16 @@ def own_model(ctx: Context, params: PyTree) -> PyTree:
 def predict_with_own_model(ctx: Context, server: PyTree, params: PyTree, x: jax.Array) -> jax.Array:
     """The usual `personal` of such a client."""
     return ctx.model.apply(params, x)
+
+
+def params_of_server(ctx: Context, server: PyTree, state: PyTree) -> PyTree:
+    """The `model_of` of a method whose server state is the model of all."""
+    return server
+
+
+def params_of_state(ctx: Context, server: PyTree, params: PyTree) -> PyTree:
+    """The `model_of` of a method whose clients' states are their own models."""
+    return params
 
 
 def unchanged(ctx: Context, server: PyTree, summary: Any) -> tuple[PyTree, Metrics]:

@@ -41,7 +41,7 @@ class Shuffle(NamedTuple):
         return x.astype(jnp.int32)
 
 
-def shuffle(key: jax.Array, count: Array) -> Shuffle:
+def shuffle(key: jax.Array, count: Array | int) -> Shuffle:
     """A permutation of `[0, count)`; the key is consumed.
 
     `jax.random.permutation` sorts a buffer as long as the largest client for every client; this one costs 24 arithmetic

@@ -60,11 +60,13 @@ class Federation(NamedTuple):
 
     train: Examples
     test: Examples
-    client: Array  # [C] int32: client ids; cohort after cohort, and within a cohort by falling number of examples
+    client: Array
+    # [C] int32 ids; cohort after cohort, and within one by falling number of examples, those that never train last
     train_holdings: Holdings  # rows as in `client`
     test_holdings: Holdings  # each client's own test part, of its own label distribution
     proxy: Examples | None = None
     validation: Examples | None = None  # nobody trains on them
+    cumulative: Array | None = None  # [C] int32: examples of a cohort's clients that train, up to each; to draw by them
 
 
 STATISTICS = "batch_stats"  # the dict key below which params hold BatchNorm's running statistics

@@ -160,7 +160,7 @@ def participants_of(key, clients, size, cohort=0):
     """Rows of the federation that take part in the round of `key`."""
     if size == clients:
         return np.arange(clients)
-    return np.sort(jax.random.choice(keys.stream(key, "participants", cohort), clients, (size,), replace=False))
+    return np.sort(keys.shuffle(keys.stream(key, "participants", cohort), clients)(jnp.arange(size)))
 
 
 # What the papers say.

@@ -27,10 +27,12 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# Ways to run a function for many clients. Only engine/lift.py does that; whoever else uses one says over what.
+# Ways to run a function for many clients. Only engine/lift.py does that, and engine/lift_trials.py for trials; whoever
+# else uses one says over what.
 LIFTINGS = {"vmap", "pmap", "shard_map", "psum", "pmean", "all_gather", "lax.map"}
 LIFTINGS_ALLOWED = {
     "engine/lift.py": LIFTINGS,
+    "engine/lift_trials.py": LIFTINGS,
     "client/augment.py": {"vmap"},  # over the images of a batch
     "models/convolution.py": {"lax.map", "vmap"},  # the rule of a custom_vmap: over whatever axis the caller batches
 }

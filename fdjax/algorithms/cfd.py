@@ -83,6 +83,7 @@ def cfd(task: Task) -> Algorithm:
         round=(coded(exchange, up=up, down=down),),
         central=lambda ctx, server, x: ctx.model.apply(server["params"], x),
         personal=lambda ctx, server, state, x: ctx.model.apply(state["params"], x),
+        model_of=lambda ctx, server, state: state["params"],
     )
 
 

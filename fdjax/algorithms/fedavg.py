@@ -19,7 +19,7 @@ import jax
 
 from fdjax.client import losses
 from fdjax.client.training import fit, local_work
-from fdjax.contract import Algorithm, Broadcast, ClientWork, Context, Exchange, Upload
+from fdjax.contract import Algorithm, Broadcast, ClientWork, Context, Exchange, Upload, params_of_server
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, Method, Task
 from fdjax.types import PyTree
@@ -69,6 +69,7 @@ def with_objective(task: Task, objective: Objective, pull: Pull | None = None) -
         init_client=lambda ctx, params: (),
         round=(averaging(train),),
         central=lambda ctx, params, x: ctx.model.apply(params, x),
+        model_of=params_of_server,
     )
 
 

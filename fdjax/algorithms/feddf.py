@@ -130,6 +130,7 @@ def feddf(task: Task) -> Algorithm:
         round=(train._replace(broadcast=lambda ctx, ps: Broadcast(ps[ctx.cohort]), reduce=reduction, server=server),),
         central=lambda ctx, prototypes, x: task.models[0].apply(prototypes[0], x),
         personal=own_prototype if len(task.models) > 1 else None,
+        model_of=lambda ctx, prototypes, state: prototypes[ctx.cohort],
     )
 
 

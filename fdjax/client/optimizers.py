@@ -24,6 +24,7 @@ def with_kept_optimizers(algorithm: Algorithm, task: Task) -> Algorithm:
     A training has one state, which all fits by it share; trainings of one name share one too, as a digest and a revisit
     do that have the same optimiser. These states are not sent.
     """
+    params_of = algorithm.params_of_client
     at_clients, at_server = (task.training, task.distilling), (task.distilling, task.serving)
 
     def init_server(ctx, params):
@@ -46,6 +47,7 @@ def with_kept_optimizers(algorithm: Algorithm, task: Task) -> Algorithm:
         setup=tuple(map(_keeping, algorithm.setup)),
         central=predictor(algorithm.central),
         personal=predictor(algorithm.personal),
+        model_of=None if params_of is None else lambda ctx, server, kept: params_of(ctx, server.state, kept.state),
     )
 
 

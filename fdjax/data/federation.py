@@ -24,8 +24,12 @@ def federate(
     cohort_sizes: tuple[int, ...],
     mesh: Mesh,
     proxy: tuple[np.ndarray, np.ndarray] | None = None,
+    never_train: np.ndarray | None = None,
+    by_examples: bool = False,
 ) -> Federation:
     """Put a partitioned source on every device of `mesh`, with the rows of each cohort in order of work.
+
+    Clients in `never_train` [C] bool come last in their cohort. `by_examples`: with the table to draw clients by n_k.
 
     `proxy` is (x, y) on the host, in the source's form; a model sees it as it sees the source's examples.
 
@@ -42,9 +46,11 @@ def federate(
     ids = np.arange(clients, dtype=np.int32)
     bounds = np.cumsum((0, *cohort_sizes))
     count = np.asarray(train.count)
-    client = np.concatenate(
-        [ids[low:high][np.argsort(-count[low:high], kind="stable")] for low, high in itertools.pairwise(bounds)]
-    )
+    new = np.zeros(clients, bool) if never_train is None else never_train
+    parts = [slice(low, high) for low, high in itertools.pairwise(bounds)]
+    client = np.concatenate([ids[part][np.lexsort((-count[part], new[part]))] for part in parts])
+    held = np.where(new, 0, count)[client]
+    cumulative = np.concatenate([np.cumsum(held[part]) for part in parts]).astype(np.int32) if by_examples else None
 
     def rows(holdings: Holdings, size: int) -> Holdings:
         order, start, count = (np.asarray(leaf, np.int32) for leaf in holdings)
@@ -60,6 +66,7 @@ def federate(
         test_holdings=rows(test, len(source.test_y) + clients),
         proxy=None if proxy is None else examples(*proxy, source),
         validation=None if source.validation is None else examples(*source.validation, source),
+        cumulative=cumulative,
     )
     return jax.device_put(federation, replicated(mesh))
 

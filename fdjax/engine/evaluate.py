@@ -10,7 +10,7 @@ from fdjax import keys
 from fdjax.client import losses, testing
 from fdjax.client.data import ClientData, whole
 from fdjax.contract import ENSEMBLE, Algorithm, HParams
-from fdjax.engine import lift
+from fdjax.engine import lift, new_clients
 from fdjax.engine.check import check_logits
 from fdjax.engine.layout import Layout, State, classes_of, rows_of
 from fdjax.engine.step import Moment, context
@@ -58,7 +58,8 @@ def evaluate(
     key = keys.stream(jax.random.wrap_key_data(state.root), "evaluate", state.round)
     moment = Moment(federation, hparams, state.round, key)
     test = _Test(algorithm, layout, moment, state.server, min(classes_of(layout, federation).values()))
-    trained = jnp.asarray(federation.train_holdings.count > 0, jnp.float32)
+    new = new_clients.never_train(layout)
+    trained = jnp.asarray((federation.train_holdings.count > 0) & ~new, jnp.float32)
     scalars: Scalars = {}
     if algorithm.central is not None and not test.votes:
         scalars["central_accuracy"], scalars["central_loss"] = _central(test, federation.test)
@@ -77,7 +78,8 @@ def evaluate(
         validation = _validation(test, state, trained, federation.validation)
         scalars["validation_accuracy"], scalars["validation_loss"] = validation
     tested = federation.test_holdings.count > 0
-    scalars |= _across_clients(own_accuracy, own_loss, tested, federation.train_holdings.count)
+    scalars |= _across_clients(own_accuracy, own_loss, tested & ~new, federation.train_holdings.count)
+    scalars |= new_clients.as_they_are(layout, own_accuracy, own_loss, tested)
     return scalars, clients
 
 
@@ -147,8 +149,9 @@ def _own_parts(test: _Test, state: State) -> tuple[jax.Array, jax.Array]:
 
         rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
         score, _ = lift.over_clients(
-            client, (test.server, test.moment), rows, test.layout.lifting, stage="evaluation", names=rows.client
-        )
+            client, (test.server, test.moment), rows, test.layout.lifting, storage=test.layout.storages[j],
+            stage="evaluation", names=rows.client,
+        )  # fmt: skip
         scores.append(score)
     return jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean()
 
@@ -171,7 +174,7 @@ def _personal(test: _Test, state: State, trained: jax.Array, examples: Examples)
         rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
         score, total = lift.over_clients(
             client, (test.server, test.moment, examples), (rows, trained[part]),
-            layout.lifting._replace(narrow=()), stage="evaluation", names=rows.client,
+            layout.lifting._replace(narrow=()), storage=layout.storages[j], stage="evaluation", names=rows.client,
         )  # fmt: skip
         scores.append(score)
         totals.append(total)

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdjax.engine.lift import Lifting
+from fdjax.engine.lift import Lifting, Stored
+from fdjax.engine.participation import Policy
+from fdjax.engine.storage import Storage, storage
 from fdjax.exchange.traffic import Sent
+from fdjax.method import Training
 from fdjax.types import Array, Cohort, Federation, Holdings, Model, PyTree
 
 
@@ -16,9 +19,17 @@ class State(NamedTuple):
     """Everything that changes between rounds."""
 
     server: PyTree
-    clients: tuple[PyTree, ...]  # one stacked pytree [C_j, ...] a cohort, rows as in the federation
+    clients: tuple[PyTree, ...]
+    # one stacked pytree a cohort: on one device [C_j, ...], rows as in the federation; on several as its Storage says
     round: jax.Array  # [] int32: rounds done
     root: jax.Array  # [2] uint32: the root key's data; a typed key on several devices would miss jit's fast path
+
+
+class FineTuning(NamedTuple):
+    """How a client that never trained is fine-tuned before it is tested."""
+
+    training: Training
+    epochs: int
 
 
 class Layout(NamedTuple):
@@ -26,12 +37,15 @@ class Layout(NamedTuple):
 
     central: Model
     cohorts: tuple[Cohort, ...]
-    participants: tuple[int, ...]  # per round, of each cohort
+    participants: tuple[int, ...]  # per round, of each cohort; places for them where their number is drawn
     lifting: Lifting
     eval_batch: int = 500
     own_batch: int = 500  # the same for the clients' own test parts, which may be small
     full_eval: bool = True  # test every personal model on the full test set too: C passes over it
     drop_nonfinite: bool = False  # leave a client out of a round in which its numbers are not finite
+    policy: Policy = Policy()  # how participants are drawn, and what they do
+    new: tuple[int, ...] = ()  # clients of each cohort that never train, its last rows; () for none
+    fine_tuning: FineTuning | None = None  # of these, at the end
 
     @property
     def slices(self) -> list[slice]:
@@ -39,21 +53,35 @@ class Layout(NamedTuple):
         bounds = np.cumsum((0, *(cohort.size for cohort in self.cohorts)))
         return [slice(int(low), int(high)) for low, high in itertools.pairwise(bounds)]
 
+    @property
+    def may_train(self) -> tuple[int, ...]:
+        """Clients of each cohort that take part in rounds and in the set-up, its first rows."""
+        new = self.new or (0,) * len(self.cohorts)
+        return tuple(cohort.size - never for cohort, never in zip(self.cohorts, new, strict=True))
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """Where the states of each cohort's clients lie."""
+        return tuple(storage(cohort.size, self.lifting) for cohort in self.cohorts)
+
 
 class Row(NamedTuple):
     """One client, as it is lifted; stacked, some clients of a cohort."""
 
-    client: Array  # [] int32 id
+    client: Array  # [] int32 id; C, which nobody has, in a place that is empty
     start: Array
-    count: Array
-    state: PyTree
+    count: Array  # 0 for a client that is absent
+    state: PyTree  # `Stored` where rows are stacked
     active: Array  # [] bool: False after its numbers were left out of an exchange of this round
+    weight: Array  # [] float32: what its upload counts for, n_k unless participants count alike; 0: it sends nothing
+    work: Array  # [] float32: share of its epochs that it does
 
 
 def rows_of(federation: Federation, holdings: Holdings, part: slice, state: PyTree) -> Row:
     """The rows [C_j, ...] of a cohort."""
-    active = jnp.ones(part.stop - part.start, bool)
-    return Row(federation.client[part], holdings.start[part], holdings.count[part], state, active)
+    size, count = part.stop - part.start, holdings.count[part]
+    ones = jnp.ones(size, bool), jnp.asarray(count, jnp.float32), jnp.ones(size)
+    return Row(federation.client[part], holdings.start[part], count, Stored(state), *ones)
 
 
 def classes_of(layout: Layout, federation: Federation) -> dict[str, int]:

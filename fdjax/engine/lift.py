@@ -1,12 +1,13 @@
-"""From one client to many, and from one trial to many: the only place where either is vmapped, mapped or sharded.
+"""From one client to many: with `lift_trials`, the only place where either is vmapped, mapped or sharded.
 
 Clients are rows of a stacked pytree, in order of their work. A row of zeros is a client without examples: it weighs
-nothing, so rows are padded with zeros to fill the last chunk.
+nothing, so rows are padded with zeros to fill the last chunk. Where all clients of a cohort run, each device takes
+those whose states it holds.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jax.sharding import Mesh, PartitionSpec
 from fdjax.types import Array, PyTree
 
 AXIS = "clients"
-TRIALS = "trials"
 
 
 class Partials(NamedTuple):
@@ -73,6 +73,23 @@ class Lifting(NamedTuple):
     ordered: bool = False  # sum partials chunk by chunk whoever computed them: bitwise equal on 1, 2, 4 devices
 
 
+class Stored(NamedTuple):
+    """States of clients as they are stored: of all of a cohort in the rows of its `Rows`, of some in their order."""
+
+    tree: PyTree
+
+
+class Rows(Protocol):
+    """Which row each client of a cohort is stored in; see `fdjax.engine.storage`."""
+
+    @property
+    def clients(self) -> int: ...
+    @property
+    def devices(self) -> int: ...
+    def deal(self, x: Array, /) -> Array: ...
+    def collect(self, x: Array, /) -> Array: ...
+
+
 def make_mesh(devices: list[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all of every host's, if not given) whose one axis is the clients'."""
     devices = jax.devices() if devices is None else devices
@@ -97,35 +114,115 @@ def _by_kind(function: Callable[..., Any], *partials: Partials) -> Partials:
 
 
 def over_clients(
-    client: Client, shared: PyTree, rows: PyTree, lifting: Lifting, *, stage: str = "", names: Array | None = None
+    client: Client,
+    shared: PyTree,
+    rows: PyTree,
+    lifting: Lifting,
+    *,
+    storage: Rows | None = None,
+    stage: str = "",
+    names: Array | None = None,
 ) -> tuple[PyTree, Partials]:
     """Run `client(shared, row) -> (kept, partials)` for every row: kept stacked `[S, ...]`, and the totals.
 
     Memory follows the chunk, and a client waits only for others of like work. A chunk of one is not vmapped at all,
     which keeps native convolutions native. `stage` and `names` [S] (client ids) are what a failure under `loop` says.
+
+    With `storage` these are all clients of a cohort: what is `Stored` in `rows` lies in its rows, and what the client
+    wraps so in `kept` is left there. A client sees its state without the wrapping.
     """
+    one = _unwrapping(client)
+    if storage is not None and storage.devices > 1:
+        return _where_stored(one, shared, rows, storage, lifting)
     (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
     if lifting.kind == "loop":
-        return _loop(client, shared, rows, size, stage, names)
+        return _loop(one, shared, rows, size, stage, names)
+    parts = [
+        _in_chunks(one, shared, _slice(rows, start, stop, size), stop - start, lifting._replace(chunk=chunk))
+        for start, stop, chunk in _parts(size, lifting)
+    ]
+    return _concatenated(parts, axis=0)
+
+
+def _unwrapping(client: Client) -> Client:
+    def one(shared, row):
+        return client(shared, jax.tree.map(lambda x: x.tree if isinstance(x, Stored) else x, row, is_leaf=_is_stored))
+
+    return one
+
+
+def _is_stored(x: Any) -> bool:
+    return isinstance(x, Stored)
+
+
+def _parts(size: int, lifting: Lifting) -> list[tuple[int, int, int]]:
+    """(start, stop, chunk) of each part of the rows, the narrower chunks first."""
     parts, start = [], 0
     for share, chunk in (*lifting.narrow, (1.0, lifting.chunk)):
         stop = round(share * size)
         if start < stop:
-            part = jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], rows) if stop - start < size else rows
-            parts.append(_in_chunks(client, shared, part, stop - start, lifting._replace(chunk=chunk)))
+            parts.append((start, stop, chunk))
             start = stop
+    return parts
+
+
+def _slice(rows: PyTree, start: int, stop: int, size: int) -> PyTree:
+    return rows if stop - start == size else jax.tree.map(lambda x: x[start:stop], rows)
+
+
+def _concatenated(parts: list[tuple[PyTree, Partials]], axis: int) -> tuple[PyTree, Partials]:
     if len(parts) == 1:
         return parts[0]
     kept, totals = zip(*parts, strict=True)
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *kept), combine(*totals)
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis), *kept), combine(*totals)
 
 
-def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting: Lifting) -> tuple[PyTree, Partials]:
-    devices = lifting.mesh.size
-    most = size if lifting.ordered else -(-size // devices)  # a sum in order is of the same chunks on any devices
-    chunk = size if lifting.kind == "vmap" else min(lifting.chunk, most)
-    chunks = -(-size // (chunk * devices))  # that each device runs
-    deal, collect = _dealing(devices, chunks)
+def _where_stored(
+    client: Client, shared: PyTree, rows: PyTree, storage: Rows, lifting: Lifting
+) -> tuple[PyTree, Partials]:
+    """All clients of a cohort, each on the device that holds its state: no state goes anywhere."""
+    devices = storage.devices
+
+    def of_device(x):  # [rows, ...] -> [devices, rows of a device, ...]
+        return x.reshape(devices, -1, *x.shape[1:])
+
+    dealt = jax.tree.map(
+        lambda x: jax.tree.map(of_device, x) if _is_stored(x) else of_device(storage.deal(x)), rows, is_leaf=_is_stored
+    )
+    (size,) = {leaf.shape[1] for leaf in jax.tree.leaves(dealt)}
+
+    def part(start, stop, chunk):
+        chunk = min(chunk, stop - start)
+        chunks = -(-(stop - start) // chunk)
+
+        def into_chunks(x):
+            x = x if stop - start == size else x[:, start:stop]
+            padding = chunks * chunk - (stop - start)
+            x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x
+            return x.reshape(devices, chunks, chunk, *x.shape[2:])
+
+        on_device = _on_device(client, chunk, lifting)
+        kept, totals = _spread(on_device, lifting)(shared, jax.tree.map(into_chunks, dealt))
+        kept = jax.tree.map(lambda x: x.reshape(devices, chunks * chunk, *x.shape[3:])[:, : stop - start], kept)
+        if not lifting.ordered:
+            return kept, totals
+        by_rank = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), totals)
+        return kept, _in_order(by_rank)
+
+    kept, totals = _concatenated([part(*bounds) for bounds in _parts(size, lifting)], axis=1)
+
+    def all_rows(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(
+        lambda x: jax.tree.map(all_rows, x) if _is_stored(x) else storage.collect(all_rows(x)),
+        kept,
+        is_leaf=_is_stored,
+    ), totals
+
+
+def _on_device(client: Client, chunk: int, lifting: Lifting):
+    """A device's part: (shared, rows [chunks, chunk, ...]) -> kept, and totals, or with `ordered` all [chunks, ...]."""
 
     @jax.jit  # traced once, for its shapes and for its use
     def run_chunk(shared, rows):
@@ -135,7 +232,7 @@ def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting:
         kept, partials = jax.vmap(client, in_axes=(None, 0))(shared, rows)
         return kept, _by_kind(lambda how, x: how.axis(x, axis=0), partials)
 
-    def on_device(shared, rows):  # rows [chunks, chunk, ...] -> kept, and totals, or with `ordered` all [chunks, ...]
+    def on_device(shared, rows):
         if lifting.ordered:
             return lax.map(lambda rows: run_chunk(shared, rows), rows)
         _, shapes = jax.eval_shape(run_chunk, shared, jax.tree.map(lambda x: x[0], rows))
@@ -145,13 +242,24 @@ def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting:
             return combine(totals, partials), kept
 
         totals, kept = lax.scan(next_chunk, _nothing(shapes), rows)
-        return kept, totals if devices == 1 else _over_devices(totals)
+        return kept, totals if lifting.mesh.size == 1 else _over_devices(totals)
+
+    return on_device
+
+
+def _in_chunks(client: Client, shared: PyTree, rows: PyTree, size: int, lifting: Lifting) -> tuple[PyTree, Partials]:
+    devices = lifting.mesh.size
+    most = size if lifting.ordered else -(-size // devices)  # a sum in order is of the same chunks on any devices
+    chunk = size if lifting.kind == "vmap" else min(lifting.chunk, most)
+    chunks = -(-size // (chunk * devices))  # that each device runs
+    deal, collect = _dealing(devices, chunks)
 
     def into_chunks(x):
         padding = chunks * devices * chunk - size
         x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)]) if padding else x
         return deal(x.reshape(chunks * devices, chunk, *x.shape[1:]))
 
+    on_device = _on_device(client, chunk, lifting)
     kept, totals = _spread(on_device, lifting)(shared, jax.tree.map(into_chunks, rows))
     kept = jax.tree.map(lambda x: collect(x).reshape(-1, *x.shape[3:])[:size], kept)
     return kept, _in_order(jax.tree.map(collect, totals)) if lifting.ordered else totals
@@ -208,83 +316,6 @@ def _dealing(devices: int, chunks: int):
         return x if devices == 1 else x[back]
 
     return deal, collect
-
-
-def make_trial_mesh(devices: list[Any]) -> Mesh:
-    """A mesh over `devices` whose one axis is the trials': each device runs whole trials by itself."""
-    return jax.make_mesh((len(devices),), (TRIALS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def trial_axes(varies: PyTree) -> PyTree:
-    """vmap's axes of a pytree of bools that says which leaves differ between trials."""
-    return jax.tree.map(lambda v: 0 if v else None, varies)
-
-
-def trial_specs(varies: PyTree) -> PyTree:
-    """Its partition: leaves that differ are shared out over devices, the others are everywhere."""
-    return jax.tree.map(lambda v: PartitionSpec(TRIALS) if v else PartitionSpec(), varies)
-
-
-def what_varies(function: Callable[..., PyTree], args: tuple[PyTree, ...], varies: tuple[PyTree, ...]) -> PyTree:
-    """Which leaves of `function(*args)` differ between trials if those of args marked in `varies`, [T, ...], do.
-
-    What does not differ is computed once for all trials that run together: the teachers of FedDistill, which know
-    nothing of temperature and weight, or the order of the examples.
-    """
-    found = []
-
-    @jax.custom_batching.custom_vmap
-    def probe(out):
-        return out
-
-    @probe.def_vmap
-    def _(size, batched, out):
-        found.append(batched[0])
-        return out, batched[0]
-
-    out = jax.eval_shape(jax.vmap(lambda *args: probe(function(*args)), in_axes=trial_axes(varies)), *args)
-    return found[0] if found else jax.tree.map(lambda _: False, out)
-
-
-def over_trials(
-    function: Callable[..., PyTree], varies: tuple[PyTree, ...], varies_out: PyTree, mesh: Mesh, width: int
-) -> Callable[..., PyTree]:
-    """`lifted(chunks, *args)`: `function` for every trial, `width` of them vmapped together on a device.
-
-    Leaves marked in `varies` are [T, ...], the trials of each device one after another; `chunks` [devices] int32 is how
-    many chunks of trials each device runs, so trials that ended cost nothing: their rows are zeros.
-    """
-    vmapped = jax.vmap(function, in_axes=trial_axes(varies), out_axes=trial_axes(varies_out))
-
-    def on_device(chunks, *args):
-        (most,) = {x.shape[0] for x, v in zip(*map(jax.tree.leaves, (args, varies)), strict=True) if v}
-        if most == width:
-            return vmapped(*args)
-
-        def chunk(i):
-            part = jax.tree.map(lambda x, v: lax.dynamic_slice_in_dim(x, i * width, width) if v else x, args, varies)
-            return vmapped(*part)
-
-        def next_chunk(i, done):
-            return jax.tree.map(
-                lambda all_, new, v: lax.dynamic_update_slice_in_dim(all_, new, i * width, 0) if v else new,
-                done, chunk(i), varies_out,
-            )  # fmt: skip
-
-        def room(x, v):
-            return jnp.zeros((most, *x.shape[1:]) if v else x.shape, x.dtype)
-
-        nothing = jax.tree.map(room, jax.eval_shape(chunk, 0), varies_out)
-        return lax.fori_loop(0, chunks[0], next_chunk, nothing)
-
-    # check_vma=False as for clients: shared parameters are replicated, and their gradients are nobody else's business.
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(PartitionSpec(TRIALS), *trial_specs(varies)),
-        out_specs=trial_specs(varies_out),
-        check_vma=False,
-    )
 
 
 def _in_order(partials: Partials) -> Partials:

@@ -13,7 +13,7 @@ from fdjax.engine import lift
 from fdjax.engine.lift import Lifting
 from fdjax.errors import InputError
 from fdjax.exchange import traffic
-from fdjax.types import Array, Model
+from fdjax.types import Array, Model, PyTree
 
 CACHE_BYTES = 1 << 21  # that a chunk may keep hot on a CPU core
 COPIES = 4  # of each client's parameters: received, trained, gradient, update
@@ -208,6 +208,20 @@ def free_bytes(mesh: Mesh) -> int | None:
     stats = [device.memory_stats() or {} for device in local]
     known = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if {"bytes_limit", "bytes_in_use"} <= s.keys()]
     return min(known) if known else None
+
+
+def fit_states(clients: PyTree, mesh: Mesh, free: int) -> int:
+    """Bytes of the clients' states on one device, each of which holds its share of the rows.
+
+    Raises InputError if they are more than is free.
+    """
+    held = traffic.size(clients) // mesh.size
+    if held > free:
+        raise InputError(
+            f"the states of the clients need {held / 1e9:.3g} GB on each of {mesh.size} devices, and {free / 1e9:.3g} "
+            "GB are free; use more devices, fewer clients or a smaller model"
+        )
+    return held
 
 
 def needed_bytes(compiled: Any) -> int:

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from fdjax.contract import ENSEMBLE, Algorithm, Exchange, HParams, Received
 from fdjax.data.federation import replicated
-from fdjax.engine import evaluate, step
+from fdjax.engine import evaluate, rows, step
 from fdjax.engine.check import Checker, check_algorithm
-from fdjax.engine.layout import Layout, Report, State, classes_of, rows_of
+from fdjax.engine.layout import Layout, Report, State, classes_of
+from fdjax.engine.new_clients import fine_tune
+from fdjax.engine.storage import by_rows, on_host, placed
 from fdjax.errors import InputError
 from fdjax.exchange import traffic
 from fdjax.types import Federation, PyTree
@@ -40,9 +43,22 @@ class Simulation(NamedTuple):
     setup: Callable[[State, Federation, HParams], tuple[State, Report]] | None
     run: Callable[[State, Federation, HParams, int], tuple[State, Report]]  # rounds are static
     evaluate: Callable[[State, Federation, HParams], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+    fine_tune: Callable[[State, Federation, HParams], dict[str, jax.Array]] | None  # and test clients that never train
     traffic: Callable[[Federation, HParams], traffic.Traffic]
     leaf: Callable[[Federation, HParams, int, int, int], str]  # (..., cohort, exchange, NonFinite.leaf) -> its name
+    shapes: Callable[[Federation], State]  # of a state, and where it lies, with nothing allocated
+    fetch: Callable[[State], State]  # to the host, the clients of a cohort [C_j, ...] as in the federation
+    place: Callable[[State], State]  # and back
     pure: Pure
+
+
+class _Placement(NamedTuple):
+    """Of each part of a `State`."""
+
+    server: NamedSharding
+    clients: NamedSharding
+    round: NamedSharding
+    root: NamedSharding
 
 
 def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
@@ -64,19 +80,24 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         evaluate=functools.partial(evaluate.evaluate, algorithm, layout),
     )
     on_cpu = layout.lifting.mesh.devices.flat[0].platform == "cpu"
+    compiled = (lambda function, **options: function) if looping else jax.jit
     # Results have one placement, or the second superstep would compile anew.
-    compiled = (
-        (lambda function, **options: function)
-        if looping
-        else functools.partial(jax.jit, out_shardings=replicated(layout.lifting.mesh))
-    )
+    everywhere = replicated(layout.lifting.mesh)
+    placement = _Placement(everywhere, by_rows(layout.lifting.mesh), everywhere, everywhere)
+    state: Any = State(*placement)  # pyright: ignore[reportArgumentType]  a prefix of the tree
+    tuned = functools.partial(fine_tune, algorithm, layout)
+    tunes = algorithm.params_of_client and layout.fine_tuning and any(layout.new)
     return Simulation(
-        init=compiled(pure.init, compiler_options=_QUICK if on_cpu else None),
-        setup=compiled(pure.setup, donate_argnums=0) if pure.setup else None,
-        run=compiled(pure.run, static_argnums=3, donate_argnums=0),
-        evaluate=compiled(pure.evaluate),
+        init=compiled(pure.init, out_shardings=state, compiler_options=_QUICK if on_cpu else None),
+        setup=compiled(pure.setup, out_shardings=(state, everywhere), donate_argnums=0) if pure.setup else None,
+        run=compiled(pure.run, out_shardings=(state, everywhere), static_argnums=3, donate_argnums=0),
+        evaluate=compiled(pure.evaluate, out_shardings=everywhere),
+        fine_tune=compiled(tuned, out_shardings=everywhere) if tunes else None,
         traffic=functools.partial(_traffic, algorithm, layout),
         leaf=functools.partial(_leaf, algorithm, layout),
+        shapes=functools.partial(_state_shapes, pure, placement),
+        fetch=functools.partial(_fetch, layout),
+        place=functools.partial(_place, layout),
         pure=pure,
     )
 
@@ -84,6 +105,27 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
 def _init(algorithm: Algorithm, layout: Layout, seed: Any, federation: Federation) -> State:
     check_algorithm(algorithm, classes_of(layout, federation))
     return step.initial_state(algorithm, layout, seed, federation)
+
+
+def _state_shapes(pure: Pure, shardings: _Placement, federation: Federation) -> State:
+    shapes = jax.eval_shape(pure.init, 0, federation)
+    return State(
+        *(
+            jax.tree.map(lambda x, s=s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part)
+            for part, s in zip(shapes, shardings, strict=True)
+        )
+    )
+
+
+def _fetch(layout: Layout, state: State) -> State:
+    others = jax.device_get(state._replace(clients=()))
+    return others._replace(clients=on_host(layout.storages, state.clients, layout.lifting.mesh))
+
+
+def _place(layout: Layout, state: State) -> State:
+    mesh = layout.lifting.mesh
+    others = jax.device_put(state._replace(clients=()), replicated(mesh))
+    return others._replace(clients=placed(layout.storages, state.clients, mesh))
 
 
 def _loop(step: Callable, state: State, federation: Federation, hparams: HParams, rounds: int) -> tuple[State, Report]:
@@ -100,7 +142,7 @@ def _shapes(algorithm: Algorithm, layout: Layout, federation: Federation, hparam
     start = jax.eval_shape(functools.partial(_init, algorithm, layout), 0, federation)
 
     def of(exchange: Exchange, cohort: int) -> tuple[PyTree, Received]:
-        model, part = layout.cohorts[cohort].model, layout.slices[cohort]
+        model = layout.cohorts[cohort].model
 
         def client(state, federation, hparams):
             check = Checker(algorithm, exchange, cohort)
@@ -108,8 +150,8 @@ def _shapes(algorithm: Algorithm, layout: Layout, federation: Federation, hparam
             ctx = step.context(moment, layout.central, moment.key, cohort=cohort)
             sent = check.broadcast(exchange.broadcast(ctx, state.server), cohort, layout.cohorts[cohort].size)
             received = Received(sent.shared, jax.tree.map(lambda x: x[0], sent.own), sent.known)
-            rows = rows_of(federation, federation.train_holdings, part, state.clients[cohort])
-            row = jax.tree.map(lambda x: x[0], rows)
+            row = jax.tree.map(lambda x: x[0], rows.of_all(layout, federation, state)[cohort])
+            row = row._replace(state=row.state.tree)
             ctx = step.context(moment, model, moment.key, row.client, cohort)
             data = step.ClientData(federation.train, federation.train_holdings.order, row.start, row.count)
             return check.client(exchange.client(ctx, received, row.state, data), row.state), received

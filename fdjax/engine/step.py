@@ -1,7 +1,7 @@
 """One exchange, one round, one superstep: pure functions of arrays, which a notebook can call and jit as it likes.
 
 exchange_step: broadcast -> lift(client -> partials) -> finish -> server
-round_step:    choose participants, gather their rows once, the round's exchange_steps, scatter them back once
+round_step:    draw participants, gather their rows once, the round's exchange_steps, scatter them back once
 superstep:     a scan of rounds
 setup_step:    the set-up's exchange_steps, with all clients
 """
@@ -17,9 +17,11 @@ from jax import lax
 from fdjax import keys
 from fdjax.client.data import ClientData
 from fdjax.contract import Algorithm, Context, Exchange, HParams, Received, Reduction, Stack
-from fdjax.engine import lift, participation
+from fdjax.engine import lift
+from fdjax.engine import rows as rows_module
 from fdjax.engine.check import Checker, check_names, reductions_of
 from fdjax.engine.layout import Layout, NonFinite, Report, Row, State
+from fdjax.engine.storage import Storage, keep_by_rows
 from fdjax.errors import InputError, unknown
 from fdjax.exchange.traffic import Sent
 from fdjax.types import Array, Federation, Model, PyTree
@@ -37,7 +39,7 @@ class Moment(NamedTuple):
 class _Kept(NamedTuple):
     """What stays of each participant after the client's part of an exchange, [S_j, ...] after lifting."""
 
-    state: PyTree
+    state: lift.Stored
     metrics: dict[str, jax.Array]
     sent: tuple[Any, Any]  # bytes of its upload and of what it received, where it counts them
     nonfinite: jax.Array  # number of the first leaf that is not finite, or -1
@@ -47,24 +49,28 @@ class _Kept(NamedTuple):
 class _Standing(NamedTuple):
     """How far one client, or each of many, counts in an exchange."""
 
-    took_part: jax.Array  # bool: holds examples, and was not left out before
+    took_part: jax.Array  # bool: holds examples, and was not left out before, so that it receives
+    sends: jax.Array  # bool: and sends
     active: jax.Array  # bool: is not left out of what is to come of this round
-    weight: jax.Array  # float32: number of its examples, 0 if it does not count
+    weight: jax.Array  # float32: what its upload counts for, 0 if it does not count
 
 
 def _standing(layout: Layout, row: Row, nonfinite: jax.Array) -> _Standing:
     """Cheap enough to be computed inside of the lifted function and again outside, instead of being carried out."""
-    count, active = jnp.asarray(row.count), jnp.asarray(row.active)
+    count, active, weight = jnp.asarray(row.count), jnp.asarray(row.active), jnp.asarray(row.weight)
     took_part = (count > 0) & active if layout.drop_nonfinite else count > 0
+    sends = took_part & (weight > 0)
     active = active & (nonfinite < 0) if layout.drop_nonfinite else active
-    counts = took_part & active if layout.drop_nonfinite else took_part
-    return _Standing(took_part, active, jnp.where(counts, count.astype(jnp.float32), 0))
+    counts = sends & active if layout.drop_nonfinite else sends
+    return _Standing(took_part, sends, active, jnp.where(counts, weight, 0))
 
 
-def context(moment: Moment, model: Model, key: jax.Array, client: Array | int = -1, cohort: int = 0) -> Context:
+def context(
+    moment: Moment, model: Model, key: jax.Array, client: Array | int = -1, cohort: int = 0, work: Array | float = 1.0
+) -> Context:
     """The context of one call."""
-    client = jnp.asarray(client, jnp.int32)
-    return Context(model, cohort, client, _HParams(moment.hparams), moment.round, key, moment.federation.proxy)
+    client, work = jnp.asarray(client, jnp.int32), jnp.asarray(work, jnp.float32)
+    return Context(model, cohort, client, _HParams(moment.hparams), moment.round, key, moment.federation.proxy, work)
 
 
 class _HParams(dict):
@@ -89,9 +95,14 @@ def exchange_step(
     server: PyTree,
     rows: Sequence[Row],
     stage: str = "",
+    storages: Sequence[Storage | None] = (),
 ) -> tuple[PyTree, tuple[Row, ...], Report]:
-    """One exchange with the clients of `rows` (cohort by cohort): the server, the rows and what there is to report."""
+    """One exchange with the clients of `rows` (cohort by cohort): the server, the rows and what there is to report.
+
+    `storages`: where the states of a cohort lie if its rows are all its clients; None for some, as by default.
+    """
     check = Checker(algorithm, exchange)
+    storages = storages or (None,) * len(rows)
     kept, totals = [], []
     for j, row in enumerate(rows):
         ctx = context(moment, layout.central, keys.stream(moment.key, "broadcast", j), cohort=j)
@@ -99,7 +110,7 @@ def exchange_step(
         own = jax.tree.map(lambda x, row=row, j=j: x[row.client - layout.slices[j].start], sent.own)
         cohort_kept, cohort_totals = lift.over_clients(
             _client_part(algorithm, exchange, layout, j), (sent.shared, sent.known, moment), (row, own),
-            layout.lifting, stage=stage, names=row.client,
+            layout.lifting, storage=storages[j], stage=stage, names=row.client,
         )  # fmt: skip
         kept.append(cohort_kept)
         totals.append(cohort_totals)
@@ -125,13 +136,13 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
 
     def client(shared, row_and_own) -> tuple[_Kept, lift.Partials]:
         (broadcast, known, moment), (row, own) = shared, row_and_own
-        ctx = context(moment, model, keys.stream(moment.key, "client", row.client), row.client, cohort)
+        ctx = context(moment, model, keys.stream(moment.key, "client", row.client), row.client, cohort, row.work)
         data = ClientData(moment.federation.train, moment.federation.train_holdings.order, row.start, row.count)
         result = exchange.client(ctx, Received(broadcast, own, known), row.state, data)
         state, upload, metrics = check.client(result, row.state)
         nonfinite = _first_nonfinite(state, upload.tree, metrics)
-        took_part, _, weight = _standing(layout, row, nonfinite)
-        nonfinite, counts = jnp.where(took_part, nonfinite, -1), weight > 0
+        took_part, sends, _, weight = _standing(layout, row, nonfinite)
+        nonfinite, counts = jnp.where(sends, nonfinite, -1), weight > 0
         ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client))
         partials = {
             label: check.partial(label, r, r.partial(ctx, upload.tree, weight)) for label, r in reductions.items()
@@ -141,9 +152,9 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
             return {label: partials[label] for label, r in reductions.items() if r.combine == kind}
 
         kept = _Kept(
-            state=_where(counts, state, row.state),
+            state=lift.Stored(_where(counts, state, row.state)),
             metrics=_where(counts, metrics, jax.tree.map(jnp.zeros_like, metrics)),
-            sent=(_counted(took_part, upload.bytes), _counted(took_part, upload.bytes_received)),
+            sent=(_counted(sends, upload.bytes), _counted(took_part, upload.bytes_received)),
             nonfinite=nonfinite,
             stacked=_where(counts, combined_by("stack"), jax.tree.map(jnp.zeros_like, combined_by("stack"))),
         )
@@ -205,13 +216,11 @@ def _report(
         metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
         sent=(
             tuple(
-                Sent(jnp.sum(s.took_part, dtype=jnp.int32), *jax.tree.map(jnp.sum, k.sent))
+                Sent(_number(s.took_part), *_summed(k.sent), _number(s.sends))
                 for k, s in zip(kept, standing, strict=True)
             ),
         ),
-        nonfinite=NonFinite(
-            jnp.sum(bad >= 0, dtype=jnp.int32), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]
-        ),
+        nonfinite=NonFinite(_number(bad >= 0), jnp.where(bad[first] >= 0, client[first], -1), jnp.int32(0), bad[first]),
     )
 
 
@@ -223,13 +232,14 @@ def exchanges_step(
     server: PyTree,
     rows: tuple[Row, ...],
     stage: str = "",
+    storages: Sequence[Storage | None] = (),
 ) -> tuple[PyTree, tuple[Row, ...], Report]:
     """Exchanges with the same clients, one after another; `moment.key` is that of all of them."""
     reports = []
     for number, exchange in enumerate(exchanges):
         own = moment._replace(key=exchange_key(moment.key, number))
         where = f"{stage}, exchange {exchange.label}" if len(exchanges) > 1 else stage
-        server, rows, report = exchange_step(algorithm, exchange, layout, own, server, rows, where)
+        server, rows, report = exchange_step(algorithm, exchange, layout, own, server, rows, where, storages)
         reports.append(report)
     check_names(algorithm, [report.metrics for report in reports])
     bad = jax.tree.map(lambda *x: jnp.stack(x), *(report.nonfinite for report in reports))
@@ -249,13 +259,16 @@ def round_step(
 ) -> tuple[State, Report]:
     """One round."""
     key = keys.stream(jax.random.wrap_key_data(state.root), "round", state.round)
-    chosen = participation.choose(layout, key)
-    rows = participation.gather(layout, federation, state, chosen)
+    chosen = rows_module.draw(layout, federation, key)
+    rows = rows_module.of_round(layout, federation, state, chosen, key, hparams)
+    storages = [storage if drawn is None else None for storage, drawn in zip(layout.storages, chosen, strict=True)]
     stage = f"round {int(state.round) + 1}" if layout.lifting.kind == "loop" else ""
+    moment = Moment(federation, hparams, state.round, key)
     server, rows, report = exchanges_step(
-        algorithm, algorithm.round, layout, Moment(federation, hparams, state.round, key), state.server, rows, stage
+        algorithm, algorithm.round, layout, moment, state.server, rows, stage, storages
     )
-    return State(server, participation.scatter(state, rows, chosen), state.round + 1, state.root), report
+    clients = rows_module.scatter(layout, state, rows, chosen)
+    return State(server, clients, state.round + 1, state.root), report
 
 
 def superstep(
@@ -274,10 +287,12 @@ def setup_step(
 ) -> tuple[State, Report]:
     """The exchanges of the set-up, with all clients."""
     moment = Moment(federation, hparams, state.round, keys.stream(jax.random.wrap_key_data(state.root), "setup"))
-    everyone = (None,) * len(layout.cohorts)
-    rows = participation.gather(layout, federation, state, everyone)
-    server, rows, report = exchanges_step(algorithm, algorithm.setup, layout, moment, state.server, rows, "setup")
-    return state._replace(server=server, clients=participation.scatter(state, rows, everyone)), report
+    rows = rows_module.of_all(layout, federation, state)
+    server, rows, report = exchanges_step(
+        algorithm, algorithm.setup, layout, moment, state.server, rows, "setup", layout.storages
+    )
+    clients = keep_by_rows(tuple(row.state.tree for row in rows), layout.lifting.mesh)
+    return state._replace(server=server, clients=clients), report
 
 
 def initial_state(algorithm: Algorithm, layout: Layout, seed: Array | int, federation: Federation) -> State:
@@ -289,7 +304,8 @@ def initial_state(algorithm: Algorithm, layout: Layout, seed: Array | int, feder
         def init(shared, client):
             moment, params = shared
             own = keys.stream(moment.key, "client", client)
-            return algorithm.init_client(context(moment, model, own, client, cohort), params), lift.Partials()
+            ctx = context(moment, model, own, client, cohort)
+            return lift.Stored(algorithm.init_client(ctx, params)), lift.Partials()
 
         return init
 
@@ -298,9 +314,8 @@ def initial_state(algorithm: Algorithm, layout: Layout, seed: Array | int, feder
     clients = tuple(
         lift.over_clients(
             client(j, cohort.model), (moment, _first_params(layout, j, key, params)), federation.client[part],
-            layout.lifting, stage="init",
-            names=federation.client[part],
-        )[0]
+            layout.lifting, storage=layout.storages[j], stage="init", names=federation.client[part],
+        )[0].tree
         for j, (cohort, part) in enumerate(zip(layout.cohorts, layout.slices, strict=True))
     )  # fmt: skip
     ctx = context(moment, layout.central, keys.stream(key, "server state"))
@@ -318,6 +333,14 @@ def _first_params(layout: Layout, cohort: int, key: jax.Array, central: PyTree) 
 
 def _where(condition: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+
+
+def _summed(sent: tuple[Any, Any]) -> tuple[Any, Any]:
+    return jax.tree.map(jnp.sum, sent)
+
+
+def _number(of: jax.Array) -> jax.Array:
+    return jnp.sum(of, dtype=jnp.int32)
 
 
 def _counted(condition: jax.Array, number: Array | float | None) -> jax.Array | tuple[()]:

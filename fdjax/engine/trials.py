@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from fdjax.contract import HParams
-from fdjax.engine import lift, plan
+from fdjax.engine import lift_trials, plan
 from fdjax.engine.layout import Layout
 from fdjax.engine.simulation import Pure
 from fdjax.exchange import traffic
@@ -96,7 +96,7 @@ class _Grid(NamedTuple):
 
     def sharding(self, varies: bool) -> NamedSharding:
         """The placement of a leaf."""
-        return NamedSharding(self.mesh, lift.trial_specs(varies))
+        return NamedSharding(self.mesh, lift_trials.trial_specs(varies))
 
 
 def differ(trials: Sequence[Inputs]) -> Inputs:
@@ -113,7 +113,7 @@ def compile_trials(
     once where `slots` of them do not fit. Raises InputError where not a single trial fits.
     """
     local = jax.local_devices()
-    mesh = lift.make_trial_mesh(local[: min(slots, devices or len(local))])
+    mesh = lift_trials.make_trial_mesh(local[: min(slots, devices or len(local))])
     shapes = jax.tree.map(lambda x, v: jax.ShapeDtypeStruct((slots,) * v + x.shape, x.dtype), like, varies)
     calls, state = _calls(pure, rounds, shapes, varies)
     free = memory or plan.free_bytes(mesh)
@@ -150,11 +150,11 @@ def _calls(pure: Pure, rounds: int, shapes: Inputs, varies: Inputs) -> tuple[_Ca
         return jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) if v else x
 
     first, _ = jax.eval_shape(begin, *alone)
-    state_varies, setup_varies = lift.what_varies(begin, tuple(shapes), tuple(varies))
+    state_varies, setup_varies = lift_trials.what_varies(begin, tuple(shapes), tuple(varies))
     step = functools.partial(superstep, rounds)
     while True:  # what differs after a superstep differs before the next one
         state = jax.tree.map(stacked, first, state_varies)
-        after, seen_varies = lift.what_varies(step, (state, *shapes[1:]), (state_varies, *varies[1:]))
+        after, seen_varies = lift_trials.what_varies(step, (state, *shapes[1:]), (state_varies, *varies[1:]))
         before, state_varies = state_varies, jax.tree.map(lambda a, b: a or b, state_varies, after)
         if state_varies == before:
             return _Calls(begin, superstep, varies, setup_varies, state_varies, seen_varies), state
@@ -213,14 +213,14 @@ def _lifted_superstep(calls: _Calls, grid: _Grid) -> Any:
     def superstep(rounds, turns, *arrays):
         trial = functools.partial(calls.superstep, rounds)
         out = calls.state, calls.seen
-        return lift.over_trials(trial, calls.arrays, out, grid.mesh, grid.width)(turns, *arrays)
+        return lift_trials.over_trials(trial, calls.arrays, out, grid.mesh, grid.width)(turns, *arrays)
 
     return superstep
 
 
 def _start(calls: _Calls, grid: _Grid) -> Callable[[Sequence[Inputs]], tuple[Running, Mapping[int, PyTree]]]:
     out = calls.state, calls.setup
-    lifted = lift.over_trials(calls.begin, tuple(calls.inputs), out, grid.mesh, grid.width)
+    lifted = lift_trials.over_trials(calls.begin, tuple(calls.inputs), out, grid.mesh, grid.width)
     begin = jax.jit(lifted)
 
     def start(trials: Sequence[Inputs]) -> tuple[Running, Mapping[int, PyTree]]:

@@ -83,6 +83,7 @@ def exchanging(algorithm: Algorithm, model: Model, exchanged: Paths, trained: Pa
         setup=tuple(map(wrapped, algorithm.setup)),
         central=None if parts.own else central,
         personal=personal if parts.own else None,
+        model_of=lambda ctx, server, client: params_of(ctx, server, client.own),
     )
 
 

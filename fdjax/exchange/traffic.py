@@ -1,8 +1,8 @@
 """Bytes on the simulated network, counted from what is really sent.
 
 Arrays count by their shapes, once and for all; what is coded or ragged is counted by the clients as they send it. A
-compiled round returns `Sent`: how many participants took part, and the bytes that they counted. `Traffic` turns that
-into bytes on the host, in whole numbers that no float32 could hold.
+compiled round returns `Sent`: how many participants took part and sent, and the bytes that they counted. `Traffic`
+turns that into bytes on the host, in whole numbers that no float32 could hold.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from fdjax.types import Array, PyTree
 class Sent(NamedTuple):
     """What crossed the network in one exchange with one cohort; [R] each for the rounds of a superstep."""
 
-    participants: Array  # int32: that hold examples, so that they receive and send
+    participants: Array  # int32: that hold examples, so that they receive
     up: Array | tuple[()]  # float32: bytes of their uploads, where clients count them; () where arrays say it
     down: Array | tuple[()]  # float32: the same of what they received
+    senders: Array  # int32: participants that were not dropped, so that they send
 
 
 class Sizes(NamedTuple):
@@ -36,7 +37,7 @@ class Traffic(NamedTuple):
 
     round: tuple[tuple[Sizes, ...], ...]  # exchange by exchange, cohort by cohort
     setup: tuple[tuple[Sizes, ...], ...]
-    participants: tuple[int, ...]  # of a round, of each cohort
+    participants: tuple[int, ...]  # of a round, of each cohort; at most so many where their number is drawn
     sizes: tuple[int, ...]  # clients of each cohort, who all take part in the set-up
 
     def per_participant(self, way: str) -> tuple[int, ...] | None:
@@ -50,9 +51,9 @@ class Traffic(NamedTuple):
 def count_bytes(sizes: Sequence[Sequence[Sizes]], sent: Sequence[Sequence[Sent]]) -> dict[str, np.ndarray]:
     """Bytes {"up", "down"} of all participants together, float64, of the shape that `sent` has ([R], or [])."""
     total = {}
-    for way in ("up", "down"):
+    for way, who in (("up", "senders"), ("down", "participants")):
         parts = [
-            getattr(counted, way) if size is None else np.asarray(counted.participants, np.float64) * size
+            getattr(counted, way) if size is None else np.asarray(getattr(counted, who), np.float64) * size
             for exchange, its_sent in zip(sizes, sent, strict=True)
             for size, counted in zip((getattr(s, way) for s in exchange), its_sent, strict=True)
         ]

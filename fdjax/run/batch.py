@@ -142,9 +142,9 @@ def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
     federation = varies.federation
     fixed_by_seed = set() if settings.partition_seed is None else {"seed"}
     if {*space} & (of_role("data", "partition") | {"seed"}) - fixed_by_seed:
-        rows = (federation.client, federation.train_holdings, federation.test_holdings)
-        client, train, test = jax.tree.map(lambda _: True, rows)
-        federation = federation._replace(client=client, train_holdings=train, test_holdings=test)
+        rows = (federation.client, federation.train_holdings, federation.test_holdings, federation.cumulative)
+        client, train, test, table = jax.tree.map(lambda _: True, rows)
+        federation = federation._replace(client=client, train_holdings=train, test_holdings=test, cumulative=table)
     varies = Inputs(varies.seed or "seed" in space, federation, hparams)
     if not any(jax.tree.leaves(varies)):  # trials that are all the same
         return varies._replace(seed=True)

@@ -181,10 +181,10 @@ class Contract:
     def is_the_same_elsewhere(self, **layout: Any) -> None:
         """The reference's start, carried on under another layout, ends where the reference ends."""
         built = self.case.built(**layout)
-        start = placed(self.begun(), built.federation)  # the same one, to save compiling `init` again
+        start = built.simulation.place(self.begun())  # the same one, to save compiling `init` again
         state, report = built.simulation.run(start, built.federation, built.hparams, ROUNDS)
         expected = self.reference.state, self.reference.metrics
-        _same((state, report.metrics), expected, "differs", _CLOSE)
+        _same((built.simulation.fetch(state), report.metrics), expected, "differs", _CLOSE)
 
     def is_the_same_on_two_devices(self) -> None:
         """Who runs beside whom changes nothing: a client's work depends on nothing but its arguments."""

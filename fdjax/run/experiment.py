@@ -12,14 +12,15 @@ from fdjax.client.augment import AUGMENTATIONS
 from fdjax.contract import Algorithm, HParams
 from fdjax.data.federation import federate, replicated
 from fdjax.engine import hosts, plan
-from fdjax.engine.layout import Layout
+from fdjax.engine.layout import FineTuning, Layout
 from fdjax.engine.lift import Lifting
 from fdjax.engine.simulation import Simulation, simulation
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
-from fdjax.run.loading import cohort_sizes, load
+from fdjax.run.loading import cohort_sizes, load, new_clients
+from fdjax.run.participation import participants, policy_of
 from fdjax.run.settings import Settings
 from fdjax.run.training import method_of, trainings
 from fdjax.types import Cohort, Federation, Holdings, Model, Source
@@ -34,6 +35,8 @@ class Shapes(NamedTuple):
     own_batch: int  # examples of a step of the test on a client's own part
     largest: int  # examples of the largest client, or more
     proxy: int
+    participants: tuple[int, ...]  # of a round, of each cohort
+    new: tuple[int, ...]  # clients of each cohort that never train
 
 
 class Signature(NamedTuple):
@@ -82,13 +85,17 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         source.train_y, holdings, source.test_y, source.num_classes, settings.data_seed,
         train_owner=source.train_owner, test_owner=source.test_owner,
     )  # fmt: skip
+    cohorts = cohort_sizes(settings, len(holdings.count))
+    never_train, new = new_clients(settings, holdings, cohorts)
     shapes = Shapes(
-        cohorts=cohort_sizes(settings, len(holdings.count)),
+        cohorts=cohorts,
         inputs=source.train_x.shape[1:],
         classes=source.num_classes,
         own_batch=min(_power_of_two(int(np.max(own_tests.count))), settings.eval_batch),
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),
+        participants=participants(settings, holdings, never_train, cohorts),
+        new=new,
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -97,7 +104,10 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
     hparams = jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh))
-    federation = federate(source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y))
+    federation = federate(
+        source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),
+        never_train=never_train, by_examples=policy_of(settings).alike,
+    )  # fmt: skip
     return Experiment(
         settings=settings,
         source=source,
@@ -159,14 +169,9 @@ def _work(settings: Settings, shapes: Shapes, holdings: Holdings) -> plan.Work:
     ends = np.cumsum([size for _, size in shapes.cohorts])[:-1]
     return plan.Work(
         models=(networks.central, *networks.clients),
-        participants=_participants(settings, shapes),
+        participants=shapes.participants,
         steps=tuple(np.split(steps_of_each, ends)),
     )
-
-
-def _participants(settings: Settings, shapes: Shapes) -> tuple[int, ...]:
-    """Clients of each cohort that take part in a round."""
-    return tuple(max(1, round(settings.participation * size)) for _, size in shapes.cohorts)
 
 
 class _Networks(NamedTuple):
@@ -259,12 +264,15 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
         layout = Layout(
             central=task.model,
             cohorts=tuple(Cohort(model, size) for model, size in zip(task.models, task.sizes, strict=True)),
-            participants=_participants(settings, shapes),
+            participants=shapes.participants,
             lifting=lifting,
             eval_batch=settings.eval_batch,
             own_batch=shapes.own_batch,
             full_eval=settings.local_eval == "full",
             drop_nonfinite=settings.drop_nonfinite,
+            policy=policy_of(settings),
+            new=shapes.new,
+            fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)
 

@@ -1,6 +1,7 @@
 """What is kept of a run: a record that grows superstep by superstep and survives JSON, and the result made of it."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
 
-_COUNTED = ("bytes_up", "bytes_down", "nonfinite_clients")  # of rounds, beside the metrics of the method
+_COUNTED = ("bytes_up", "bytes_down", "nonfinite_clients", "participants", "senders")
+# of rounds, beside the metrics of the method
 
 
 Record = dict[str, Any]  # histories by name under "rounds", "evaluations" ..., see `empty_record`
@@ -27,7 +29,8 @@ class Result(NamedTuple):
 
     settings: Settings
     rounds: dict[str, list[float]]
-    # of every round: metrics of training, and cumulative bytes_up and bytes_down, those of the set-up among them
+    # of every round: metrics of training, cumulative bytes_up and bytes_down, those of the set-up among them, and how
+    # many `participants` received and how many of them, the `senders`, sent
     evaluations: dict[str, list[float]]  # of every evaluation; "round" says after how many rounds
     clients: dict[str, list[float]]  # of every client in order of ids, at the last evaluation
     traffic: Traffic
@@ -69,7 +72,7 @@ class Recording:
         bad = report.nonfinite.clients
         if bad.any() and not any(rounds.get("nonfinite_clients", [])):
             self._warn_of_first_nonfinite(report.nonfinite, done - len(bad))
-        history = self._metrics(report) | _sent(self._traffic.round, report) | {"nonfinite_clients": bad}
+        history = self._metrics(report) | _sent(self._traffic.round, report) | _who(report) | {"nonfinite_clients": bad}
         for name, values in history.items():
             rounds.setdefault(name, []).extend(np.asarray(values, float).tolist())
         for name, value in {"round": done, **_as_floats(scalars)}.items():
@@ -79,6 +82,14 @@ class Recording:
         self.record["clients"] = {
             name: np.asarray(values, float)[in_order_of_ids].tolist() for name, values in clients.items()
         }
+
+    def add_last(self, scalars: Any) -> None:
+        """Add to the last evaluation what is done after it alone; NaN in the others."""
+        evaluations = self.record["evaluations"]
+        size = len(evaluations["round"])
+        for name, value in _as_floats(jax.device_get(scalars)).items():
+            before = evaluations.get(name, [])
+            evaluations[name] = before + [math.nan] * (size - 1 - len(before)) + [value]
 
     def result(self, times: Mapping[str, float]) -> Result:
         """The result of the run as far as it went: bytes add up, from those of the set-up on."""
@@ -142,6 +153,12 @@ class Recording:
 
 def _sent(sizes: tuple[tuple[Sizes, ...], ...], report: Report) -> dict[str, Any]:
     return {f"bytes_{way}": count for way, count in count_bytes(sizes, report.sent).items()}
+
+
+def _who(report: Report) -> dict[str, Any]:
+    """Participants that hold examples, so that they received, and those of them that sent."""
+    first = report.sent[0]
+    return {"participants": sum(s.participants for s in first), "senders": sum(s.senders for s in first)}
 
 
 def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -89,7 +89,8 @@ def bytes_of_one_client(result: Result, way: str) -> tuple[int, ...] | float:
     sizes = traffic.per_participant(way)
     if sizes is not None and sent == len(rounds) * int(np.dot(sizes, traffic.participants)):
         return sizes
-    return sent / max(len(rounds), 1) / sum(traffic.participants)
+    drawn = result.rounds["participants"] if result.settings.sampling == "poisson" else []
+    return sent / max(sum(drawn) or len(rounds) * sum(traffic.participants), 1)
 
 
 def result_dict(result: Result) -> dict[str, Any]:

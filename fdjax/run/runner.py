@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fdjax import own
 from fdjax.engine import hosts, plan
 from fdjax.engine.layout import State
+from fdjax.engine.storage import Storage
 from fdjax.errors import InputError
 from fdjax.run.checkpoint import Checkpoints
 from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, with_plan
@@ -78,13 +79,14 @@ def run(
         saves = stack.enter_context(contextlib.closing(_Saves(out, checkpoint_every, public, time_spent)))
         saves.check(settings, resume)
         experiment = build(settings)
-        state = experiment.simulation.init(settings.seed, experiment.federation)
-        experiment, needed = _fit_in_memory(experiment, state)
+        experiment, needed = _fit_in_memory(experiment)
         progress = progress and hosts.is_first()
         if progress:
             tqdm.write(f"lifting: {experiment.plan.why}{needed}", file=sys.stderr)
         recording = Recording(experiment, traffic_of(experiment), saves.record)
-        state = saves.restore(state) if saves.round else _set_up(experiment, state, recording)
+        saves.storages = experiment.layout.storages
+        state = saves.restore(experiment.simulation.shapes(experiment.federation)) if saves.round else None
+        state = _begun(experiment, recording) if state is None else state
         time_spent.start(recording.record)
         bar = stack.enter_context(
             tqdm(
@@ -99,8 +101,9 @@ def run(
         return recording.result(time_spent.stamp(recording.record))
 
 
-def _set_up(experiment: Experiment, state: State, recording: Recording) -> State:
+def _begun(experiment: Experiment, recording: Recording) -> State:
     """The state before the first round."""
+    state = experiment.simulation.init(experiment.settings.seed, experiment.federation)
     if experiment.simulation.setup is not None:
         state, report = experiment.simulation.setup(state, experiment.federation, experiment.hparams)
         recording.add_setup(report)
@@ -120,6 +123,8 @@ def _run_rounds(experiment: Experiment, state: State, recording: Recording, save
             state, report = simulation.run(state, federation, hparams, length)
             done += length
             recording.add_superstep(done, report, *simulation.evaluate(state, federation, hparams))
+            if done == rounds and simulation.fine_tune is not None:
+                recording.add_last(simulation.fine_tune(state, federation, hparams))
             _show(bar, recording.record, length)
             stopping = hosts.any_of(bool(signals))
             saves.save_if_due(state, recording.record, done, at_once=stopping or done == rounds)
@@ -139,6 +144,8 @@ class _Saves:
     def __init__(self, folder: Path | None, every: int, public: dict[str, Any], time_spent: Clock):
         self.folder, self.round = folder, 0  # rounds done at the last save
         self.record: Record | None = None  # of the save from which the run goes on, if there is one
+        self.storages: tuple[Storage, ...] = ()  # where states of clients lie
+        self._stored: list[Storage] | None = None  # where they lay at that save
         self._every, self._public, self._time_spent = every, public, time_spent
         self._checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
         self._saved_at = time.perf_counter()
@@ -155,6 +162,8 @@ class _Saves:
             )
         record = self._checkpoints.record()
         then, now = record.pop("settings"), self._public
+        stored = record.pop("storages", None)
+        self._stored = None if stored is None else [Storage(*each) for each in stored]
         differing = sorted(n for n in {*then, *now} - settings.resumable if then.get(n) != now.get(n))
         if differing:
             name, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
@@ -168,10 +177,10 @@ class _Saves:
         self.round, self.record = latest, record
 
     def restore(self, like: State) -> State:
-        """The state of the last save, placed as `like` is."""
+        """The state of the last save, with the shapes and the placement of `like`."""
         assert self._checkpoints is not None
         self._saved_at = time.perf_counter()
-        return self._checkpoints.restore(like)
+        return self._checkpoints.restore(like, self._stored, self.storages)
 
     def save_if_due(self, state: State, record: Record, done: int, *, at_once: bool) -> None:
         """Save if enough rounds or seconds have passed on any host, or `at_once`."""
@@ -180,7 +189,8 @@ class _Saves:
         rounds, seconds = done - self.round, time.perf_counter() - self._saved_at
         due = rounds >= self._every if self._every else seconds > _SAVE_SECONDS
         if hosts.any_of(due) or at_once:
-            self._checkpoints.save(state, self._time_spent.stamp(record) | {"settings": self._public})
+            more = {"settings": self._public, "storages": [list(storage) for storage in self.storages]}
+            self._checkpoints.save(state, self._time_spent.stamp(record) | more)
             self._saved_at, self.round = time.perf_counter(), done
 
     def close(self) -> None:
@@ -189,14 +199,16 @@ class _Saves:
             self._checkpoints.close()
 
 
-def _fit_in_memory(experiment: Experiment, state: State) -> tuple[Experiment, str]:
+def _fit_in_memory(experiment: Experiment) -> tuple[Experiment, str]:
     """The experiment in chunks that fit in memory, compiled, and what it needs of what is free, in words.
 
-    Raises InputError if it does not fit and --chunk was given, or if nothing fits.
+    The states of the clients, which are not there yet, are counted. Raises InputError if they do not fit, if a round
+    does not and --chunk was given, or if nothing fits.
     """
     settings, planned = experiment.settings, experiment.plan
     chunk, length = planned.lifting.chunk, min(settings.eval_every, settings.rounds)
-    free = math.ceil(settings.memory_limit * 1e9) or plan.free_bytes(planned.lifting.mesh)
+    mesh = planned.lifting.mesh
+    free = math.ceil(settings.memory_limit * 1e9) or plan.free_bytes(mesh)
     if planned.lifting.kind == "loop" or free is None:
         return experiment, ""
     tried: dict[int, Experiment] = {}
@@ -205,11 +217,13 @@ def _fit_in_memory(experiment: Experiment, state: State) -> tuple[Experiment, st
         tried[chunk] = with_plan(experiment, planned.in_chunks_of(chunk))
         run: Any = tried[chunk].simulation.run  # both are jitted, and keep what is compiled here for their first call
         evaluate: Any = tried[chunk].simulation.evaluate
+        state = tried[chunk].simulation.shapes(experiment.federation)
+        held = plan.fit_states(state.clients, mesh, free)
         calls = (
             run.lower(state, experiment.federation, experiment.hparams, length),
             evaluate.lower(state, experiment.federation, experiment.hparams),
         )
-        return max(plan.needed_bytes(call.compile()) for call in calls)
+        return held + max(plan.needed_bytes(call.compile()) for call in calls)
 
     fitting, needed = plan.fit_chunk(chunk, free, needed_by, may_change=planned.automatic_chunk)
     changed = f"; chunk {fitting}, because {chunk} does not fit" if fitting != chunk else ""

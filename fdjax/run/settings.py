@@ -25,6 +25,7 @@ from fdjax.models import MODELS
 from fdjax.models import own as nets
 from fdjax.run import methods
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
+from fdjax.run.participation import ParticipationSettings, check_participation
 from fdjax.run.setting import Role, Setting, setting_field
 
 LOCAL_EVALS = MappingProxyType(
@@ -38,7 +39,7 @@ _run = functools.partial(setting_field, role="run")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OptimizerSettings):
+class Settings(OptimizerSettings, ParticipationSettings):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
     algorithm: str = _setting(
@@ -104,10 +105,6 @@ class Settings(OptimizerSettings):
     )
 
     rounds: int = _setting(10, "communication rounds", low=1, resumable=True)
-    participation: float = _setting(
-        1.0, "fraction of the clients (of each cohort) that takes part in a round; at least 1 client",
-        low=0, above=True, high=1,
-    )  # fmt: skip
     batch_size: int = _setting(32, "examples of a step; 0: all of a client's", low=0)
     label_smoothing: float = _setting(
         0.0, "share of a label that is spread over all classes", low=0, high=1, below=True
@@ -229,6 +226,7 @@ class Settings(OptimizerSettings):
             )
         if self.models is not None:
             self._check_models(self.models)
+        check_participation(self)
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 
     def _resolved(self) -> "Settings":

@@ -5,7 +5,6 @@ import jax
 import numpy as np
 import pytest
 
-from fdjax.data.federation import replicated
 from fdjax.run import experiment, settings
 
 MIXED = {
@@ -24,10 +23,10 @@ def run(built, start=None):
     """(first state, state, report, evaluation) on the host; `start` is another first state."""
     simulation, federation, hparams = built.simulation, built.federation, built.hparams
     if start is None:
-        start = jax.device_get(simulation.init(0, federation))
-    begun = jax.device_put(start, replicated(built.layout.lifting.mesh))
-    state, report = simulation.run(begun, federation, hparams, built.settings.rounds)
-    return start, *jax.device_get((state, report, simulation.evaluate(state, federation, hparams)))
+        start = simulation.fetch(simulation.init(0, federation))
+    state, report = simulation.run(simulation.place(start), federation, hparams, built.settings.rounds)
+    evaluation = simulation.evaluate(state, federation, hparams)
+    return start, simulation.fetch(state), *jax.device_get((report, evaluation))
 
 
 def bytes_of(built):

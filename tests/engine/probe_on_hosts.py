@@ -18,7 +18,8 @@ if __name__ == "__main__":
     simulation, federation, hparams = probe.bind(chunk=1, devices=2)
     state, setup = simulation.setup(simulation.init(0, federation), federation, hparams)
     state, report = simulation.run(state, federation, hparams, 2)
-    numbers = jax.device_get((state, setup, report, simulation.evaluate(state, federation, hparams)))
+    evaluation = simulation.evaluate(state, federation, hparams)
+    numbers = simulation.fetch(state), *jax.device_get((setup, report, evaluation))
     if hosts.is_first():
         np.savez(out, *jax.tree.leaves(numbers))
     hosts.wait()

@@ -27,9 +27,12 @@ def mixed(name):
     """Start and (end, metrics, evaluation), on the host, of three architectures under vmap."""
     _, simulation, federation, hparams = mixed_start(name, "vmap", 1, 1)
     begun = cases.begin(simulation, federation, hparams)
-    start = jax.device_get(begun)
+    start = simulation.fetch(begun)
     state, report = simulation.run(begun, federation, hparams, 2)
-    return start, jax.device_get((state, report, simulation.evaluate(state, federation, hparams)))
+    return start, (
+        simulation.fetch(state),
+        *jax.device_get((report, simulation.evaluate(state, federation, hparams))),
+    )
 
 
 def mixed_start(name, kind, chunk, devices):
@@ -37,7 +40,7 @@ def mixed_start(name, kind, chunk, devices):
     shape, cohorts = MIXED[name]
     _, simulation = cases.simulation(name, cohorts=cohorts, shape=shape, **layout)
     federation = cases.federation(devices=devices, cohort_sizes=(3, 2, 2), shape=shape)
-    start = cases.replicated(mixed(name)[0], federation) if kind != "vmap" else None
+    start = simulation.place(mixed(name)[0]) if kind != "vmap" else None
     return start, simulation, federation, cases.hparams_of(name, learning_rate=0.05)
 
 
@@ -60,4 +63,5 @@ def test_three_architectures_are_the_same_under_every_lifting(name, kind, chunk,
     other, other_report = simulation.run(start, federation, hparams, 2)
     if (kind, devices) == ("shard_map", 2):  # elsewhere no need to compile it anew
         chex.assert_trees_all_close(simulation.evaluate(other, federation, hparams), evaluation, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(jax.device_get((other, other_report)), (state, report), rtol=1e-5, atol=1e-5)
+    found = simulation.fetch(other), jax.device_get(other_report)
+    chex.assert_trees_all_close(found, (state, report), rtol=1e-5, atol=1e-5)

@@ -29,9 +29,10 @@ def reference():
     """(state before the first round, the set-up's report, state, report, evaluation), on the host."""
     simulation, federation, hparams = probe.bind()
     begun, setup = simulation.setup(simulation.init(0, federation), federation, hparams)
-    start = jax.device_get(begun)
+    start = simulation.fetch(begun)
     state, report = simulation.run(begun, federation, hparams, ROUNDS)
-    return start, *jax.device_get((setup, state, report, simulation.evaluate(state, federation, hparams)))
+    evaluation = simulation.evaluate(state, federation, hparams)
+    return start, jax.device_get(setup), simulation.fetch(state), *jax.device_get((report, evaluation))
 
 
 @pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS, ids=str)
@@ -41,9 +42,10 @@ def test_is_the_same_under_every_lifting(kind, chunk, devices):
     simulation, federation, hparams = probe.bind(kind, chunk, devices)
     if devices == 4:  # elsewhere no need to compile them anew
         begun, own_setup = simulation.setup(simulation.init(0, federation), federation, hparams)
-        chex.assert_trees_all_close(jax.device_get((begun, own_setup)), (start, setup), rtol=1e-5, atol=1e-5)
-    state, report = simulation.run(cases.replicated(start, federation), federation, hparams, ROUNDS)
-    chex.assert_trees_all_close(jax.device_get([state, report]), expected, rtol=1e-5, atol=1e-5)
+        found = simulation.fetch(begun), jax.device_get(own_setup)
+        chex.assert_trees_all_close(found, (start, setup), rtol=1e-5, atol=1e-5)
+    state, report = simulation.run(simulation.place(start), federation, hparams, ROUNDS)
+    chex.assert_trees_all_close([simulation.fetch(state), jax.device_get(report)], expected, rtol=1e-5, atol=1e-5)
     if devices == 4:
         own_evaluation = simulation.evaluate(state, federation, hparams)
         chex.assert_trees_all_close(own_evaluation, evaluation, rtol=1e-5, atol=1e-5)
@@ -66,13 +68,13 @@ def test_resumed_and_repeated_bitwise_without_compiling_or_asking_the_host():
     simulation, federation, hparams = probe.bind()
 
     def run(state, rounds, hparams=hparams):
-        return simulation.run(cases.replicated(state, federation), federation, jax.device_put(hparams), rounds)
+        return simulation.run(simulation.place(state), federation, jax.device_put(hparams), rounds)
 
     half, _ = run(start, 1)
     whole, _ = run(jax.device_get(half), 1)
     chex.assert_trees_all_equal(jax.device_get(whole), expected[0])
     other = probe.METHOD.resolve({"noise": 0.1, "local_epochs": 3, "learning_rate": 0.1})
-    state, values = cases.replicated(start, federation), jax.device_put(other)
+    state, values = simulation.place(start), jax.device_put(other)
     with jax.no_tracing(), jax.transfer_guard("disallow"):
         _, report = simulation.run(state, federation, values, 1)
     assert cases.all_finite(report)

@@ -213,7 +213,7 @@ def test_a_client_without_examples_keeps_its_state_whatever_its_function_says():
     simulation, federation = bind(algorithm, (3, 4))
     state, _ = run(simulation, federation)
     holds = np.asarray(federation.train_holdings.count) > 0
-    np.testing.assert_array_equal(np.concatenate(state.clients), holds * 1.0)
+    np.testing.assert_array_equal(np.concatenate(simulation.fetch(state).clients), holds * 1.0)
     assert state.server == holds.sum()  # and no NaN of its own
     chex.assert_trees_all_equal(state.round, np.int32(1))
 
@@ -242,7 +242,7 @@ def test_a_client_that_is_left_out_stays_out_of_the_round():
     counts = holds & (np.asarray(federation.client) != bad)
     assert counts.sum() == holds.sum() - 1
     assert state.server == {"first": counts.sum(), "second": counts.sum()}
-    np.testing.assert_array_equal(np.concatenate(state.clients), counts * 1.0)
+    np.testing.assert_array_equal(np.concatenate(simulation.fetch(state).clients), counts * 1.0)
     numbers = [sum(int(cohort.participants[0]) for cohort in exchange) for exchange in report.sent]
     assert numbers == [holds.sum(), counts.sum()]
     assert (report.nonfinite.client[0], report.nonfinite.exchange[0]) == (bad, 0)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from fdjax.engine import lift, trials
+from fdjax.engine import lift, lift_trials, trials
 from fdjax.engine.layout import Layout
 from fdjax.types import Cohort
 
@@ -88,13 +88,13 @@ def test_fewer_trials_than_rows(fedavg):
 
 def test_a_stopped_trial_costs_nothing():
     """Rows without a trial are in no turn of a device."""
-    mesh = lift.make_trial_mesh(jax.devices()[:2])
+    mesh = lift_trials.make_trial_mesh(jax.devices()[:2])
     grid = trials._Grid(mesh, rows=4, width=1)
     places = grid.deal([0, 3, 4])
     assert places == [0, 4, -1, -1, 3, -1, -1, -1]
     assert grid.turns(places).tolist() == [2, 1]
     assert grid._replace(width=2).turns(grid.deal([])).tolist() == [0, 0]
-    lifted = lift.over_trials(lambda x: x + 1.0, (True,), True, mesh, 1)
+    lifted = lift_trials.over_trials(lambda x: x + 1.0, (True,), True, mesh, 1)
     out = jax.jit(lifted)(np.asarray([2, 1], np.int32), np.arange(8.0, dtype=np.float32))
     assert out.tolist() == [1, 2, 0, 0, 5, 0, 0, 0]  # what is in no turn is not computed
 
@@ -107,7 +107,7 @@ def test_what_trials_share_is_computed_once():
     varies = {name: name in ("temperature", "weight") for name in cases.hparams_of("feddistill")}
     hparams = {n: np.stack([x, x + 1]) if varies[n] else x for n, x in cases.hparams_of("feddistill").items()}
     nothing = jax.tree.map(lambda _: False, (init, federation))
-    state, report = lift.what_varies(
+    state, report = lift_trials.what_varies(
         lambda state, federation, hparams: simulation.pure.run(state, federation, hparams, 1),
         (init, federation, hparams),
         (*nothing, varies),

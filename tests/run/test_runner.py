@@ -16,9 +16,8 @@ import programs
 import pytest
 from PIL import Image
 
-from fdjax.data.federation import replicated
-from fdjax.engine import lift
 from fdjax.engine.layout import State
+from fdjax.engine.storage import Storage
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic
 from fdjax.run import experiment, report, runner, settings
@@ -44,9 +43,10 @@ def run(chosen, out=None, **options):
 def final_state(chosen, out):
     built = experiment.build(chosen)
     checkpoints = Checkpoints(out / "checkpoints")
-    state = checkpoints.restore(built.simulation.init(99, built.federation))
+    then = [Storage(*each) for each in checkpoints.record()["storages"]]
+    state = checkpoints.restore(built.simulation.shapes(built.federation), then, built.layout.storages)
     checkpoints.close()
-    return jax.device_get(state)
+    return built.simulation.fetch(state)
 
 
 def history(result):
@@ -157,19 +157,22 @@ def test_another_configuration_is_refused_before_anything_is_built(undisturbed, 
 
 
 def test_a_run_may_go_on_elsewhere(undisturbed, monkeypatch):
-    """For more rounds, with files in other folders, on other devices: the state goes where it is wanted."""
+    """For more rounds, with files in other folders, on other devices."""
     out, _ = undisturbed
     monkeypatch.setattr(runner, "build", lambda chosen: pytest.fail(f"goes on with {chosen.devices} devices"))
     with pytest.raises(pytest.fail.Exception, match="goes on with 2 devices"):
         run(small(rounds=9, devices=2, cache_dir="/elsewhere"), out, resume=True)
 
-    state = final_state(small(), out)
-    everywhere = replicated(lift.make_mesh(jax.devices()[:2]))
-    checkpoints = Checkpoints(out / "checkpoints")
-    moved = checkpoints.restore(jax.device_put(jax.tree.map(np.zeros_like, state), everywhere))
-    checkpoints.close()
-    assert {leaf.sharding for leaf in jax.tree.leaves(moved)} == {everywhere}
-    chex.assert_trees_all_equal(jax.device_get(moved), state)
+
+def test_a_run_that_goes_on_on_other_devices_is_the_same_to_the_bit(tmp_path):
+    """Of seven clients, whose states are shared out over two devices and then over four; sums are in order."""
+    same = {"num_clients": 7, "ordered_sums": True, "chunk": 1, "eval_every": 2, "local_eval": "own"}
+    alone = run(small(4, **same), tmp_path / "one")
+    run(small(2, **same, devices=2), tmp_path / "two")
+    moved = run(small(4, **same, devices=4), tmp_path / "two", resume=True)
+    assert moved.rounds == alone.rounds
+    expected, found = (final_state(small(4, **same), tmp_path / name) for name in ("one", "two"))
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_an_existing_run_is_not_run_over(undisturbed, monkeypatch):

@@ -1,0 +1,86 @@
+"""Settings of who takes part in a round and what they do, and the policy and the places that these come to."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fdjax.engine.participation import SAMPLINGS, STRAGGLER_WORKS, Policy, places_of
+from fdjax.errors import InputError
+from fdjax.run.setting import setting_field as _setting
+from fdjax.types import Holdings
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticipationSettings:
+    """The settings of participation, which `Settings` has among its own."""
+
+    participation: float = _setting(
+        1.0, "fraction of the clients (of each cohort) that takes part in a round; at least 1 client",
+        low=0, above=True, high=1,
+    )  # fmt: skip
+    sampling: str = _setting("uniform", "how participants are drawn", choices=SAMPLINGS)
+    capacity: int = _setting(
+        0, "places for the participants of a cohort, sampling poisson; 0: so many that hardly ever are there too few",
+        low=0,
+    )  # fmt: skip
+    dropped: float = _setting(
+        0.0, "probability that a participant receives, but sends nothing and stays as it was", low=0, high=1, below=True
+    )
+    stragglers: float = _setting(
+        0.0, "share of the participants, others in each round, that do only 1 to E - 1 of E epochs", low=0, high=1
+    )
+    straggler_work: str = _setting("partial", "what becomes of stragglers", choices=STRAGGLER_WORKS)
+    new_clients: float = _setting(
+        0.0, "share of the clients (of each cohort) that never train and are tested by themselves; drawn by "
+        "partition_seed", low=0, high=1, below=True,
+    )  # fmt: skip
+    fine_tune_epochs: int = _setting(
+        1, "epochs that each of these trains before it is tested again, after the last round", low=0
+    )
+
+
+def check_participation(settings: Any) -> None:
+    """Raises InputError for settings of participation that mean nothing together, or to the method."""
+    if settings.capacity and settings.sampling != "poisson":
+        raise InputError(
+            f"--capacity={settings.capacity} is for --sampling=poisson alone; with {settings.sampling} use "
+            "--participation"
+        )
+    method = settings.method
+    if settings.stragglers and settings.straggler_work == "partial" and "local_epochs" not in method.hparams:
+        raise InputError(
+            f"{method.name} has no local_epochs of which stragglers could do a part; use --straggler_work=drop"
+        )
+    if settings.new_clients and method.pooled:
+        raise InputError(f"--new_clients={settings.new_clients:g}: {method.name} has a single client; leave it out")
+
+
+def policy_of(settings: Any) -> Policy:
+    """How participants are drawn, and what they do."""
+    rate = settings.participation if settings.sampling == "poisson" else 1.0
+    return Policy(settings.sampling, rate, settings.dropped, settings.stragglers, settings.straggler_work)
+
+
+def participants(
+    settings: Any, holdings: Holdings, never_train: np.ndarray, cohorts: tuple[tuple[str, int], ...]
+) -> tuple[int, ...]:
+    """Clients of each cohort that take part in a round, or places for them.
+
+    Raises InputError if there are too few places, or too few clients to draw.
+    """
+    ends = np.cumsum([size for _, size in cohorts])[:-1]
+    may_train = [int((~part).sum()) for part in np.split(never_train, ends)]
+    places = places_of(
+        policy_of(settings), settings.participation, settings.capacity, tuple(may_train), settings.rounds
+    )
+    holds = [int(part.sum()) for part in np.split((np.asarray(holdings.count) > 0) & ~never_train, ends)]
+    for number, of in zip(places, holds, strict=True):
+        if settings.sampling == "examples" and number > of:
+            raise InputError(
+                f"--sampling=examples draws {number} different clients, but only {of} hold examples; use a smaller "
+                "--participation, or --sampling=examples_replaced"
+            )
+    if not sum(holds):
+        raise InputError("no client that trains holds an example; use fewer --new_clients or another --partition_seed")
+    return places
