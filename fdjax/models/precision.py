@@ -14,6 +14,11 @@ def in_precision(model: Model, dtype: str) -> Model:
 
     Parameters and inputs are cast on the way in, results on the way out: parameters, gradients, logits, what lies
     between blocks and BatchNorm's statistics stay float32.
+
+    How far that is from float32: gradients of a batch by 1 to 6 % for the nets of the zoo, most of it from ReLUs whose
+    inputs round to the other sign. FedAvg's weights by 0.1 % (mclr) and 1 % (2nn) of the way moved in five rounds on
+    synthetic data, within 0.3 % and 5 % in the tests; by 8 % (2nn) and 37 % (niid_cnn, whose loss was still falling
+    steeply) in three rounds on MNIST at learning rate 0.1, with accuracies within 0.013 of float32's.
     """
 
     def cast(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

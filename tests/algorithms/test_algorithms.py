@@ -19,7 +19,7 @@ from fdjax.run.contract_case import CLIENTS, PARTICIPANTS, ROUNDS, SPARSE
 from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 
 UNUSED = {"dsfl": ("era_beta",)}  # of another option: pinned to NumPy in test_exchange_equations
-FEW = {"server_steps": 20}  # hundreds of Adam's steps amplify rounding
+FEW = {"server_steps": 20, "server_epochs": 2}  # hundreds of Adam's steps amplify rounding
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(
