@@ -19,7 +19,8 @@ from fdjax.run.contract_case import CLIENTS, PARTICIPANTS, ROUNDS, SPARSE
 from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 
 UNUSED = {"dsfl": ("era_beta",)}  # of another option: pinned to NumPy in test_exchange_equations
-FEW = {"server_steps": 20, "server_epochs": 2}  # hundreds of Adam's steps amplify rounding
+# Hundreds of steps amplify rounding, and so does a net that diverges.
+FEW = {"feddf": {"server_steps": 20}, "fedgkt": {"server_epochs": 2, "learning_rate": 0.03}}
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(
@@ -29,8 +30,7 @@ pytestmark = pytest.mark.parametrize(
 
 @functools.cache
 def contract(name):
-    few = {hparam: value for hparam, value in FEW.items() if hparam in ALGORITHMS[name].hparams}
-    return Contract(name, hparams=few, unused=UNUSED.get(name, ()))
+    return Contract(name, hparams=FEW.get(name, {}), unused=UNUSED.get(name, ()))
 
 
 def test_runs(name):
