@@ -220,6 +220,11 @@ def own_model(ctx: Context, params: PyTree) -> PyTree:
     return ctx.model.init(ctx.key)
 
 
+def common_model(ctx: Context, params: PyTree) -> PyTree:
+    """The `init_client` of a client whose model starts where those of all clients of its architecture do."""
+    return params
+
+
 def predict_with_own_model(ctx: Context, server: PyTree, params: PyTree, x: jax.Array) -> jax.Array:
     """The usual `personal` of such a client."""
     return ctx.model.apply(params, x)

@@ -37,7 +37,7 @@ from jax import lax
 from fdjax.client import losses
 from fdjax.client.data import Paired, Ragged, batches
 from fdjax.client.training import fit, local_work
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, common_model
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
@@ -121,7 +121,7 @@ def fedgkt(task: Task) -> Algorithm:
 
     return Algorithm(
         init_server=init_server,
-        init_client=own_model,
+        init_client=common_model,
         round=(Exchange(broadcast, train_and_extract, reductions.stack(), train_on_features),),
         personal=lambda ctx, server, params, x: net(server["params"], extract(ctx, params, x)),
     )
