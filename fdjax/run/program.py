@@ -84,7 +84,8 @@ def start(main: Callable[[], None]) -> None:
             with contextlib.nullcontext() if hosts.is_first() else _silent():
                 main()
         except InputError as error:
-            sys.exit(_complain("\n".join([str(error), *getattr(error, "__notes__", [])])))  # notes of --lifting=loop
+            where = [note for note in getattr(error, "__notes__", []) if not note.startswith("---")]  # not JAX's own
+            sys.exit(_complain("\n".join([str(error), *where])))
         except InterruptedRun as stop:
             kept = f"; the same command with --out={stop.out} --resume (and no --overwrite) goes on" if stop.out else ""
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))

@@ -1,5 +1,7 @@
 """Studies: what they ask, what their trials give, and what is wrong with bad ones."""
 
+import json
+
 import numpy as np
 import optuna
 import pytest
@@ -7,10 +9,11 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from sweep_cases import TINY, finish
 
+from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.run import runner
 from sweeps import run, storage
-from sweeps.study import load
+from sweeps.study import Study, load
 
 
 @pytest.fixture
@@ -168,3 +171,46 @@ def test_shipped_studies(name):
     assert study.name == name
     assert study.runtime
     assert 2 <= study.smaller().check().total < study.total
+
+
+def own_method(folder, name, more=""):
+    """A file of a user's own: FedProx under a name, and its record."""
+    path = folder / "my.py"
+    path.write_text(
+        "from fdjax.algorithms import fedprox\n"
+        f"METHOD = fedprox.METHOD._replace(name={name!r}, hparams={{**fedprox.METHOD.hparams}})\n{more}"
+    )
+    return str(path)
+
+
+def test_a_users_own_method_in_a_study(tmp_path, url, monkeypatch):
+    """In `fixed` and in `space`, by file; its hparams are dimensions; all workers have the same file or none."""
+    path = own_method(tmp_path, "mine")
+    study = TINY._replace(
+        fixed={n: v for n, v in TINY.fixed.items() if n != "algorithm"},
+        space={"algorithm": ("fedprox", path), "mu": (0.0, 1.0)},
+    ).check()
+    trials = finish(study, url)
+    by_point = {(t.params["algorithm"], t.params["mu"]): t for t in trials}
+    for mu in (0.0, 1.0):
+        assert by_point[path, mu].value == by_point["fedprox", mu].value
+        assert by_point[path, mu].user_attrs["settings"]["algorithm"].startswith("mine@")
+    shared = run.open_study(study, url)
+    assert list(shared.user_attrs["files"]) == [path]
+    own_method(tmp_path, "mine", "# changed\n")
+    with pytest.raises(InputError, match=r"was begun with other files: .*my.py=mine@\w+, now mine@\w+; give the new"):
+        run.open_study(study, url)
+    monkeypatch.setattr(Study, "files", lambda self: {path: "mine@other"})
+    with run.Worker(study, shared) as worker:
+        runner = run.Runner(worker, 1, bar=None)
+        monkeypatch.undo()
+        with pytest.raises(InputError, match=r"my.py was changed while the study ran \(mine@other, now mine@\w+\)"):
+            runner.run([])
+
+
+def test_a_users_own_method_in_a_study_by_value():
+    method = ALGORITHMS["fedprox"]._replace(name="mine")
+    study = TINY._replace(fixed={**TINY.fixed, "algorithm": method}).check()
+    described = json.loads(json.dumps(study.description()))
+    assert described["fixed"]["algorithm"].startswith("mine@")
+    assert study.settings(study.point(0)).method.name == "mine"

@@ -1,0 +1,391 @@
+"""A user's own method and net, by file and by value: from Python, from the command line, and what is refused."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import programs
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import fdjax
+from fdjax import own
+from fdjax.algorithms import ALGORITHMS, fedavg
+from fdjax.errors import InputError
+from fdjax.method import LOCAL_TRAINING, HParam, Method
+from fdjax.models import MODELS
+from fdjax.models import own as nets
+from fdjax.models.nets import MCLR
+from fdjax.run import contract_check, experiment, methods, settings
+from fdjax.run.batch import batch, experiments
+from fdjax.run.contract_check import BrokenContractError
+
+HERE = Path(__file__).resolve().parents[1] / "own_files"
+METHOD, NET = HERE / "server_momentum.py", f"{HERE / 'net.py'}:Net"
+SMALL = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "rounds": 2, "devices": 1}
+
+
+def file(folder, text, name="my.py"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def method_file(folder, scale="1.0", hparams="{}", more="", name="my.py"):
+    """FedAvg that sends its params times a number: `scale`, an expression."""
+    text = f"""
+import jax
+from fdjax import HParam, Method
+from fdjax.algorithms import fedavg
+from fdjax.method import LOCAL_TRAINING
+{more}
+
+def build(task):
+    base = fedavg.fedavg(task)
+    (exchange,) = base.round
+    def server(ctx, params, mean):
+        return jax.tree.map(lambda w: {scale} * w, mean), {{}}
+    return base._replace(round=(exchange._replace(server=server),))
+
+METHOD = Method("mine", "scaled", build, LOCAL_TRAINING | {hparams}, one_architecture=True)
+"""
+    return file(folder, text, name)
+
+
+def run(**named):
+    return fdjax.run(progress=False, **SMALL | named)
+
+
+# What a newcomer does.
+
+
+def test_the_example_is_the_equation(rng):
+    """v <- beta v + (w_t - mean), w <- w - v."""
+    (exchange,) = experiment.build(settings.make(algorithm=str(METHOD), **SMALL)).algorithm.round
+    w, v, mean = ({"a": rng.normal(size=3)} for _ in range(3))
+    ctx = types.SimpleNamespace(hparams={"beta_server": 0.7})
+    after, metrics = exchange.server(ctx, {"params": w, "velocity": v}, mean)
+    velocity = 0.7 * v["a"] + (w["a"] - mean["a"])
+    np.testing.assert_allclose(after["velocity"]["a"], velocity, rtol=1e-12)
+    np.testing.assert_allclose(after["params"]["a"], w["a"] - velocity, rtol=1e-12)
+    assert metrics == {}
+
+
+def test_one_line_puts_it_through_the_contract():
+    kept = fdjax.check_method(str(METHOD))
+    assert str(kept).startswith("fedavgm keeps the contract: 15 checks in ")
+
+
+def test_by_file_and_by_value_are_the_same_numbers():
+    value = methods.of(methods.resolve(str(METHOD)))
+    by_file = run(algorithm=METHOD.as_posix(), model=NET, beta_server=0.5)
+    module = own.load(str(HERE / "net.py"), "model").module
+    by_value = run(algorithm=value._replace(build=value.build), model=module.Net(num_classes=10), beta_server=0.5)
+    assert by_file.evaluations == by_value.evaluations
+    assert by_file.settings.algorithm_title == f"fedavgm ({METHOD})"
+    assert by_value.settings.algorithm_title == "fedavgm"
+    assert by_file.settings.files == {
+        by_file.settings.algorithm: str(METHOD), by_file.settings.model: str(HERE / "net.py")
+    }  # fmt: skip
+    assert by_file.settings.check() == by_file.settings
+    assert json.loads(json.dumps(by_file.settings.public())) == by_file.settings.public()
+
+
+def test_cohorts_by_file_and_by_value():
+    net = own.load(str(HERE / "net.py"), "model").module.Net(num_classes=10)
+    by_file = settings.make(algorithm="feddistill", models=f"{NET}:3,mclr:1", **SMALL)
+    by_value = settings.make(algorithm="feddistill", models=[(net, 3), ("mclr", 1)], **SMALL)
+    for chosen, name in ((by_file, f"Net ({HERE / 'net.py'})"), (by_value, "Net")):
+        cohorts = experiment.build(chosen).layout.cohorts
+        assert [(cohort.model.name, cohort.size) for cohort in cohorts] == [(name, 3), ("mclr", 1)]
+    assert settings.make(model=NET).algorithm == "fedavg"
+    with pytest.raises(InputError, match="clients of fedavg have no model of their own, only --model=mclr"):
+        settings.make(models=f"{NET}:4", **SMALL)
+
+
+def test_from_the_command_line(tmp_path):
+    flagfile = tmp_path / "my.flags"
+    flagfile.write_text(f"--algorithm={METHOD}\n--beta_server=0.25\n--dataset=synthetic\n--rounds=1\n")
+    result = programs.run(
+        "fdjax", f"--flagfile={flagfile}", f"--model={NET}", "--num_clients=4", "--samples_per_client=20",
+        f"--out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"fedavgm ({METHOD})" in result.stdout
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["result"]
+    assert written["settings"]["beta_server"] == 0.25
+    assert set(written["files"].values()) == {str(METHOD), str(HERE / "net.py")}
+
+
+def test_help_has_the_flags_of_a_file():
+    """Flags that are no settings are reserved, or absl would end in a traceback where a method takes one."""
+    result = programs.run("fdjax", f"--algorithm={METHOD}", "--help")
+    text = " ".join(result.stdout.split())
+    assert "hyperparameter of fedavgm (default 0.9): momentum of the server" in text
+    assert f"fedavgm ({METHOD}): FedAvgM (Hsu et al. 2019)" in text
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("--")]
+    listed = {line.split(":")[0].removeprefix("--").removeprefix("[no]") for line in lines}
+    ours = {n for m in methods.known().values() for n in (*m.hparams, *m.options)} | {"beta_server"}
+    assert listed - set(settings.FLAGS) - ours <= methods.RESERVED
+
+
+def test_a_file_that_is_none_ends_in_one_line_before_flags_are_read():
+    result = programs.run("fdjax", "--algorithm", "none.py", "--my_hparam=1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --algorithm=none.py: there is no such file; ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_flags_of_files_are_looked_for_where_absl_looks(tmp_path):
+    flagfile = tmp_path / "x.flags"
+    flagfile.write_text(f"--algorithm={METHOD}\n")
+    for arguments in (
+        [f"--algorithm={METHOD}"], ["-algorithm", str(METHOD)], [f"--flagfile={flagfile}"],
+        ["--flagfile", str(flagfile)], [f"--algorithms=fedavg,{METHOD}"], ["--algorithm=x.py", f"--algorithm={METHOD}"],
+    ):  # fmt: skip
+        assert [m.name for m in methods.on_command_line(["program", *arguments]).values()] == ["fedavgm"]
+    for arguments in ([], ["--algorithm=fedavg"], ["--", f"--algorithm={METHOD}"], ["--flagfile=none"]):
+        assert methods.on_command_line(["program", *arguments]) == {}
+
+
+# Contents, and not names or paths.
+
+
+def scale_of(chosen):
+    """By what the server of the algorithm that a run would compile multiplies."""
+    (exchange,) = experiment.build(chosen).algorithm.round
+    return float(exchange.server(None, None, {"a": 1.0})[0]["a"])
+
+
+def test_two_files_of_one_name_are_two(tmp_path):
+    """Nor do they share what they import from beside them."""
+    paths = []
+    for folder, scale in (("a", 1.0), ("b", 0.5)):
+        paths.append(method_file(tmp_path / folder, "SCALE", more="from helper import SCALE"))
+        file(tmp_path / folder, f"SCALE = {scale}\n", "helper.py")
+    chosen = [settings.make(algorithm=path, **SMALL) for path in (*paths, paths[0])]
+    assert [scale_of(one) for one in chosen] == [1.0, 0.5, 1.0]
+    assert chosen[0] == chosen[2]
+    assert chosen[0].static(16) != chosen[1].static(16)
+    assert not {"helper", "my"} & sys.modules.keys()
+
+
+def test_equal_files_in_two_folders_may_read_other_data(tmp_path):
+    """What a file reads from beside it is no part of its text."""
+    read = "from pathlib import Path\nSCALE = float((Path(__file__).parent / 'scale.txt').read_text())"
+    names = []
+    for folder, scale in (("a", 1.0), ("b", 0.5)):
+        path = method_file(tmp_path / folder, "SCALE", more="")
+        Path(path).write_text(read + Path(path).read_text())
+        file(tmp_path / folder, str(scale), "scale.txt")
+        names.append(settings.make(algorithm=path, **SMALL))
+    assert [scale_of(name) for name in names] == [1.0, 0.5]
+
+
+def test_a_file_that_was_edited_is_a_new_method(tmp_path):
+    path = method_file(tmp_path, "1.0")
+    before = run(algorithm=path, out=tmp_path / "out")
+    method_file(tmp_path, "0.5")  # of the same length, in the same second
+    after = run(algorithm=path)
+    assert before.evaluations != after.evaluations
+    with pytest.raises(InputError, match=r"was run with algorithm=mine@\w+, not mine@\w+ \(mine has changed since\)"):
+        run(algorithm=path, out=tmp_path / "out", resume=True, rounds=3)
+    method_file(tmp_path, "1.0")
+    assert run(algorithm=path, out=tmp_path / "out", resume=True, rounds=3).rounds["bytes_up"]
+
+
+def test_a_neighbour_that_was_edited_is_a_new_method(tmp_path):
+    """Also one that is imported by a neighbour, or only when a function is called."""
+    file(tmp_path / "package", "from .inner import SCALE", "__init__.py")
+    path = method_file(tmp_path, "scale()", more="def scale():\n    import package\n    return package.SCALE")
+    found = []
+    for scale in (1.0, 0.5):
+        file(tmp_path / "package", f"SCALE = {scale}\n", "inner.py")
+        found.append(scale_of(settings.make(algorithm=path, **SMALL)))
+    assert found == [1.0, 0.5]
+
+
+def test_a_method_replaced_under_its_name_is_another(monkeypatch):
+    def method(scale):
+        def build(task):
+            (exchange,) = (base := fedavg.fedavg(task)).round
+            shrink = lambda ctx, params, mean: (jax.tree.map(lambda w: scale * w, mean), {})  # noqa: E731
+            return base._replace(round=(exchange._replace(server=shrink),))
+
+        return Method("replaced", "", build, LOCAL_TRAINING, one_architecture=True)
+
+    chosen = []
+    for scale in (1.0, 0.5, 1.0):
+        monkeypatch.setitem(ALGORITHMS, "replaced", method(scale))
+        chosen.append(settings.make(algorithm="replaced", **SMALL))
+    assert [scale_of(one) for one in chosen] == [1.0, 0.5, 1.0]
+    assert chosen[0] == chosen[2]  # written again unchanged, it compiles nothing
+    assert methods.resolve(ALGORITHMS["fedprox"]) == "fedprox"
+
+
+def test_a_net_replaced_under_its_name_is_another(monkeypatch):
+    seen = set()
+    for name in ("mclr", "2nn"):
+        monkeypatch.setitem(MODELS, "mine", MODELS[name])
+        seen.add(settings.make(model="mine").model)
+    assert len(seen) == 2
+
+
+def test_trials_of_own_methods_share_a_batch():
+    chosen = [settings.make(algorithm=str(METHOD), beta_server=beta, **SMALL) for beta in (0.0, 0.5)]
+    ready = experiments(chosen)
+    assert ready[0].signature == ready[1].signature
+    zero, half = batch(ready, 2).run(ready, lambda done, records: ())
+    assert zero.evaluations != half.evaluations
+
+
+@pytest.mark.parametrize(
+    ("thing", "label"),
+    [
+        (lambda num_classes: nn.Dense(num_classes), "lambda"),
+        (lambda k: nn.Dense(k), "lambda"),
+        (MCLR(num_classes=10), "MCLR"),
+        (MCLR, "MCLR"),
+        (fdjax.models.build("mclr", (60,), 10), "mclr"),
+    ],
+)
+def test_what_may_be_a_net(thing, label):
+    name = nets.resolve(thing)
+    assert name.partition("@")[0] == label
+    model = nets.build(name, (60,), 10)
+    assert model.apply(model.init(jax.random.key(0)), np.zeros((2, 60), np.float32)).shape == (2, 10)
+
+
+# What is refused, in one line.
+
+
+FEDAVG = "import fdjax\nfrom fdjax.algorithms import fedavg\n"
+OTHER = FEDAVG + "METHOD = fedavg.METHOD._replace"
+BAD_FILES = [
+    ("import nothing_of_that_name", r"does not import: ModuleNotFoundError: No module named 'nothing_.*' \(my.py:1\)$"),
+    ("x = 1\ndef f(:\n", r"does not import: SyntaxError: .* \(my.py:2\)$"),
+    ("1 / 0", r"does not import: ZeroDivisionError: division by zero \(my.py:1\)$"),
+    ("raise SystemExit(3)", r"does not import: SystemExit: 3 \(my.py:1\)$"),
+    ("def build(task): pass\n_x = 1", r"has no METHOD, the record of a method \(fdjax.Method\); it has build$"),
+    (FEDAVG + "MINE = fedavg.METHOD", r"has no METHOD, .*; give .*my.py:MINE$"),
+    ("def METHOD(task): pass", r"METHOD is a function, expected a fdjax.Method\(name, summary, build, hparams\)$"),
+    (FEDAVG + "METHOD = fdjax.Method", r"METHOD is Method, expected a fdjax.Method\("),
+    (OTHER + "(name='a b')", r"METHOD: its name is 'a b', expected letters"),
+    (OTHER + "(build=3)", r"METHOD: build is a int, expected a function of a fdjax.Task"),
+    (OTHER + "(hparams={'a': 0.1})", r"hparam 'a' is a float, expected HParam\(default"),
+    (OTHER + "(hparams={'momentum': fdjax.HParam(0.1)})", r"'momentum' has the name of a setting; call it fedavg_mom"),
+    (OTHER + "(hparams={'out': fdjax.HParam(0.1)})", r"hparam 'out' has the name of a setting"),
+    (OTHER + "(hparams={'aggregation': fdjax.HParam(0.1)})", r"has the name of something else in cronus; rename it$"),
+    (OTHER + "(options={'how': 'a'})", r"option 'how' is 'a', expected a tuple of texts"),
+    (OTHER + "(hparams={'a': fdjax.HParam(2.0, high=1.0)})", r"--a=2.0: expected a number from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES, ids=[message[:40] for _, message in BAD_FILES])
+def test_bad_files(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as error:
+        settings.make(algorithm=file(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method_file(tmp_path)
+    for given, message in (
+        ("none.py", r"--algorithm=none.py: there is no such file; its folder has my.py"),
+        ("no/none.py", r"there is no such file; paths are relative to the working directory"),
+        ("my", r"unknown algorithm 'my'; did you mean the file, --algorithm=my.py\?"),
+        ("folder/my", r"--algorithm=folder/my names no file: a file of your own ends in .py"),
+        ("my.py:OTHER", r"--algorithm=my.py:OTHER has no OTHER"),
+        ("mine@0123456789ab", r"method 'mine@0123456789ab' is of a file that this process has not read"),
+        (fedavg.fedavg, r"expected a method's name, a file of your own \(my.py\) or a Method"),
+    ):
+        with pytest.raises(InputError, match=message):
+            settings.make(algorithm=given)
+    with pytest.raises(InputError, match="unknown hparam of mine 'mu'; known: learning_rate, local_epochs"):
+        settings.make(algorithm="my.py", mu=1.0)
+
+
+NETS = """
+import flax.linen as nn
+class Wide(nn.Module):
+    width: int
+    @nn.compact
+    def __call__(self, x): return nn.Dense(3)(x)
+class Three(nn.Module):
+    @nn.compact
+    def __call__(self, x): return nn.Dense(3)(x)
+class Images(nn.Module):
+    num_classes: int
+    @nn.compact
+    def __call__(self, x): return nn.Dense(self.num_classes)(x[:, 0, 0])
+class Typo(nn.Module):
+    @nn.compact
+    def __call__(self, x): return self.nothing(x)
+def text(num_classes): return "net"
+number = 3
+"""
+BAD_NETS = [
+    ("", r"--model=.*net.py names no net of the file; give .*net.py:Wide or .*net.py:Three"),
+    (":Nt", r"--model=.*net.py:Nt has no Nt; give .*net.py:Wide or "),
+    (":number", r"net.py:number is a int, expected a linen module or its class"),
+    (":Wide", r"model 'Wide \(.*net.py\)' wants width, of which nobody knows the value"),
+    (":Three", r"model 'Three \(.*net.py\)' returned .*, expected logits \[B, 10\]: the data have 10 classes"),
+    (":Images", r"model 'Images \(.*net.py\)' (on|cannot take) inputs \(60,\): "),
+    (":Typo", r"model 'Typo \(.*net.py\)' (on|cannot take) inputs \(60,\): .*has no attribute \"nothing\""),
+    (":text", r"model 'text \(.*net.py\)' made a str, expected a linen module or a Model"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "message"), BAD_NETS, ids=[wanted for wanted, _ in BAD_NETS])
+def test_bad_nets(tmp_path, wanted, message):
+    path = file(tmp_path, NETS, "net.py")
+    with pytest.raises(InputError, match=message) as error:
+        run(model=path + wanted)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_lists_of_nets():
+    with pytest.raises(InputError, match=r"expected pairs of a net and clients, e.g. \[\(net, 3\), \('2nn', 7\)\]"):
+        settings.make(models=["mclr", 3])
+    with pytest.raises(InputError, match=r"--models=mclr:0: 'mclr:0' is not of the form name:clients"):
+        settings.make(models=[("mclr", 0)])
+    with pytest.raises(InputError, match="is an nnx module with weights; give its class"):
+        nets.resolve(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+
+
+def test_what_a_function_raises_is_one_line(tmp_path):
+    for text, message in (
+        ("{}['a']", r"mine, exchange train: server \(my.py:\d+\) raised KeyError: 'a' \(my.py:\d+\)"),
+        ("int(ctx.round)", r"server \(my.py:\d+\) raised ConcretizationTypeError: .*\(my.py:\d+\)"),
+        ("ctx.hparams['mu']", r"unknown hyperparameter \(in ctx.hparams\) 'mu'"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            run(algorithm=method_file(tmp_path, text))
+        assert "\n" not in str(error.value)
+    path = method_file(tmp_path).replace("my.py", "other.py")
+    Path(path).write_text(Path(tmp_path / "my.py").read_text().replace("base = fedavg", "return\n    base = fedavg"))
+    with pytest.raises(InputError, match=r"mine: build \(other.py:\d+\) returned a NoneType, expected a fdj"):
+        run(algorithm=path)
+
+
+def test_a_broken_contract_says_which_check_and_how(tmp_path):
+    nan = method_file(tmp_path, "jax.numpy.nan")
+    with pytest.raises(BrokenContractError, match=r"mine breaks the contract, runs: state/server/.* is not f") as one:
+        fdjax.check_method(nan)
+    unread = contract_check.Contract(method_file(tmp_path, hparams="{'unread': HParam(1.0)}"))
+    with pytest.raises(BrokenContractError, match=r"hparam 'unread' changes nothing in two rounds; read ctx") as two:
+        unread.every_hparam_is_used_and_a_new_value_compiles_nothing()
+    assert "\n" not in f"{one.value}{two.value}"
+
+
+def test_another_value_stays_in_its_range():
+    for record, value, expected in (
+        (HParam(0.1), 0.1, 0.05), (HParam(0.0), 0.0, 0.5), (HParam(3, 1, integer=True), 3, 4),
+        (HParam(3, 1, 3, integer=True), 3, 2), (HParam(0.6, 0.5), 0.6, 1.2), (HParam(0.0, 0.0, 0.0), 0.0, 0.0),
+    ):  # fmt: skip
+        assert contract_check.another(record, value) == expected
