@@ -15,13 +15,13 @@ from fdjax.data.federation import federate, replicated
 from fdjax.engine import hosts, plan
 from fdjax.engine.layout import FineTuning, Layout
 from fdjax.engine.lift import Lifting
-from fdjax.engine.participation import Policy, places_of
 from fdjax.engine.simulation import Simulation, simulation
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task, Training
 from fdjax.models.split import build_split
-from fdjax.run.loading import cohort_sizes, load, new_clients
+from fdjax.run.loading import cohort_sizes, load
+from fdjax.run.participants import participants, policy_of
 from fdjax.run.settings import Settings
 from fdjax.types import Array, Cohort, Federation, Holdings, Model, Source, Split
 
@@ -86,7 +86,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         train_owner=source.train_owner, test_owner=source.test_owner,
     )  # fmt: skip
     cohorts = cohort_sizes(settings, len(holdings.count))
-    never_train, new = new_clients(settings, holdings, cohorts)
+    who = participants(settings, holdings, [size for _, size in cohorts])
     shapes = Shapes(
         cohorts=cohorts,
         inputs=source.train_x.shape[1:],
@@ -94,8 +94,8 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         own_batch=min(_power_of_two(int(np.max(own_tests.count))), settings.eval_batch),
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),
-        participants=_participants(settings, holdings, never_train, cohorts),
-        new=new,
+        participants=who.places,
+        new=who.new,
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -106,7 +106,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     hparams = jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh))
     federation = federate(
         source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),
-        never_train=never_train, by_examples=policy_of(settings).alike,
+        never_train=who.never_train, by_examples=who.policy.alike,
     )  # fmt: skip
     return Experiment(
         settings=settings,
@@ -167,36 +167,6 @@ def _work(settings: Settings, shapes: Shapes, holdings: Holdings) -> plan.Work:
         participants=shapes.participants,
         steps=tuple(np.split(steps_of_each, ends)),
     )
-
-
-def policy_of(settings: Settings) -> Policy:
-    """How participants are drawn, and what they do."""
-    rate = settings.participation if settings.sampling == "poisson" else 1.0
-    return Policy(settings.sampling, rate, settings.dropped, settings.stragglers, settings.straggler_work)
-
-
-def _participants(
-    settings: Settings, holdings: Holdings, never_train: np.ndarray, cohorts: tuple[tuple[str, int], ...]
-) -> tuple[int, ...]:
-    """Clients of each cohort that take part in a round, or places for them.
-
-    Raises InputError if there are too few places, or too few clients to draw.
-    """
-    ends = np.cumsum([size for _, size in cohorts])[:-1]
-    may_train = [int((~part).sum()) for part in np.split(never_train, ends)]
-    places = places_of(
-        policy_of(settings), settings.participation, settings.capacity, tuple(may_train), settings.rounds
-    )
-    holds = [int(part.sum()) for part in np.split((np.asarray(holdings.count) > 0) & ~never_train, ends)]
-    for number, of in zip(places, holds, strict=True):
-        if settings.sampling == "examples" and number > of:
-            raise InputError(
-                f"--sampling=examples draws {number} different clients, but only {of} hold examples; use a smaller "
-                "--participation, or --sampling=examples_replaced"
-            )
-    if not sum(holds):
-        raise InputError("no client that trains holds an example; use fewer --new_clients or another --partition_seed")
-    return places
 
 
 class _Networks(NamedTuple):

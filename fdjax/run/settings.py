@@ -273,7 +273,6 @@ class Settings:
             )
         if self.models is not None:
             self._check_models(self.models)
-        self._check_participation()
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 
     def _check_models(self, models: str) -> None:
@@ -286,18 +285,6 @@ class Settings:
                 f"--models={models}: clients of {self.algorithm} have no model of their own, only "
                 f"--model={self.model}; leave --models out"
             )
-
-    def _check_participation(self) -> None:
-        if self.capacity and self.sampling != "poisson":
-            raise InputError(
-                f"--capacity={self.capacity} is for --sampling=poisson alone; with {self.sampling} use --participation"
-            )
-        if self.stragglers and self.straggler_work == "partial" and "local_epochs" not in self.method.hparams:
-            raise InputError(
-                f"{self.algorithm} has no local_epochs of which stragglers could do a part; use --straggler_work=drop"
-            )
-        if self.new_clients and self.method.pooled:
-            raise InputError(f"--new_clients={self.new_clients:g}: {self.algorithm} has a single client; leave it out")
 
     def public(self) -> dict[str, Any]:
         """As a flat dict for results and checkpoints: hyperparameters and options beside the other settings."""
