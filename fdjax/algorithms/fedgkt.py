@@ -83,15 +83,15 @@ def fedgkt(task: Task) -> Algorithm:
         empty = jnp.zeros((padded, *features)), jnp.zeros((padded, classes)), jnp.zeros(padded, jnp.int32)
         arrays = lax.fori_loop(0, batches(data.count, batch), step, empty)
         upload = Upload(
-            jax.tree.map(lambda a: a[:largest], arrays),
+            (*jax.tree.map(lambda a: a[:largest], arrays), jnp.asarray(data.count)),
             bytes=4.0 * data.count * (math.prod(features) + classes + 1),
             bytes_received=4.0 * data.count * classes * known,
         )
         return params, upload, {"train_loss": train_loss}
 
     def train_on_features(ctx, server, stack):
-        h, z, y = stack.partials
-        uploads = Ragged(h, (y, z), jnp.cumsum(stack.weight.astype(jnp.int32)))
+        h, z, y, count = stack.partials
+        uploads = Ragged(h, (y, z), jnp.cumsum(count))
 
         def loss(params, x, target):
             labels, teacher = target

@@ -84,8 +84,8 @@ def test_trials_have_them_too():
         ({"dropped": 1.0}, "--dropped=1.0: expected"),
         ({"stragglers": 1.5}, "--stragglers=1.5: expected a number from 0 to 1"),
         (
-            {"sampling": "examples", "partition": "dirichlet_a", "min_size": 0, "dataset": "mnist_sample", "alpha": 0.01,
-             "samples_per_client": None, "num_clients": 300},
+            {"sampling": "examples", "partition": "dirichlet_a", "min_size": 0, "dataset": "mnist_sample",
+             "alpha": 0.01, "samples_per_client": None, "num_clients": 300},
             "--sampling=examples draws 210 different clients, but only",
         ),
     ],
