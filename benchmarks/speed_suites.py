@@ -40,10 +40,12 @@ class Case(NamedTuple):
     algorithm: str = "fedavg"
     shared: bool = False  # clients hold examples of one pool, so that data do not grow with clients
     sizes: str = "equal"  # examples of the clients: one of SIZES; steps are then a mean
+    participants: int = 0  # of the round, drawn uniformly; 0 for all clients
 
     def __str__(self) -> str:
         sizes = "" if self.sizes == "equal" else self.sizes
-        work = f"{self.clients}x{self.steps}"
+        drawn = f"{self.participants} of " if self.participants else ""
+        work = f"{drawn}{self.clients}x{self.steps}"
         return " ".join(filter(None, (self.model, self.padding, f"B={self.batch}", work, sizes)))
 
 
@@ -83,6 +85,11 @@ SUITES = {
     ),
     "scale": Suite(
         tuple(Case("mclr", 10, 10**n, 20, shape=(60,), shared=True) for n in (2, 3, 4, 5)), peers=(), flat=1.2
+    ),
+    "sampled": Suite(
+        tuple(Case("mclr", 10, 10**n, 20, shape=(60,), shared=True, participants=10) for n in (2, 3, 4, 5, 6)),
+        peers=(),
+        flat=1.5,
     ),
     "ragged": Suite(
         tuple(Case("mclr", 10, 1000, 33, shape=(60,), shared=True, sizes=sizes) for sizes in SIZES),
@@ -125,7 +132,7 @@ class Work(NamedTuple):
     x: np.ndarray  # [N, ...] uint8 images or float32
     y: np.ndarray  # [N] int32
     holdings: Holdings
-    steps: int  # of all clients
+    steps: int  # of all participants
 
 
 def make_work(case: Case) -> Work:
@@ -140,6 +147,9 @@ def make_work(case: Case) -> Work:
     else:
         patterns = rng.integers(0, 256, (CLASSES, *case.shape), dtype=np.uint16)
         x = ((patterns[y] + rng.integers(0, 256, (size, *case.shape), dtype=np.uint16)) // 2).astype(np.uint8)
+    if case.participants:  # neighbours in the pool, or the holdings of a million clients would fill the memory
+        start = rng.integers(0, size - held, case.clients).astype(np.int32)
+        return Work(x, y, Holdings(np.arange(size, dtype=np.int32), start, count), case.participants * case.steps)
     order = rng.integers(0, size, total).astype(np.int32) if case.shared else np.arange(total, dtype=np.int32)
     start = (np.cumsum(count) - count).astype(np.int32)
     return Work(x, y, Holdings(order, start, count), int(np.sum(-(-count // case.batch))))
@@ -156,7 +166,7 @@ class Fdjax:
         task = Task(self.model, (self.model,), (case.clients,), training, training, training, CLASSES)
         lifting = self._lifting(work, mesh, chunk)
         self.chunk, self.narrow = lifting.chunk, lifting.narrow
-        layout = Layout(self.model, (Cohort(self.model, case.clients),), (case.clients,), lifting)
+        layout = Layout(self.model, (Cohort(self.model, case.clients),), (case.participants or case.clients,), lifting)
         bound = simulation(method.algorithm(task), layout)
         source = Source("patterns", work.x, work.y, work.x[:1], work.y[:1], CLASSES)
         nothing = np.zeros(case.clients, np.int32)
@@ -170,6 +180,7 @@ class Fdjax:
         state = bound.init(0, self.federation)
         self.placement = jax.tree.map(lambda x: x.sharding, state)
         self.first = jax.tree.map(np.array, state)
+        self.teacher = bound.fetch(state).clients[0] if case.algorithm == "feddistill" else None  # [C, ...]
         start = time.perf_counter()
         self.run = bound.run.lower(state, self.federation, self.hparams, 1).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -191,14 +202,9 @@ class Fdjax:
     def _lifting(self, work: Work, mesh: jax.sharding.Mesh, chunk: int) -> lift.Lifting:
         """Chunks as a run chooses them, or as given."""
         steps = -(-work.holdings.count // self.case.batch)
-        to_do = plan.Work((self.model,), (self.case.clients,), (steps,))
+        to_do = plan.Work((self.model,), (self.case.participants or self.case.clients,), (steps,))
         chosen = chunk or plan.automatic_chunk(to_do, mesh)
         return lift.Lifting("shard_map", mesh, chosen, () if chunk else plan.narrower(to_do, chosen, mesh))
-
-    @property
-    def teacher(self) -> Any | None:
-        """The clients' teachers `[C, ...]`, where there are any."""
-        return self.first.clients[0] if self.case.algorithm == "feddistill" else None
 
     def batches(self) -> np.ndarray:
         """The examples of each client's batches `[C, steps, B]`, in the order in which the engine takes them."""

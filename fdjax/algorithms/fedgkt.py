@@ -85,15 +85,15 @@ def fedgkt(task: Task) -> Algorithm:
         empty = jax.tree.map(lambda a: jnp.zeros((padded, *a.shape[1:]), a.dtype), like)
         arrays = lax.fori_loop(0, batches(data.count, batch), step, empty)
         upload = Upload(
-            jax.tree.map(lambda a: a[:largest], arrays),
+            (*jax.tree.map(lambda a: a[:largest], arrays), jnp.asarray(data.count)),
             bytes=4.0 * data.count * (math.prod(like[0].shape[1:]) + classes + 1),
             bytes_received=4.0 * data.count * classes * known,
         )
         return params, upload, {"train_loss": train_loss}
 
     def train_on_features(ctx, server, stack):
-        h, z, y = stack.partials
-        uploads = Ragged(h, (y, z), jnp.cumsum(stack.weight.astype(jnp.int32)))
+        h, z, y, count = stack.partials
+        uploads = Ragged(h, (y, z), jnp.cumsum(count))
 
         def loss(params, x, target, key):
             labels, teacher = target

@@ -53,8 +53,8 @@ class Checkpoints:
     def restore(self, like: State, then: Sequence[Storage] | None = None, now: Sequence[Storage] = ()) -> State:
         """The state of the latest checkpoint, with the structure, shapes, dtypes and placement of `like`.
 
-        `then` and `now` say where states of clients lay (None: by rank, as on one device) and are to lie. If that is
-        not the same, as on another number of devices, each host reads all of them into its own memory first.
+        `then` and `now` say where states of clients lay (None: by rank, as on one device) and are to lie. If these
+        differ, as on another number of devices, each host reads all states into its own memory first.
         """
         then = then or [Storage(each.clients, 1, 1, each.clients) for each in now]
         found = self._manager.item_metadata(self.latest() or 0)["state"]

@@ -19,8 +19,8 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
-from fdjax.run.loading import cohort_sizes, load, new_clients
-from fdjax.run.participation import participants, policy_of
+from fdjax.run.loading import cohort_sizes, load
+from fdjax.run.participants import participants, policy_of
 from fdjax.run.settings import Settings
 from fdjax.run.training import method_of, trainings
 from fdjax.types import Cohort, Federation, Holdings, Model, Source
@@ -86,7 +86,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         train_owner=source.train_owner, test_owner=source.test_owner,
     )  # fmt: skip
     cohorts = cohort_sizes(settings, len(holdings.count))
-    never_train, new = new_clients(settings, holdings, cohorts)
+    who = participants(settings, holdings, [size for _, size in cohorts])
     shapes = Shapes(
         cohorts=cohorts,
         inputs=source.train_x.shape[1:],
@@ -94,8 +94,8 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         own_batch=min(_power_of_two(int(np.max(own_tests.count))), settings.eval_batch),
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),
-        participants=participants(settings, holdings, never_train, cohorts),
-        new=new,
+        participants=who.places,
+        new=who.new,
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -106,7 +106,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     hparams = jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh))
     federation = federate(
         source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),
-        never_train=never_train, by_examples=policy_of(settings).alike,
+        never_train=who.never_train, by_examples=who.policy.alike,
     )  # fmt: skip
     return Experiment(
         settings=settings,

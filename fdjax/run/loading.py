@@ -10,8 +10,6 @@ from fdjax.errors import InputError
 from fdjax.run.settings import Settings, cohorts_of, of_role
 from fdjax.types import Holdings, Source
 
-_NEW = 11  # sets the draw of new clients apart from others with the same seed
-
 
 class Loaded(NamedTuple):
     """Data of a run, on the host."""
@@ -116,23 +114,3 @@ def cohort_sizes(settings: Settings, clients: int) -> tuple[tuple[str, int], ...
     if total != clients:
         raise InputError(f"--models={settings.models} names {total} clients, but the partition has {clients}")
     return cohorts
-
-
-def new_clients(
-    settings: Settings, holdings: Holdings, cohorts: tuple[tuple[str, int], ...]
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Who never trains, [C] bool by id, and how many of each cohort. Raises InputError if that is nobody, or all."""
-    never_train = np.zeros(len(holdings.count), bool)
-    if not settings.new_clients:
-        return never_train, ()
-    rng, first, numbers = np.random.default_rng([settings.data_seed, _NEW]), 0, []
-    for _, size in cohorts:
-        number = round(settings.new_clients * size)
-        if not 0 < number < size:
-            raise InputError(
-                f"--new_clients={settings.new_clients:g} of {size} clients is {number}; some must be new, and some not"
-            )
-        never_train[first + rng.choice(size, number, replace=False)] = True
-        first += size
-        numbers.append(number)
-    return never_train, tuple(numbers)

@@ -1,14 +1,11 @@
-"""Settings of who takes part in a round and what they do, and the policy and the places that these come to."""
+"""Settings of who takes part in a round, and what they do."""
 
 import dataclasses
 from typing import Any
 
-import numpy as np
-
-from fdjax.engine.participation import SAMPLINGS, STRAGGLER_WORKS, Policy, places_of
+from fdjax.engine.participation import SAMPLINGS, STRAGGLER_WORKS
 from fdjax.errors import InputError
 from fdjax.run.setting import setting_field as _setting
-from fdjax.types import Holdings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +51,3 @@ def check_participation(settings: Any) -> None:
         )
     if settings.new_clients and method.pooled:
         raise InputError(f"--new_clients={settings.new_clients:g}: {method.name} has a single client; leave it out")
-
-
-def policy_of(settings: Any) -> Policy:
-    """How participants are drawn, and what they do."""
-    rate = settings.participation if settings.sampling == "poisson" else 1.0
-    return Policy(settings.sampling, rate, settings.dropped, settings.stragglers, settings.straggler_work)
-
-
-def participants(
-    settings: Any, holdings: Holdings, never_train: np.ndarray, cohorts: tuple[tuple[str, int], ...]
-) -> tuple[int, ...]:
-    """Clients of each cohort that take part in a round, or places for them.
-
-    Raises InputError if there are too few places, or too few clients to draw.
-    """
-    ends = np.cumsum([size for _, size in cohorts])[:-1]
-    may_train = [int((~part).sum()) for part in np.split(never_train, ends)]
-    places = places_of(
-        policy_of(settings), settings.participation, settings.capacity, tuple(may_train), settings.rounds
-    )
-    holds = [int(part.sum()) for part in np.split((np.asarray(holdings.count) > 0) & ~never_train, ends)]
-    for number, of in zip(places, holds, strict=True):
-        if settings.sampling == "examples" and number > of:
-            raise InputError(
-                f"--sampling=examples draws {number} different clients, but only {of} hold examples; use a smaller "
-                "--participation, or --sampling=examples_replaced"
-            )
-    if not sum(holds):
-        raise InputError("no client that trains holds an example; use fewer --new_clients or another --partition_seed")
-    return places

@@ -127,9 +127,20 @@ def test_the_largest_chunk_that_fits():
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts():
-    chosen = settings.make(**SMALL, devices=1, lifting="chunk", chunk=6, memory_limit=1e-6)
+    fields = SMALL | {"algorithm": "fedavg"}  # whose clients keep nothing
+    chosen = settings.make(**fields, devices=1, lifting="chunk", chunk=6, memory_limit=1e-6)
     with pytest.raises(InputError, match=r"a round needs .* GB on a device at --chunk=6, and 1e-06 GB are free"):
         runner.run(chosen, progress=False)
+
+
+def test_states_that_fit_nowhere_are_refused_before_anything_is_allocated():
+    with pytest.raises(InputError, match=r"clients need 7.32e-06 GB on each of 2 devices, and 1e-06 GB are free"):
+        runner.run(settings.make(**SMALL, devices=2, memory_limit=1e-6), progress=False)
+    mesh = lift.make_mesh(jax.devices()[:4])
+    states = jax.ShapeDtypeStruct((100_000_000, 2_500), np.float32)
+    with pytest.raises(InputError, match=r"need 250 GB on each of 4 devices, and 200 GB are free; use more devices"):
+        plan.fit_states(states, mesh, 200_000_000_000)
+    assert plan.fit_states(states, mesh, 250_000_000_000) == 250_000_000_000
 
 
 def test_the_chunk_shrinks_to_what_fits(capsys):
