@@ -114,7 +114,7 @@ def _model(thing: Any, shape: tuple[int, ...], classes: int, name: str, options:
     if isinstance(thing, ModelEntry):
         return models.from_linen(thing.make(num_classes=classes, **{**thing.preset, **options}), shape, name)
     given = _arguments(thing, shape, classes, name)
-    if "rngs" in inspect.signature(thing).parameters or (isinstance(thing, type) and issubclass(thing, nnx.Module)):
+    if "rngs" in _signature(thing).parameters or (isinstance(thing, type) and issubclass(thing, nnx.Module)):
         return _from_nnx(functools.partial(thing, *given.args, **given.kwargs), shape, name)
     made = thing(*given.args, **given.kwargs)
     if isinstance(made, nnx.Module):
@@ -132,9 +132,17 @@ def _from_nnx(make: Callable[..., nnx.Module], shape: tuple[int, ...], name: str
     return wrapper(lambda rngs: make(rngs=rngs), shape, name)
 
 
+def _signature(make: Any) -> inspect.Signature:
+    """What a class or function takes; a class of nnx is made by its metaclass, which takes anything."""
+    if not isinstance(make, type):
+        return inspect.signature(make)
+    taken = inspect.signature(make.__init__)
+    return taken.replace(parameters=list(taken.parameters.values())[1:])
+
+
 def _arguments(make: Any, shape: tuple[int, ...], classes: int, name: str) -> inspect.BoundArguments:
     """What a class or function is called with. Raises InputError for one that wants more than is known."""
-    signature = inspect.signature(make)
+    signature = _signature(make)
     known = {"num_classes": classes, "input_shape": shape}
     accepted = {n: v for n, v in known.items() if n in signature.parameters}
     wanted = [

@@ -260,6 +260,27 @@ def test_what_may_be_a_net(thing, label):
     assert model.apply(model.init(jax.random.key(0)), np.zeros((2, 60), np.float32)).shape == (2, 10)
 
 
+NNX = """
+from flax import nnx
+class Net(nnx.Module):
+    def __init__(self, num_classes, rngs, *, width=7):
+        self.inner, self.outer = nnx.Linear(60, width, rngs=rngs), nnx.Linear(width, num_classes, rngs=rngs)
+    def __call__(self, x):
+        return self.outer(nnx.relu(self.inner(x)))
+def made(num_classes, rngs):
+    return Net(num_classes, rngs, width=9)
+"""
+
+
+@pytest.mark.skipif(not hasattr(fdjax.models, "from_nnx"), reason="nnx modules are not wrapped here")
+@pytest.mark.parametrize(("wanted", "width"), [("Net", 7), ("made", 9)])
+def test_nnx_modules(tmp_path, wanted, width):
+    model = nets.build(nets.resolve(f"{file(tmp_path, NNX, 'net.py')}:{wanted}"), (60,), 10)
+    params = model.init(jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 61 * width + 10 * (width + 1)
+    assert model.apply(params, np.zeros((2, 60), np.float32)).shape == (2, 10)
+
+
 # What is refused, in one line.
 
 
