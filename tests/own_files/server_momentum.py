@@ -13,7 +13,7 @@ Sent: w_t down and w_k up, 4P bytes each way. Deviations: none.
 import jax
 
 from fdjax import Algorithm, Broadcast, Exchange, HParam, Method, Upload, reductions
-from fdjax.client.training import fit, supervised
+from fdjax.client.training import fit, local_work, supervised
 from fdjax.method import LOCAL_TRAINING
 
 
@@ -24,10 +24,9 @@ def build(task):
         return Broadcast(server["params"])
 
     def train(ctx, received, state, data):
-        params, loss = fit(
-            task.training, supervised(ctx.model), received.shared, data, ctx, epochs=ctx.hparams["local_epochs"]
-        )
-        return state, Upload(params), {"train_loss": loss}
+        loss = supervised(ctx.model, task.training)
+        params, mean = fit(task.training, loss, received.shared, data, ctx, epochs=local_work(ctx))
+        return state, Upload(params), {"train_loss": mean}
 
     def step(ctx, server, mean):
         beta = ctx.hparams["beta_server"]
@@ -36,7 +35,7 @@ def build(task):
 
     return Algorithm(
         init_server=lambda ctx, params: {"params": params, "velocity": jax.tree.map(lambda w: 0 * w, params)},
-        init_client=lambda ctx: (),
+        init_client=lambda ctx, params: (),
         round=(Exchange(broadcast, train, reductions.weighted_mean(), step),),
         central=lambda ctx, server, x: ctx.model.apply(server["params"], x),
     )
