@@ -63,6 +63,7 @@ class Federation(NamedTuple):
     test_holdings: Holdings  # each client's own test part, of its own label distribution
     proxy: Examples | None = None
     validation: Examples | None = None  # nobody trains on them
+    test_order: Array | None = None  # [M] int32: the test examples in a random order, whose first ones are a subsample
 
 
 class Model(NamedTuple):

@@ -29,8 +29,10 @@ class Layout(NamedTuple):
     participants: tuple[int, ...]  # per round, of each cohort
     lifting: Lifting
     eval_batch: int = 500
-    own_batch: int = 500  # the same for the clients' own test parts, which may be small
-    full_eval: bool = True  # test every personal model on the full test set too: C passes over it
+    own_batch: int = 500  # the same for the clients' tests: of their own test parts, which may be small, and all others
+    full_eval: bool = True  # test every personal model on the test set too: C passes over it
+    own_eval: bool = True  # test every client on its own test part
+    central_eval: bool = True  # test the central model, or the ensemble
     drop_nonfinite: bool = False  # leave a client out of a round in which its numbers are not finite
 
     @property

@@ -51,8 +51,11 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
     Raises InputError for an algorithm that cannot be run or tested so; what its functions return is checked later, when
     they are traced.
     """
-    if algorithm.central is ENSEMBLE and not layout.full_eval:
-        raise InputError(f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full")
+    if algorithm.central is ENSEMBLE and layout.central_eval and not layout.full_eval:
+        raise InputError(
+            f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full or auto, or "
+            "--nocentral_eval"
+        )
     run_round = functools.partial(step.round_step, algorithm, layout)
     looping = layout.lifting.kind == "loop"
     # A round is jitted by itself, so that supersteps of other lengths use the same trace.
