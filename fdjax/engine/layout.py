@@ -84,3 +84,8 @@ class Report(NamedTuple):
     metrics: dict[str, jax.Array]  # by name: means over participants weighted by n_k, and the server's
     sent: tuple[tuple[Sent, ...], ...]  # exchange by exchange, cohort by cohort
     nonfinite: NonFinite
+
+
+def first_rounds(report: Report, rounds: int) -> Report:
+    """Those of a superstep's rounds that were run, of a report that has room for more."""
+    return jax.tree.map(lambda x: x[:rounds], report)

@@ -12,15 +12,12 @@ import jax.numpy as jnp
 
 from fdjax.contract import ENSEMBLE, Algorithm, Exchange, HParams, Received
 from fdjax.data.federation import replicated
-from fdjax.engine import evaluate, step
+from fdjax.engine import compiling, evaluate, step
 from fdjax.engine.check import Checker, check_algorithm
 from fdjax.engine.layout import Layout, Report, State, classes_of, rows_of
 from fdjax.errors import InputError
 from fdjax.exchange import traffic
 from fdjax.types import Federation, PyTree
-
-# Drawing random bits is much code, which runs once: XLA:CPU takes as long to optimise it as it does for a round.
-_QUICK = {"xla_backend_optimization_level": 1}
 
 
 class Pure(NamedTuple):
@@ -28,9 +25,9 @@ class Pure(NamedTuple):
 
     init: Callable[[Any, Federation], State]  # (seed, federation)
     setup: Callable[[State, Federation, HParams], tuple[State, Report]] | None  # once, of all clients
-    run: Callable[[State, Federation, HParams, int], tuple[State, Report]]  # a number of rounds
-    evaluate: Callable[[State, Federation, HParams], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
-    # scalars, and values of each client [C]
+    run: Callable[..., tuple[State, Report]]  # (state, federation, hparams, rounds, count=rounds): see step.superstep
+    evaluate: Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+    # (state, federation, hparams, examples=all): scalars, and values of each client [C]
 
 
 class Simulation(NamedTuple):
@@ -38,8 +35,8 @@ class Simulation(NamedTuple):
 
     init: Callable[[Any, Federation], State]
     setup: Callable[[State, Federation, HParams], tuple[State, Report]] | None
-    run: Callable[[State, Federation, HParams, int], tuple[State, Report]]  # rounds are static
-    evaluate: Callable[[State, Federation, HParams], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+    run: Callable[..., tuple[State, Report]]  # rounds are static, `count` is not
+    evaluate: Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]
     traffic: Callable[[Federation, HParams], traffic.Traffic]
     leaf: Callable[[Federation, HParams, int, int, int], str]  # (..., cohort, exchange, NonFinite.leaf) -> its name
     pure: Pure
@@ -66,7 +63,6 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         run=functools.partial(_loop if looping else step.superstep, traced_round),
         evaluate=functools.partial(evaluate.evaluate, algorithm, layout),
     )
-    on_cpu = layout.lifting.mesh.devices.flat[0].platform == "cpu"
     # Results have one placement, or the second superstep would compile anew.
     compiled = (
         (lambda function, **options: function)
@@ -74,7 +70,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         else functools.partial(jax.jit, out_shardings=replicated(layout.lifting.mesh))
     )
     return Simulation(
-        init=compiled(pure.init, compiler_options=_QUICK if on_cpu else None),
+        init=compiled(pure.init, compiler_options=compiling.quick(layout.lifting.mesh)),
         setup=compiled(pure.setup, donate_argnums=0) if pure.setup else None,
         run=compiled(pure.run, static_argnums=3, donate_argnums=0),
         evaluate=compiled(pure.evaluate),
@@ -89,10 +85,12 @@ def _init(algorithm: Algorithm, layout: Layout, seed: Any, federation: Federatio
     return step.initial_state(algorithm, layout, seed, federation)
 
 
-def _loop(step: Callable, state: State, federation: Federation, hparams: HParams, rounds: int) -> tuple[State, Report]:
+def _loop(
+    step: Callable, state: State, federation: Federation, hparams: HParams, rounds: int, count: int | None = None
+) -> tuple[State, Report]:
     """A superstep as a Python loop."""
     reports = []
-    for _ in range(rounds):
+    for _ in range(rounds if count is None else int(count)):
         state, report = step(state, federation, hparams)
         reports.append(report)
     return state, jax.tree.map(lambda *x: jnp.stack(x), *reports)
