@@ -53,12 +53,13 @@ Runs = dict[tuple[str, str], list[Result]]  # by data set and method
 
 def sent(result: Result) -> list[float]:
     """Bytes up and down, of all clients until each evaluation."""
-    return [cases.bytes_until(result, int(r)) for r in result.evaluations["round"]]
+    return [report.bytes_until(result, int(r)) for r in result.evaluations["round"]]
 
 
 def within(result: Result, metric: str, budget: float) -> float | None:
-    """A metric at the last evaluation for which at most `budget` bytes were sent; None if there is none."""
-    values = [v for v, b in zip(result.evaluations[metric], sent(result), strict=True) if b <= budget]
+    """A metric at the last evaluation, after a round at least, for which at most `budget` bytes were sent, or None."""
+    tested = zip(result.evaluations["round"], result.evaluations[metric], sent(result), strict=True)
+    values = [value for round, value, bytes in tested if round and bytes <= budget]
     return values[-1] if values else None
 
 

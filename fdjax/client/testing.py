@@ -57,9 +57,7 @@ def predict(model: Callable[[jax.Array], jax.Array], examples: Examples, batch_s
     return logits.reshape(-1, logits.shape[-1])[:size]
 
 
-def predict_first(
-    model: Callable[[jax.Array], jax.Array], data: ClientData, size: int, batch_size: int
-) -> jax.Array:
+def predict_first(model: Callable[[jax.Array], jax.Array], data: ClientData, size: int, batch_size: int) -> jax.Array:
     """Logits [size, K] of a model, x -> logits, on `data`, whose `count` is at most `size`; zeros beyond it."""
     batch_size = min(batch_size, size)
 

@@ -1,6 +1,6 @@
 """Compilation: several calls side by side, and quickly what runs once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,12 @@ def quick(mesh: Mesh) -> dict[str, Any] | None:
     return _QUICK if mesh.devices.flat[0].platform == "cpu" else None
 
 
-def together(lowered: Sequence[Any]) -> list[Any]:
-    """All of what was lowered, compiled in threads: XLA leaves Python alone, and one call keeps few cores busy."""
+def together(lowered: Sequence[Any], meanwhile: Callable[[], Any] = lambda: None) -> list[Any]:
+    """All of what was lowered, compiled in threads; `meanwhile` is called in this one.
+
+    XLA needs no Python as it compiles, and one call alone keeps few cores busy.
+    """
     with ThreadPoolExecutor(max(len(lowered), 1)) as pool:
-        return list(pool.map(lambda call: call.compile(), lowered))
+        compiled = [pool.submit(call.compile) for call in lowered]
+        meanwhile()
+        return [each.result() for each in compiled]

@@ -218,9 +218,7 @@ def _own_parts(test: _Test, state: State, part: _Part | None) -> list[testing.Sc
     return [jax.tree.map(lambda x, i=i: x[:, i], together) for i in range(1 if part is None else 2)]
 
 
-def _personal(
-    test: _Test, state: State, trained: jax.Array, part: _Part, *, votes: bool
-) -> tuple[testing.Score, Any]:
+def _personal(test: _Test, state: State, trained: jax.Array, part: _Part, *, votes: bool) -> tuple[testing.Score, Any]:
     """Score [C] of each client's own model on `part`, and the ensemble's `_Votes`, if asked for."""
     federation, layout = test.moment.federation, test.layout
     scores, totals = [], []

@@ -1,5 +1,6 @@
 """What a simulation carries from round to round, what a round reports, and how clients are laid out."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -63,10 +64,15 @@ def classes_of(layout: Layout, federation: Federation) -> dict[str, int]:
 
     The central model is not among them where it takes other inputs than the data's, as FedGKT's does.
     """
-    x = jnp.zeros((1, *federation.train.x.shape[1:]))
     models = {cohort.model.name: cohort.model for cohort in layout.cohorts}
-    shapes = {name: jax.eval_shape(lambda m=m: m.apply(m.init(jax.random.key(0)), x)) for name, m in models.items()}
-    return {name: shape.shape[-1] for name, shape in shapes.items()}
+    return {name: _classes(model, federation.train.x.shape[1:]) for name, model in models.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _classes(model: Model, inputs: tuple[int, ...]) -> int:
+    """Traced once for a model, and not for every function that asks."""
+    x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
+    return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x), x).shape[-1]
 
 
 class NonFinite(NamedTuple):

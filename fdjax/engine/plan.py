@@ -1,5 +1,6 @@
 """Which lifting a run gets, and whether it fits in memory: decided, and said, before the run starts."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from fdjax.engine import lift
 from fdjax.engine.lift import Lifting
 from fdjax.errors import InputError
 from fdjax.exchange import traffic
-from fdjax.types import Array, Model
+from fdjax.types import Array, Model, PyTree
 
 CACHE_BYTES = 1 << 21  # that a chunk may keep hot on a CPU core
 COPIES = 4  # of each client's parameters: received, trained, gradient, update
@@ -109,7 +110,12 @@ def _in_words(lifting: Lifting, work: Work, *, chosen_here: bool) -> str:
 
 def largest(models: Sequence[Model]) -> int:
     """Bytes of the parameters of the largest of them."""
-    return max(traffic.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
+    return max(_bytes_of(model.init) for model in {*models})
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes_of(init: Callable[[jax.Array], PyTree]) -> int:
+    return traffic.size(jax.eval_shape(init, jax.random.key(0)))
 
 
 def automatic_chunk(work: Work, mesh: Mesh) -> int:
@@ -208,6 +214,13 @@ def free_bytes(mesh: Mesh) -> int | None:
     stats = [device.memory_stats() or {} for device in local]
     known = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if {"bytes_limit", "bytes_in_use"} <= s.keys()]
     return min(known) if known else None
+
+
+def free_bytes_beside(shapes: PyTree, mesh: Mesh) -> int | None:
+    """The same, less arrays of these shapes and placements, which are not there yet."""
+    free = free_bytes(mesh)
+    taken = [np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes)]
+    return None if free is None else max(free - int(sum(taken)), 1)
 
 
 def needed_bytes(compiled: Any) -> int:

@@ -276,7 +276,8 @@ def superstep(
 
     def one(number, carry):
         state, report = step(carry[0], federation, hparams)
-        return state, jax.tree.map(lambda room, new: room.at[number].set(new), carry[1], report)
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return state, jax.tree.map(put, carry[1], report)
 
     _, shapes = jax.eval_shape(step, state, federation, hparams)
     room = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)

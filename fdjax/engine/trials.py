@@ -209,31 +209,29 @@ def _compile(calls: _Calls, state: PyTree, shapes: Inputs, grid: _Grid) -> _Comp
     """All calls lifted on a grid, lowered one after another and compiled side by side."""
     rows = grid.rows * grid.mesh.size
 
-    def lowered(function, arguments, varies, out, **options):
+    def lowered(name, function, inputs, out, **options):  # inputs: (shapes, which of them differ) of each argument
         def placed(x, v):
             return jax.ShapeDtypeStruct((rows, *x.shape[1:]) if v else x.shape, x.dtype, sharding=grid.sharding(v))
 
+        arguments, varies = zip(*inputs, strict=True)
         turns = jax.ShapeDtypeStruct((grid.mesh.size,), np.int32, sharding=grid.sharding(True))
-        lifted = jax.jit(lift.over_trials(function, varies, out, grid.mesh, grid.width), **options)
-        return lifted.lower(turns, *jax.tree.map(placed, arguments, varies))
+        lifted = lift.over_trials(function, varies, out, grid.mesh, grid.width)
+        lifted.__name__ = name  # which reports of what is compiled say
+        return jax.jit(lifted, **options).lower(turns, *jax.tree.map(placed, arguments, varies))
 
     seed, federation, hparams, examples = zip(shapes, calls.inputs, strict=True)
     count, now = (jax.ShapeDtypeStruct((), np.int32), False), (state, calls.state)
-
-    def of(*pairs):
-        return tuple(zip(*pairs, strict=True))
-
-    with_state = now, federation, hparams
+    in_round, quick, seen = (now, federation, hparams), compiling.quick(grid.mesh), calls.seen
     wanted = {
-        "init": lowered(calls.init, *of(seed, federation), calls.state, compiler_options=compiling.quick(grid.mesh)),
+        "init": lowered("init", calls.init, (seed, federation), calls.state, compiler_options=quick),
         "superstep": lowered(
-            calls.superstep, *of(count, *with_state), (calls.state, calls.seen.report), donate_argnums=2
+            "superstep", calls.superstep, (count, *in_round), (calls.state, seen.report), donate_argnums=2
         ),
-        "evaluate": lowered(calls.evaluate, *of(*with_state, examples), (calls.seen.scalars, calls.seen.clients)),
+        "evaluate": lowered("evaluate", calls.evaluate, (*in_round, examples), (seen.scalars, seen.clients)),
     }
     if calls.setup is not None:
-        setup = lowered(calls.setup, *of(*with_state), (calls.state, calls.setup_report), donate_argnums=1)
-        wanted["setup"] = setup
+        out = calls.state, calls.setup_report
+        wanted["setup"] = lowered("setup", calls.setup, in_round, out, donate_argnums=1)
     return _Compiled(**{"setup": None, **dict(zip(wanted, compiling.together([*wanted.values()]), strict=True))})
 
 

@@ -155,22 +155,20 @@ def tests_of(experiment: Experiment) -> proportion.Tests:
 
 def _validated(experiment: Experiment) -> int:
     """Examples of an evaluation on the validation split, those of each client's model if there is no central one."""
-    validation = experiment.federation.validation
-    if validation is None:
-        return 0
-    return len(validation.y) * (1 if experiment.algorithm.central not in (None, ENSEMBLE) else len(experiment.federation.client))
+    validation, clients = experiment.federation.validation, len(experiment.federation.client)
+    passes = clients if experiment.algorithm.central in (None, ENSEMBLE) else 1
+    return 0 if validation is None else passes * len(validation.y)
 
 
 def _check_that_something_is_tested(settings: Settings, algorithm: Algorithm) -> None:
-    if settings.local_eval == "none" and not settings.validation_fraction:
-        if algorithm.central is None:
-            raise InputError(
-                f"--local_eval=none: {algorithm.name} has no central model, so nothing would be tested; use own, or auto"
-            )
-        if not settings.central_eval:
-            raise InputError(
-                "--local_eval=none and --central_eval=false: nothing would be tested; leave one of them out"
-            )
+    if settings.local_eval != "none" or settings.validation_fraction:
+        return
+    if algorithm.central is None:
+        raise InputError(
+            f"--local_eval=none: {algorithm.name} has no central model, so nothing would be tested; use own or auto"
+        )
+    if not settings.central_eval:
+        raise InputError("--local_eval=none and --central_eval=false: nothing would be tested; leave one of them out")
 
 
 def with_plan(experiment: Experiment, changed: plan.Plan) -> Experiment:
