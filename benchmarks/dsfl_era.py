@@ -234,6 +234,7 @@ if __name__ == "__main__":
     settings.define_flags(
         skip=("algorithm", "aggregation", "dataset", "models"),
         partition="dirichlet_a", alpha=0.1, model="2nn", batch_size=50, learning_rate=0.1, proxy="held_out",
+        local_eval="full",
         **dict.fromkeys(PRESETS["quick"]),
     )  # fmt: skip
     program.define_output_flags(None)

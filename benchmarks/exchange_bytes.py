@@ -87,7 +87,7 @@ def _settings(name: str) -> settings.Settings:
     models: dict[str, Any] = {}
     if ALGORITHMS[name].split:
         models = {"models": f"{given.model}:{given.num_clients}", "model": given.server_model}
-    return settings.from_flags(algorithm=name, **models, **cases.without_others(name))
+    return settings.from_flags(algorithm=name, local_eval="full", **models, **cases.without_others(name))
 
 
 def _one_line(error: Exception) -> str:

@@ -50,7 +50,8 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
     """
     if algorithm.central is ENSEMBLE and layout.central_eval and not layout.full_eval:
         raise InputError(
-            f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full or auto, or --nocentral_eval"
+            f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full or auto, or "
+            "--central_eval=false"
         )
     run_round = functools.partial(step.round_step, algorithm, layout)
     looping = layout.lifting.kind == "loop"

@@ -221,9 +221,14 @@ def _compile(calls: _Calls, state: PyTree, shapes: Inputs, grid: _Grid) -> _Comp
 
     seed, federation, hparams, examples = zip(shapes, calls.inputs, strict=True)
     count, now = (jax.ShapeDtypeStruct((), np.int32), False), (state, calls.state)
+    number = (jax.ShapeDtypeStruct((rows,), np.int32), True)
+
+    def init(number, seed, federation):  # trials that differ in hparams alone begin alike, and are as many
+        return calls.init(seed, federation)
+
     in_round, quick, seen = (now, federation, hparams), compiling.quick(grid.mesh), calls.seen
     wanted = {
-        "init": lowered("init", calls.init, (seed, federation), calls.state, compiler_options=quick),
+        "init": lowered("init", init, (number, seed, federation), calls.state, compiler_options=quick),
         "superstep": lowered(
             "superstep", calls.superstep, (count, *in_round), (calls.state, seen.report), donate_argnums=2
         ),
@@ -260,7 +265,7 @@ def _start(
             return jax.device_put(value, grid.sharding(v))
 
         inputs, turns = jax.tree.map(put, calls.inputs, *rows), grid.turns(places)
-        state, report = compiled.init(turns, inputs.seed, inputs.federation), ()
+        state, report = compiled.init(turns, np.asarray(places, np.int32), inputs.seed, inputs.federation), ()
         if compiled.setup is not None:
             state, report = compiled.setup(turns, state, inputs.federation, inputs.hparams)
         running = Running(places, turns, (state, *inputs[1:]))

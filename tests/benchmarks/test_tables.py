@@ -9,7 +9,7 @@ import pytest
 from benchmarks import cases, exchange_bytes, fd_table1
 from fdjax.algorithms import ALGORITHMS
 from fdjax.exchange.traffic import Traffic
-from fdjax.run import experiment, settings
+from fdjax.run import experiment, report, settings
 from fdjax.run.runner import Result
 
 TABLE = ["--model=mclr", "--clients=2", "--samples_per_client=60", "--iterations=3", "--batch_size=16"]
