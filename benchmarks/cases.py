@@ -66,17 +66,10 @@ def at_round(results: Sequence[Result], metric: str, round: int) -> tuple[float,
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def bytes_until(result: Result, round: int) -> float:
-    """Bytes up and down of all clients in the set-up, if there is one, and in the first `round` rounds."""
-    if not round:
-        return result.setup.get("bytes_up", 0.0) + result.setup.get("bytes_down", 0.0)
-    return result.rounds["bytes_up"][round - 1] + result.rounds["bytes_down"][round - 1]
-
-
 def bytes_a_round(result: Result) -> float:
     """The same of one round, the mean over all."""
     rounds = len(result.rounds["bytes_up"])
-    return (bytes_until(result, rounds) - bytes_until(result, 0)) / rounds
+    return (report.bytes_until(result, rounds) - report.bytes_until(result, 0)) / rounds
 
 
 def cell(results: Sequence[Result], metric: str, round: int) -> str:

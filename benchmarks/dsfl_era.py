@@ -53,12 +53,13 @@ Runs = dict[tuple[str, str], list[Result]]  # by data set and method
 
 def sent(result: Result) -> list[float]:
     """Bytes up and down, of all clients until each evaluation."""
-    return [cases.bytes_until(result, int(r)) for r in result.evaluations["round"]]
+    return [report.bytes_until(result, int(r)) for r in result.evaluations["round"]]
 
 
 def within(result: Result, metric: str, budget: float) -> float | None:
-    """A metric at the last evaluation for which at most `budget` bytes were sent; None if there is none."""
-    values = [v for v, b in zip(result.evaluations[metric], sent(result), strict=True) if b <= budget]
+    """A metric at the last evaluation, after a round at least, for which at most `budget` bytes were sent, or None."""
+    tested = zip(result.evaluations["round"], result.evaluations[metric], sent(result), strict=True)
+    values = [value for round, value, bytes in tested if round and bytes <= budget]
     return values[-1] if values else None
 
 
@@ -233,6 +234,7 @@ if __name__ == "__main__":
     settings.define_flags(
         skip=("algorithm", "aggregation", "dataset", "models"),
         partition="dirichlet_a", alpha=0.1, model="2nn", batch_size=50, learning_rate=0.1, proxy="held_out",
+        local_eval="full",
         **dict.fromkeys(PRESETS["quick"]),
     )  # fmt: skip
     program.define_output_flags(None)

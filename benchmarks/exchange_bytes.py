@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 from absl import flags
 
 from benchmarks import cases
@@ -84,7 +85,7 @@ def _settings(name: str) -> settings.Settings:
     models: dict[str, Any] = {}
     if methods.of(name).split:
         models = {"models": f"{given.model}:{given.num_clients}", "model": given.server_model}
-    return settings.from_flags(algorithm=name, **models, **cases.without_others(name))
+    return settings.from_flags(algorithm=name, local_eval="full", **models, **cases.without_others(name))
 
 
 def _one_line(error: Exception) -> str:
@@ -102,7 +103,7 @@ def _seconds_of_a_round(chosen: settings.Settings, folder: Path) -> float:
     if built.plan.lifting.kind == "loop":
         superstep = functools.partial(run, *given, length)
     else:  # compiled before the clock starts
-        superstep = functools.partial(run.lower(*given, length).compile(), *given)
+        superstep = functools.partial(run.lower(*given, length, np.int32(0)).compile(), *given, np.int32(length))
     began = time.perf_counter()
     jax.block_until_ready(superstep())
     return (time.perf_counter() - began) / length
@@ -117,7 +118,7 @@ def sent(result: Result) -> tuple[float, float]:
 
 def sent_once(result: Result) -> float:
     """Bytes up and down of one client in the set-up, in which all take part."""
-    return cases.bytes_until(result, 0) / sum(result.traffic.sizes)
+    return report.bytes_until(result, 0) / sum(result.traffic.sizes)
 
 
 def _measure(result: Result) -> tuple[str, str]:
@@ -201,7 +202,9 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
         if total[-1] == 0:
             axis.axhline(accuracy[-1], color=color, linestyle="--", linewidth=1, label=f"{label}: sends nothing")
             continue
-        axis.plot(total, accuracy, color=color, marker=".", linewidth=1.2, label=label)
+        sent_some = [bytes > 0 for bytes in total]  # a logarithmic axis has no place for what was before
+        curve = [[v for v, some in zip(values, sent_some, strict=True) if some] for values in (total, accuracy)]
+        axis.plot(*curve, color=color, marker=".", linewidth=1.2, label=label)
         axis.plot(total[-1], accuracy[-1], color=color, marker="o")
     used = next(iter(results.values())).settings
     axis.set(

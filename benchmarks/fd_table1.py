@@ -92,6 +92,7 @@ def _settings(algorithm: str, count: int, epochs: int) -> settings.Settings:
     given, preset = flags.FLAGS, PRESETS[flags.FLAGS.preset]
     return settings.from_flags(
         algorithm=algorithm,
+        local_eval="full",
         dataset=given.dataset or preset["dataset"],
         partition="scarce",
         num_clients=count,

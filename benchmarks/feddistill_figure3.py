@@ -63,7 +63,7 @@ def _table(results: dict[str, list[Result]]) -> str:
             ("central_accuracy", "central, all test data"),
             ("own_accuracy", "own model, own test data"),
         ):
-            tail = [np.mean(r.evaluations[metric][-10:]) for r in runs]
+            tail = [np.mean(r.evaluations[metric][1:][-10:]) for r in runs]  # the first is before any training
             spread = np.std(tail, ddof=1) if len(tail) > 1 else None
             lines.append(
                 (label, text, *(cases.cell(runs, metric, r) for r in early), report.percent(np.mean(tail), spread))

@@ -110,7 +110,7 @@ def _table(rows: list[Row], results: dict[tuple[str, str, int], list[Result]]) -
                 measured = [
                     cases.cell(runs, m, row.rounds) for m in ("local_accuracy", "own_accuracy", "central_accuracy")
                 ]
-                sent = cases.bytes_until(runs[0], row.rounds)
+                sent = report.bytes_until(runs[0], row.rounds)
                 seconds = np.mean([(r.seconds - r.compile_seconds) * row.rounds / r.settings.rounds for r in runs])
                 lines.append(
                     (

@@ -91,7 +91,7 @@ def _table(rows: dict[str, Row], results: dict[str, list[Result]]) -> str:
     for label, runs in results.items():
         row, last = rows[label], runs[0].settings.rounds
         edges = 100 * np.mean([r.clients["local_accuracy"] for r in runs], axis=0)
-        sent = cases.bytes_until(runs[0], last)
+        sent = report.bytes_until(runs[0], last)
         lines.append(
             (
                 row.model.upper(),

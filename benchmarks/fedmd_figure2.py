@@ -135,10 +135,9 @@ def follow(chosen: settings.Settings, *, pooled: bool = False) -> tuple[Result, 
         state, report_of_setup = simulation.setup(simulation.init(chosen.seed, federation), federation, hparams)
         recording.add_setup(report_of_setup)
         in_order_of_ids = np.argsort(np.asarray(federation.client))
-        scalars, clients = jax.device_get(simulation.evaluate(state, federation, hparams))
-        accuracy = [clients["local_accuracy"][in_order_of_ids]]
-        recording.record["evaluations"] = {"round": [0]} | {name: [float(value)] for name, value in scalars.items()}
-        recording.record["clients"] = {name: values[in_order_of_ids].tolist() for name, values in clients.items()}
+        evaluation = jax.device_get(simulation.evaluate(state, federation, hparams))
+        recording.add_evaluation(0, *evaluation)
+        accuracy = [evaluation[1]["local_accuracy"][in_order_of_ids]]
         last = 0 if pooled else chosen.rounds
         for done in tqdm(range(0, last, chosen.eval_every), unit="evaluation", leave=False, disable=pooled):
             rounds = min(chosen.eval_every, last - done)

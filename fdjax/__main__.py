@@ -10,7 +10,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from fdjax import data
@@ -46,20 +45,23 @@ def new_folder(chosen: settings.Settings) -> Path:
 
 def summary(result: Result) -> str:
     """The last evaluation, bytes and seconds as a table."""
-    final = result.final
+    final, tested = result.final, result.evaluations.get("local_examples", [])
     names = {
         "central_accuracy": "central accuracy, %",
-        "local_accuracy": "mean local accuracy, full test set, %",
-        "own_accuracy": "mean local accuracy, own label distribution, %",
+        "local_accuracy": f"mean local accuracy, {_examples(result)} test examples, %",
+        "own_accuracy": "mean accuracy on clients' own test parts, uniform, %",
         "own_accuracy_weighted": "the same, weighted by n_k, %",
-        "worst_client": "worst client, own label distribution, %",
+        "own_accuracy_by_test_size": "the same, weighted by test examples, %",
+        "worst_client": "worst client, own test part, %",
         "quantile_10": "10 % quantile of clients, %",
         "client_std": "std across clients, %",
         "validation_accuracy": "accuracy on the validation split, %",
     }
+    between = ", ".join(f"{n:,.0f}" for n in sorted({*tested[:-1]})) if len({*tested}) > 1 else ""
     rows = [(text, report.percent(final[name])) for name, text in names.items() if name in final]
     rows += [
         *((f"{kind} loss", f"{final[f'{kind}_loss']:.4f}") for kind in ("central", "local") if f"{kind}_loss" in final),
+        *([("test examples for local accuracy at evaluations before", between)] if between else []),
         ("bytes up, of one client a round", _of_one_client(result, "up")),
         ("bytes down, to one client a round", _of_one_client(result, "down")),
         *(
@@ -76,6 +78,11 @@ def summary(result: Result) -> str:
     )
 
 
+def _examples(result: Result) -> str:
+    """On how many examples personal models were tested at the last evaluation."""
+    return f"{result.final.get('local_examples', 0):,.0f}"
+
+
 def _of_one_client(result: Result, way: str) -> str:
     """Bytes of each cohort's clients, or their mean."""
     sent = report.bytes_of_one_client(result, way)
@@ -87,10 +94,11 @@ def _of_one_client(result: Result, way: str) -> str:
 def draw(path: Path, result: Result) -> None:
     """Accuracy over rounds and over bytes."""
     evaluations = result.evaluations
-    names = [n for n in ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client") if n in evaluations]
-    sent = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
+    shown = ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client", "validation_accuracy")
+    names = [name for name in shown[:-1] if name in evaluations] or [shown[-1]]
     curves = [(n.replace("_", " "), evaluations["round"], [100 * v for v in evaluations[n]]) for n in names]
-    over_bytes = [(curves[0][0], [sent[int(r) - 1] / 1e6 for r in evaluations["round"]], curves[0][2])]
+    sent = [report.bytes_until(result, int(r)) / 1e6 for r in evaluations["round"]]
+    over_bytes = [(label, sent, values) for label, _, values in curves[:1]]
     losses = [
         (n.replace("_", " "), list(range(1, len(v) + 1)), v) for n, v in result.rounds.items() if n.endswith("loss")
     ]

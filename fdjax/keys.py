@@ -33,8 +33,9 @@ class Shuffle(NamedTuple):
     def __call__(self, position: jax.Array) -> jax.Array:
         """Where each of `position` (any shape, values in [0, count)) goes."""
         x = position.astype(jnp.uint32)
-        for offset, salt in zip(self.offset, self.salt, strict=True):
-            partner = jnp.where(offset >= x, offset - x, offset + self.count - x)
+        wrapped = self.offset + self.count  # of all rounds at once: XLA compiles one kernel, and not 24
+        for offset, beyond, salt in zip(self.offset, wrapped, self.salt, strict=True):
+            partner = jnp.where(offset >= x, offset - x, beyond - x)
             mixed = (jnp.maximum(x, partner) ^ salt) * jnp.uint32(0x9E3779B1)
             mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
             x = jnp.where(mixed >> 31, partner, x)

@@ -67,6 +67,7 @@ class Federation(NamedTuple):
     proxy: Examples | None = None
     validation: Examples | None = None  # nobody trains on them
     cumulative: Array | None = None  # [C] int32: examples of a cohort's clients that train, up to each; to draw by them
+    test_order: Array | None = None  # [M] int32: the test examples in a random order, whose first ones are a subsample
 
 
 STATISTICS = "batch_stats"  # the dict key below which params hold BatchNorm's running statistics

@@ -156,7 +156,8 @@ def tail(row: Row, objective: str) -> np.ndarray:
 
 
 def _at_hand(trial: FrozenTrial, objective: str) -> np.ndarray:
-    values = evaluations(trial, objective)[1]
+    rounds, values = evaluations(trial, objective)
+    values = values[rounds > 0]  # before any round, trials of one seed are all the same
     return values if len(values) else np.asarray([trial.value], float)
 
 
@@ -172,7 +173,10 @@ def has_split(row: Row) -> bool:
 
 def on_split(row: Row, objective: str) -> np.ndarray:
     """The objective of each seed after the round of the best accuracy on the validation split, the first of equals."""
-    best = [int(np.argmax(np.nan_to_num(evaluations(trial, SPLIT)[1], nan=-1.0))) for trial in row.trials]
+    best = []
+    for trial in row.trials:
+        rounds, accuracy = evaluations(trial, SPLIT)
+        best.append(int(np.argmax(np.where(rounds > 0, np.nan_to_num(accuracy, nan=-1.0), -2.0))))
     return np.asarray([evaluations(trial, objective)[1][i] for trial, i in zip(row.trials, best, strict=True)])
 
 

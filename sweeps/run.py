@@ -198,11 +198,10 @@ class Runner:
     def _tell(self, trial: optuna.Trial, result: Result) -> None:
         """Write everything that the report needs, and then the value: a trial that is finished is complete."""
         evaluations = result.evaluations
-        total = np.add(result.rounds["bytes_up"], result.rounds["bytes_down"])
         attributes = {
             "settings": result.settings.public(),
             "evaluations": evaluations,
-            "bytes": [float(total[int(r) - 1]) for r in evaluations["round"]],
+            "bytes": [report.bytes_until(result, int(r)) for r in evaluations["round"]],
             "seconds": result.seconds,
             "compile_seconds": result.compile_seconds,
         }

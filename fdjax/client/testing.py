@@ -28,19 +28,23 @@ class Score(NamedTuple):
 def test(model: Callable[[jax.Array], jax.Array], data: ClientData, batch_size: int) -> Score:
     """Correct predictions and summed cross-entropy of a model, x -> logits, over all of `data`, in batches."""
 
-    def step(index, score):
+    def step(index, total):
         position = index * batch_size + jnp.arange(batch_size)
         weight = (position < data.count).astype(jnp.float32)
         x, y = data.take(jnp.minimum(position, data.count - 1))
-        logits = model(x)
-        return Score(
-            score.correct + jnp.sum(weight * losses.correct(logits, y)),
-            score.loss + jnp.sum(weight * losses.cross_entropy(logits, y)),
-            score.count + jnp.sum(weight),
-        )
+        return jax.tree.map(jnp.add, total, score(model(x), y, weight))
 
     zero = jnp.float32(0)
     return lax.fori_loop(0, batches(data.count, batch_size), step, Score(zero, zero, zero))
+
+
+def score(logits: jax.Array, y: jax.Array, weight: jax.Array) -> Score:
+    """The score of `logits` [M, K] for labels `y` [M], each as often as its `weight` [M] says."""
+    return Score(
+        jnp.sum(weight * losses.correct(logits, y)),
+        jnp.sum(weight * losses.cross_entropy(logits, y)),
+        jnp.sum(weight),
+    )
 
 
 def predict(model: Callable[[jax.Array], jax.Array], examples: Examples, batch_size: int) -> jax.Array:
@@ -51,3 +55,21 @@ def predict(model: Callable[[jax.Array], jax.Array], examples: Examples, batch_s
     data = whole(examples)
     _, logits = lax.scan(lambda _, position: ((), model(data.take(jnp.minimum(position, size - 1))[0])), (), positions)
     return logits.reshape(-1, logits.shape[-1])[:size]
+
+
+def predict_first(model: Callable[[jax.Array], jax.Array], data: ClientData, size: int, batch_size: int) -> jax.Array:
+    """Logits [size, K] of a model, x -> logits, on `data`, whose `count` is at most `size`; zeros beyond it."""
+    batch_size = min(batch_size, size)
+
+    def logits_of(index):
+        position = index * batch_size + jnp.arange(batch_size)
+        return model(data.take(jnp.minimum(position, data.count - 1))[0])
+
+    shape = jax.eval_shape(logits_of, jnp.int32(0))
+    room = jnp.zeros((-(-size // batch_size) * batch_size, *shape.shape[1:]), shape.dtype)
+
+    def step(index, logits):
+        return lax.dynamic_update_slice_in_dim(logits, logits_of(index), index * batch_size, 0)
+
+    logits = lax.fori_loop(0, batches(data.count, batch_size), step, room)[:size]
+    return jnp.where((jnp.arange(size) < data.count)[:, None], logits, 0)

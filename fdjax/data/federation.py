@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fdjax.errors import InputError
 from fdjax.types import Examples, Federation, Holdings, Source
 
+_TEST_ORDER = 0x7E57  # beside the seed, so that the order is none that a partition draws by the same seed
+
 
 def examples(x: np.ndarray, y: np.ndarray, source: Source) -> Examples:
     """Examples that a model sees as (x / 255 - mean) / std for images, (x - mean) / std for anything else."""
@@ -26,12 +28,14 @@ def federate(
     proxy: tuple[np.ndarray, np.ndarray] | None = None,
     never_train: np.ndarray | None = None,
     by_examples: bool = False,
+    test_seed: int = 0,
 ) -> Federation:
     """Put a partitioned source on every device of `mesh`, with the rows of each cohort in order of work.
 
     Clients in `never_train` [C] bool come last in their cohort. `by_examples`: with the table to draw clients by n_k.
 
-    `proxy` is (x, y) on the host, in the source's form; a model sees it as it sees the source's examples.
+    `proxy` is (x, y) on the host, in the source's form; a model sees it as it sees the source's examples. `test_seed`
+    draws the order of the test examples.
 
     Clients are dealt to cohorts in order of their ids: the first `cohort_sizes[0]` to the first, and so on.
     """
@@ -67,6 +71,7 @@ def federate(
         proxy=None if proxy is None else examples(*proxy, source),
         validation=None if source.validation is None else examples(*source.validation, source),
         cumulative=cumulative,
+        test_order=np.random.default_rng([test_seed, _TEST_ORDER]).permutation(len(source.test_y)).astype(np.int32),
     )
     return jax.device_put(federation, replicated(mesh))
 

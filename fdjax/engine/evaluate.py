@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses, testing
@@ -41,17 +42,37 @@ class _Test(NamedTuple):
         return self.algorithm.personal is not None
 
     @property
-    def votes(self) -> bool:
+    def has_central(self) -> bool:
+        return self.algorithm.central is not None and not self.has_ensemble
+
+    @property
+    def has_ensemble(self) -> bool:
         return self.algorithm.central is ENSEMBLE
 
 
+class _Part(NamedTuple):
+    """Some of the examples: those of the first `count` of `order`."""
+
+    examples: Examples
+    order: Array  # [M] int32
+    count: Array  # [] int32, traced: a subsample and all of them are one compiled function
+
+
 def evaluate(
-    algorithm: Algorithm, layout: Layout, state: State, federation: Federation, hparams: HParams
+    algorithm: Algorithm,
+    layout: Layout,
+    state: State,
+    federation: Federation,
+    hparams: HParams,
+    examples: Array | int | None = None,
 ) -> tuple[Scalars, dict[str, jax.Array]]:
     """Scalars by name, and values of each client [C].
 
-    Central: the central model, or the ensemble, on the test set. Local: the mean over clients of their own model there.
-    Own: the client's model (the central one for methods without personal ones) on the client's own test part.
+    Central: the central model on the test set, or the ensemble where the clients' models are tested. Local: the mean
+    over clients of their own model on the first `examples` (None: all) of the test set in its random order, and how
+    many these are; of a method without personal models, what the central one has. Own: the client's model (the central
+    one for methods without personal ones) on the client's own test part. What the layout says is not tested is not
+    there.
     Validation, where the federation has such examples: the central model or the ensemble on them, or else the mean over
     clients of their own model.
     """
@@ -60,35 +81,47 @@ def evaluate(
     test = _Test(algorithm, layout, moment, state.server, min(classes_of(layout, federation).values()))
     new = new_clients.never_train(layout)
     trained = jnp.asarray((federation.train_holdings.count > 0) & ~new, jnp.float32)
+    part = _part(federation, examples)
     scalars: Scalars = {}
-    if algorithm.central is not None and not test.votes:
+    clients: dict[str, jax.Array] = {}
+    if test.has_central and layout.central_eval:
         scalars["central_accuracy"], scalars["central_loss"] = _central(test, federation.test)
-    own_accuracy, own_loss = _own_parts(test, state)
-    clients = {"own_accuracy": own_accuracy, "own_loss": own_loss}
-    if not test.has_personal:
+    own, local, votes = _clients_tests(test, state, trained, part)
+    if own is not None:
+        clients["own_accuracy"], clients["own_loss"] = own.mean()
+        tested = federation.test_holdings.count > 0
+        scalars |= _across_clients(own, tested & ~new, federation.train_holdings.count)
+        scalars |= new_clients.as_they_are(layout, *own.mean(), tested)
+    if local is not None:
+        clients["local_accuracy"], clients["local_loss"] = local.mean()
+        scalars |= {name: losses.weighted_mean(clients[name], trained) for name in ("local_accuracy", "local_loss")}
+        scalars["local_examples"] = jnp.asarray(part.count, jnp.float32)
+    elif "central_accuracy" in scalars and not test.has_personal:
         scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
-    elif layout.full_eval:
-        accuracy, loss, votes = _personal(test, state, trained, federation.test)
-        clients |= {"local_accuracy": accuracy, "local_loss": loss}
-        scalars["local_accuracy"] = losses.weighted_mean(accuracy, trained)
-        scalars["local_loss"] = losses.weighted_mean(loss, trained)
-        if test.votes:
-            scalars["central_accuracy"], scalars["central_loss"] = _ensemble(votes, federation.test.y)
+        scalars["local_examples"] = jnp.float32(len(federation.test.y))
+    if votes is not None:
+        scalars["central_accuracy"], scalars["central_loss"] = _ensemble(votes, part)
     if federation.validation is not None:
         validation = _validation(test, state, trained, federation.validation)
         scalars["validation_accuracy"], scalars["validation_loss"] = validation
-    tested = federation.test_holdings.count > 0
-    scalars |= _across_clients(own_accuracy, own_loss, tested & ~new, federation.train_holdings.count)
-    scalars |= new_clients.as_they_are(layout, own_accuracy, own_loss, tested)
     return scalars, clients
 
 
+def _part(federation: Federation, examples: Array | int | None) -> _Part:
+    size = len(federation.test.y)
+    order = jnp.arange(size, dtype=jnp.int32) if federation.test_order is None else federation.test_order
+    return _Part(federation.test, order, jnp.asarray(size if examples is None else examples, jnp.int32))
+
+
 def _validation(test: _Test, state: State, trained: jax.Array, examples: Examples) -> tuple[jax.Array, jax.Array]:
-    if test.algorithm.central is not None and not test.votes:
+    if test.has_central:
         return _central(test, examples)
-    accuracy, loss, votes = _personal(test, state, trained, examples)
-    if test.votes:
-        return _ensemble(votes, examples.y)
+    everything = whole(examples)
+    part = _Part(examples, everything.order, everything.count)
+    score, votes = _personal(test, state, trained, part, votes=test.has_ensemble)
+    if test.has_ensemble:
+        return _ensemble(votes, part)
+    accuracy, loss = score.mean()
     return losses.weighted_mean(accuracy, trained), losses.weighted_mean(loss, trained)
 
 
@@ -135,61 +168,106 @@ def _model_of(test: _Test, cohort: int) -> Callable:
     return own_model if test.has_personal else central_model
 
 
-def _own_parts(test: _Test, state: State) -> tuple[jax.Array, jax.Array]:
-    """Accuracy and loss [C] of each client on its own test part."""
-    federation, scores = test.moment.federation, []
-    for j, part in enumerate(test.layout.slices):
+def _clients_tests(
+    test: _Test, state: State, trained: jax.Array, part: _Part
+) -> tuple[testing.Score | None, testing.Score | None, Any]:
+    """Scores [C] of each client on its own test part, and on the test set; the ensemble's `_Votes`; None for neither.
+
+    Both tests are turns of one loop, so that each cohort's model is compiled for them once.
+    """
+    layout = test.layout
+    in_full = test.has_personal and layout.full_eval
+    votes = in_full and test.has_ensemble and layout.central_eval
+    if votes:
+        own = _own_parts(test, state, None) if layout.own_eval else None
+        local, total = _personal(test, state, trained, part, votes=True)
+        return None if own is None else own[0], local, total
+    if layout.own_eval:
+        own = _own_parts(test, state, part if in_full else None)
+        return own[0], own[1] if in_full else None, None
+    return None, _personal(test, state, trained, part, votes=False)[0] if in_full else None, None
+
+
+def _own_parts(test: _Test, state: State, part: _Part | None) -> list[testing.Score]:
+    """Scores [C] of each client on its own test part, and of its personal model on `part` of the test set, if any."""
+    federation, layout, scores = test.moment.federation, test.layout, []
+    order, count, first = federation.test_holdings.order, jnp.int32(0), len(federation.test_holdings.order)
+    if part is not None:
+        order, count = jnp.concatenate([order, part.order]), part.count
+    for j, rows_of_cohort in enumerate(layout.slices):
         model = _model_of(test, j)
 
         def client(shared, row, model=model):
-            server, moment = shared
-            order = moment.federation.test_holdings.order
-            data = ClientData(moment.federation.test, order, row.start, row.count)
-            return testing.test(model(moment, server, row), data, test.layout.own_batch), lift.Partials()
+            server, moment, order, count = shared
+            predict = model(moment, server, row)
 
-        rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
+            def one(turn):
+                data = ClientData(moment.federation.test, order, *turn)
+                return testing.test(predict, data, layout.own_batch)
+
+            own = jnp.asarray(row.start), jnp.asarray(row.count)
+            if part is None:
+                return jax.tree.map(lambda x: x[None], one(own)), lift.Partials()
+            common = jnp.full_like(own[0], first), jnp.where(row.active, count, 0)  # nothing for rows of padding
+            return lax.map(one, jax.tree.map(lambda *x: jnp.stack(x), own, common)), lift.Partials()
+
+        rows = rows_of(federation, federation.test_holdings, rows_of_cohort, state.clients[j])
+        lifting = layout.lifting if part is None else layout.lifting._replace(narrow=())
         score, _ = lift.over_clients(
-            client, (test.server, test.moment), rows, test.layout.lifting, storage=test.layout.storages[j],
+            client, (test.server, test.moment, order, count), rows, lifting, storage=layout.storages[j],
             stage="evaluation", names=rows.client,
         )  # fmt: skip
         scores.append(score)
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean()
+    together = jax.tree.map(lambda *x: jnp.concatenate(x), *scores)  # [C, 1 or 2]
+    return [jax.tree.map(lambda x, i=i: x[:, i], together) for i in range(1 if part is None else 2)]
 
 
-def _personal(test: _Test, state: State, trained: jax.Array, examples: Examples) -> tuple[jax.Array, jax.Array, Any]:
-    """Accuracy and loss [C] of each client's own model on all of `examples`, and the ensemble's `_Votes`, if any."""
+def _personal(test: _Test, state: State, trained: jax.Array, part: _Part, *, votes: bool) -> tuple[testing.Score, Any]:
+    """Score [C] of each client's own model on `part`, and the ensemble's `_Votes`, if asked for."""
     federation, layout = test.moment.federation, test.layout
     scores, totals = [], []
-    for j, part in enumerate(layout.slices):
+    for j, rows_of_cohort in enumerate(layout.slices):
         model = _model_of(test, j)
 
         def client(shared, row_and_trained, model=model):
-            (server, moment, examples), (row, trained) = shared, row_and_trained
-            predict, votes = model(moment, server, row), ()
-            if test.votes:
-                logits = testing.predict(predict, examples, layout.eval_batch)
-                votes = _Votes(trained * jax.nn.softmax(logits), trained)
-            return testing.test(predict, whole(examples), layout.eval_batch), lift.Partials(votes)
+            (server, moment, part), (row, trained) = shared, row_and_trained
+            predict = model(moment, server, row)
+            data = ClientData(part.examples, part.order, jnp.int32(0), part.count)
+            if not votes:
+                return testing.test(predict, data, layout.eval_batch), lift.Partials()
+            logits = testing.predict_first(predict, data, len(part.order), layout.eval_batch)
+            score = testing.score(logits, *_targets(part))
+            return score, lift.Partials(_Votes(trained * jax.nn.softmax(logits), trained))
 
-        rows = rows_of(federation, federation.test_holdings, part, state.clients[j])
+        rows = rows_of(federation, federation.test_holdings, rows_of_cohort, state.clients[j])
         score, total = lift.over_clients(
-            client, (test.server, test.moment, examples), (rows, trained[part]),
+            client, (test.server, test.moment, part), (rows, trained[rows_of_cohort]),
             layout.lifting._replace(narrow=()), storage=layout.storages[j], stage="evaluation", names=rows.client,
         )  # fmt: skip
         scores.append(score)
         totals.append(total)
-    accuracy, loss = jax.tree.map(lambda *x: jnp.concatenate(x), *scores).mean()
-    return accuracy, loss, lift.combine(*totals).sum
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *scores), lift.combine(*totals).sum
 
 
-def _ensemble(votes: Any, y: Array) -> tuple[jax.Array, jax.Array]:
+def _targets(part: _Part) -> tuple[jax.Array, jax.Array]:
+    """Labels [M] in the order of `part`, and weights [M] of 1 for those that belong to it."""
+    size = len(part.order)
+    return jnp.asarray(part.examples.y)[part.order], (jnp.arange(size) < part.count).astype(jnp.float32)
+
+
+def _ensemble(votes: Any, part: _Part) -> tuple[jax.Array, jax.Array]:
     """Accuracy and loss of the mean of softmax outputs."""
     logits = jnp.log(jnp.maximum(votes.total / jnp.maximum(votes.voters, 1), _CERTAIN))
-    return jnp.mean(losses.correct(logits, y)), jnp.mean(losses.cross_entropy(logits, y))
+    return testing.score(logits, *_targets(part)).mean()
 
 
-def _across_clients(accuracy, loss, tested, examples) -> dict[str, jax.Array]:
-    """Statistics over the clients that have a test part: mean, n_k-weighted mean, worst, 10 % quantile, std."""
+def _across_clients(own: testing.Score, tested: Array, examples: Array) -> dict[str, jax.Array]:
+    """Statistics over the clients that have a test part.
+
+    Three means, of each client alike, weighted by its training examples (n_k), and by its test examples (so of all test
+    examples alike); the worst client, the 10 % quantile and the standard deviation.
+    """
+    accuracy, loss = own.mean()
     count = jnp.maximum(jnp.sum(tested), 1)
     mean = jnp.sum(jnp.where(tested, accuracy, 0)) / count
     weight = jnp.where(tested, examples, 0).astype(jnp.float32)
@@ -198,6 +276,7 @@ def _across_clients(accuracy, loss, tested, examples) -> dict[str, jax.Array]:
     return {
         "own_accuracy": mean,
         "own_accuracy_weighted": jnp.vdot(accuracy, weight) / jnp.maximum(jnp.sum(weight), 1),
+        "own_accuracy_by_test_size": jnp.sum(own.correct) / jnp.maximum(jnp.sum(own.count), 1),
         "own_loss": jnp.sum(jnp.where(tested, loss, 0)) / count,
         "worst_client": jnp.where(any_tested, jnp.nanmin(masked), 0),
         "quantile_10": jnp.where(any_tested, jnp.nanquantile(masked, 0.1), 0),

@@ -1,5 +1,6 @@
 """What a simulation carries from round to round, what a round reports, and how clients are laid out."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -40,8 +41,10 @@ class Layout(NamedTuple):
     participants: tuple[int, ...]  # per round, of each cohort; places for them where their number is drawn
     lifting: Lifting
     eval_batch: int = 500
-    own_batch: int = 500  # the same for the clients' own test parts, which may be small
-    full_eval: bool = True  # test every personal model on the full test set too: C passes over it
+    own_batch: int = 500  # the same for the clients' tests: of their own test parts, which may be small, and all others
+    full_eval: bool = True  # test every personal model on the test set too: C passes over it
+    own_eval: bool = True  # test every client on its own test part
+    central_eval: bool = True  # test the central model, or the ensemble
     drop_nonfinite: bool = False  # leave a client out of a round in which its numbers are not finite
     policy: Policy = Policy()  # how participants are drawn, and what they do
     new: tuple[int, ...] = ()  # clients of each cohort that never train, its last rows; () for none
@@ -89,10 +92,15 @@ def classes_of(layout: Layout, federation: Federation) -> dict[str, int]:
 
     The central model is not among them where it takes other inputs than the data's, as FedGKT's does.
     """
-    x = jnp.zeros((1, *federation.train.x.shape[1:]))
     models = {cohort.model.name: cohort.model for cohort in layout.cohorts}
-    shapes = {name: jax.eval_shape(lambda m=m: m.apply(m.init(jax.random.key(0)), x)) for name, m in models.items()}
-    return {name: shape.shape[-1] for name, shape in shapes.items()}
+    return {name: _classes(model, federation.train.x.shape[1:]) for name, model in models.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _classes(model: Model, inputs: tuple[int, ...]) -> int:
+    """Traced once for a model, and not for every function that asks."""
+    x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
+    return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x), x).shape[-1]
 
 
 class NonFinite(NamedTuple):
@@ -110,3 +118,8 @@ class Report(NamedTuple):
     metrics: dict[str, jax.Array]  # by name: means over participants weighted by n_k, and the server's
     sent: tuple[tuple[Sent, ...], ...]  # exchange by exchange, cohort by cohort
     nonfinite: NonFinite
+
+
+def first_rounds(report: Report, rounds: int) -> Report:
+    """Those of a superstep's rounds that were run, of a report that has room for more."""
+    return jax.tree.map(lambda x: x[:rounds], report)

@@ -307,13 +307,14 @@ def _dealing(devices: int, chunks: int):
     order[1::2] = order[1::2, ::-1]
     to_devices = order.T.ravel()
     back = np.argsort(to_devices)
+    in_order = min(devices, chunks) == 1  # and a gather for each leaf would be compiled for nothing
 
     def deal(x):  # [chunks * devices, ...] -> [devices, chunks, ...]
-        return (x if devices == 1 else x[to_devices]).reshape(devices, chunks, *x.shape[1:])
+        return (x if in_order else x[to_devices]).reshape(devices, chunks, *x.shape[1:])
 
     def collect(x):
         x = x.reshape(chunks * devices, *x.shape[2:])
-        return x if devices == 1 else x[back]
+        return x if in_order else x[back]
 
     return deal, collect
 

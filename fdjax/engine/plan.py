@@ -1,5 +1,6 @@
 """Which lifting a run gets, and whether it fits in memory: decided, and said, before the run starts."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,12 @@ def _in_words(lifting: Lifting, work: Work, *, chosen_here: bool) -> str:
 
 def largest(models: Sequence[Model]) -> int:
     """Bytes of the parameters of the largest of them."""
-    return max(traffic.size(jax.eval_shape(model.init, jax.random.key(0))) for model in models)
+    return max(_bytes_of(model.init) for model in {*models})
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes_of(init: Callable[[jax.Array], PyTree]) -> int:
+    return traffic.size(jax.eval_shape(init, jax.random.key(0)))
 
 
 def automatic_chunk(work: Work, mesh: Mesh) -> int:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from fdjax.contract import ENSEMBLE, Algorithm, Exchange, HParams, Received
 from fdjax.data.federation import replicated
-from fdjax.engine import evaluate, rows, step
+from fdjax.engine import compiling, evaluate, rows, step
 from fdjax.engine.check import Checker, check_algorithm
 from fdjax.engine.layout import Layout, Report, State, classes_of
 from fdjax.engine.new_clients import fine_tune
@@ -22,18 +22,15 @@ from fdjax.errors import InputError
 from fdjax.exchange import traffic
 from fdjax.types import Federation, PyTree
 
-# Drawing random bits is much code, which runs once: XLA:CPU takes as long to optimise it as it does for a round.
-_QUICK = {"xla_backend_optimization_level": 1}
-
 
 class Pure(NamedTuple):
     """The functions of one (algorithm, layout), to be lifted or jitted by whoever wants to."""
 
     init: Callable[[Any, Federation], State]  # (seed, federation)
     setup: Callable[[State, Federation, HParams], tuple[State, Report]] | None  # once, of all clients
-    run: Callable[[State, Federation, HParams, int], tuple[State, Report]]  # a number of rounds
-    evaluate: Callable[[State, Federation, HParams], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
-    # scalars, and values of each client [C]
+    run: Callable[..., tuple[State, Report]]  # (state, federation, hparams, rounds, count=rounds): see step.superstep
+    evaluate: Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+    # (state, federation, hparams, examples=all): scalars, and values of each client [C]
 
 
 class Simulation(NamedTuple):
@@ -41,8 +38,8 @@ class Simulation(NamedTuple):
 
     init: Callable[[Any, Federation], State]
     setup: Callable[[State, Federation, HParams], tuple[State, Report]] | None
-    run: Callable[[State, Federation, HParams, int], tuple[State, Report]]  # rounds are static
-    evaluate: Callable[[State, Federation, HParams], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+    run: Callable[..., tuple[State, Report]]  # rounds are static, `count` is not
+    evaluate: Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]
     fine_tune: Callable[[State, Federation, HParams], dict[str, jax.Array]] | None  # and test clients that never train
     traffic: Callable[[Federation, HParams], traffic.Traffic]
     leaf: Callable[[Federation, HParams, int, int, int], str]  # (..., cohort, exchange, NonFinite.leaf) -> its name
@@ -67,8 +64,11 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
     Raises InputError for an algorithm that cannot be run or tested so; what its functions return is checked later, when
     they are traced.
     """
-    if algorithm.central is ENSEMBLE and not layout.full_eval:
-        raise InputError(f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full")
+    if algorithm.central is ENSEMBLE and layout.central_eval and not layout.full_eval:
+        raise InputError(
+            f"{algorithm.name} tests an ensemble of personal models: use --local_eval=full or auto, or "
+            "--central_eval=false"
+        )
     run_round = functools.partial(step.round_step, algorithm, layout)
     looping = layout.lifting.kind == "loop"
     # A round is jitted by itself, so that supersteps of other lengths use the same trace.
@@ -79,7 +79,6 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         run=functools.partial(_loop if looping else step.superstep, traced_round),
         evaluate=functools.partial(evaluate.evaluate, algorithm, layout),
     )
-    on_cpu = layout.lifting.mesh.devices.flat[0].platform == "cpu"
     compiled = (lambda function, **options: function) if looping else jax.jit
     # Results have one placement, or the second superstep would compile anew.
     everywhere = replicated(layout.lifting.mesh)
@@ -88,7 +87,7 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
     tuned = functools.partial(fine_tune, algorithm, layout)
     tunes = algorithm.params_of_client and layout.fine_tuning and any(layout.new)
     return Simulation(
-        init=compiled(pure.init, out_shardings=state, compiler_options=_QUICK if on_cpu else None),
+        init=compiled(pure.init, out_shardings=state, compiler_options=compiling.quick(layout.lifting.mesh)),
         setup=compiled(pure.setup, out_shardings=(state, everywhere), donate_argnums=0) if pure.setup else None,
         run=compiled(pure.run, out_shardings=(state, everywhere), static_argnums=3, donate_argnums=0),
         evaluate=compiled(pure.evaluate, out_shardings=everywhere),
@@ -128,10 +127,12 @@ def _place(layout: Layout, state: State) -> State:
     return others._replace(clients=placed(layout.storages, state.clients, mesh))
 
 
-def _loop(step: Callable, state: State, federation: Federation, hparams: HParams, rounds: int) -> tuple[State, Report]:
+def _loop(
+    step: Callable, state: State, federation: Federation, hparams: HParams, rounds: int, count: int | None = None
+) -> tuple[State, Report]:
     """A superstep as a Python loop."""
     reports = []
-    for _ in range(rounds):
+    for _ in range(rounds if count is None else int(count)):
         state, report = step(state, federation, hparams)
         reports.append(report)
     return state, jax.tree.map(lambda *x: jnp.stack(x), *reports)

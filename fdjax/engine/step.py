@@ -277,9 +277,24 @@ def superstep(
     federation: Federation,
     hparams: HParams,
     rounds: int,
+    count: Array | int | None = None,
 ) -> tuple[State, Report]:
-    """`rounds` rounds of `step`, a round_step of an algorithm and a layout, with reports stacked [R, ...]."""
-    return lax.scan(lambda state, _: step(state, federation, hparams), state, length=rounds)
+    """`rounds` rounds of `step`, a round_step of an algorithm and a layout, with reports stacked [R, ...].
+
+    With `count`, traced and at most `rounds`, only so many; what the report has room for beyond them is zeros. So
+    supersteps of several lengths are one compiled function.
+    """
+    if count is None:
+        return lax.scan(lambda state, _: step(state, federation, hparams), state, length=rounds)
+
+    def one(number, carry):
+        state, report = step(carry[0], federation, hparams)
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return state, jax.tree.map(put, carry[1], report)
+
+    _, shapes = jax.eval_shape(step, state, federation, hparams)
+    room = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)
+    return lax.fori_loop(0, count, one, (state, room))
 
 
 def setup_step(

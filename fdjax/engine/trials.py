@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from fdjax.contract import HParams
-from fdjax.engine import lift_trials, plan
-from fdjax.engine.layout import Layout
+from fdjax.engine import compiling, lift_trials, plan
+from fdjax.engine.layout import Layout, first_rounds
 from fdjax.engine.simulation import Pure
 from fdjax.exchange import traffic
 from fdjax.types import Array, Federation, PyTree
@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
     seed: Array | bool  # [] int32
     federation: Federation
     hparams: HParams
+    examples: Array | bool | None = None  # [] int32: of the test set, until the last evaluation; None: all of them
 
 
 class Seen(NamedTuple):
@@ -42,7 +43,7 @@ class Running(NamedTuple):
 
     places: list[int]  # [devices * rows]: number of the trial in each row, -1 for none
     turns: np.ndarray  # [devices] int32: chunks with a trial in them
-    arrays: tuple[PyTree, PyTree, PyTree]  # state, federation, hparams
+    arrays: tuple[PyTree, PyTree, PyTree, PyTree]  # state, federation, hparams, examples
 
     @property
     def numbers(self) -> list[int]:
@@ -54,7 +55,9 @@ class Trials(NamedTuple):
     """Compiled calls for up to `slots` trials at once."""
 
     start: Callable[[Sequence[Inputs]], tuple[Running, Mapping[int, PyTree]]]  # also the report of each one's set-up
-    step: Callable[[Running, int], tuple[Running, Mapping[int, Seen]]]  # so many rounds
+    look: Callable[[Running], Mapping[int, Seen]]  # an evaluation, and no report
+    step: Callable[..., tuple[Running, Mapping[int, Seen]]]  # (running, rounds, last=True), `rounds` at most
+    # those compiled for; `last`: the evaluation after them is the last one
     keep: Callable[[Running, Collection[int]], Running]  # go on with these alone
     slots: int
     scalars: tuple[str, ...]  # what an evaluation gives
@@ -64,17 +67,28 @@ class Trials(NamedTuple):
 class _Calls(NamedTuple):
     """A simulation as it is lifted over trials, and which leaves differ between them."""
 
-    begin: Callable[..., tuple[PyTree, PyTree]]  # (seed, federation, hparams) -> state and the set-up's report, or ()
-    superstep: Callable[..., tuple[PyTree, Seen]]  # (rounds, state, federation, hparams)
+    init: Callable[..., PyTree]  # (seed, federation) -> state
+    setup: Callable[..., tuple[PyTree, PyTree]] | None  # (state, federation, hparams) -> state and report
+    superstep: Callable[..., tuple[PyTree, PyTree]]  # (count, state, federation, hparams) -> state and report
+    evaluate: Callable[..., tuple[PyTree, PyTree]]  # (state, federation, hparams, examples) -> scalars and clients
     inputs: Inputs  # of bools, and so are the following
-    setup: PyTree
+    setup_report: PyTree
     state: PyTree
     seen: Seen
 
     @property
-    def arrays(self) -> tuple[PyTree, PyTree, PyTree]:
+    def arrays(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
         """Which leaves of `Running.arrays` differ."""
-        return self.state, self.inputs.federation, self.inputs.hparams
+        return self.state, self.inputs.federation, self.inputs.hparams, self.inputs.examples
+
+
+class _Compiled(NamedTuple):
+    """The same, lifted and compiled; each takes the turns first."""
+
+    init: Callable[..., PyTree]
+    setup: Callable[..., tuple[PyTree, PyTree]] | None
+    superstep: Callable[..., tuple[PyTree, PyTree]]
+    evaluate: Callable[..., tuple[PyTree, PyTree]]
 
 
 class _Grid(NamedTuple):
@@ -107,7 +121,7 @@ def differ(trials: Sequence[Inputs]) -> Inputs:
 def compile_trials(
     pure: Pure, layout: Layout, like: Inputs, varies: Inputs, rounds: int, slots: int, devices: int = 0, memory: int = 0
 ) -> Trials:
-    """Up to `slots` trials like `like` that differ in no more than `varies`, compiled for supersteps of `rounds`.
+    """Up to `slots` trials like `like` that differ in no more than `varies`, compiled for supersteps up to `rounds`.
 
     `devices`: 0 for all of this host. `memory`: bytes that a device may use, 0 for what is free; fewer trials run at
     once where `slots` of them do not fit. Raises InputError where not a single trial fits.
@@ -119,12 +133,12 @@ def compile_trials(
     free = memory or plan.free_bytes(mesh)
     fitting, why = _fitting(slots, (state, *shapes), (calls.state, *varies), mesh, free)
     rows = -(-fitting // mesh.size)
-    arrays = state, shapes.federation, shapes.hparams
-    grid, superstep, of_length, needed = _fit_width(calls, arrays, rounds, mesh, rows, layout, free)
+    grid, compiled, needed = _fit_width(calls, state, shapes, mesh, rows, layout, free)
     why += f" on {mesh.size} device{'s' * (mesh.size > 1)}, {grid.width} vmapped at once on each; {needed / 1e9:.2g} GB"
     return Trials(
-        start=_start(calls, grid),
-        step=_step(calls, superstep, of_length, rounds),
+        start=_start(calls, compiled, grid),
+        look=functools.partial(_look, calls, compiled, grid, last=False),
+        step=functools.partial(_step, calls, compiled, grid),
         keep=_keep(calls, grid),
         slots=fitting,
         scalars=tuple(calls.seen.scalars),
@@ -135,29 +149,34 @@ def compile_trials(
 def _calls(pure: Pure, rounds: int, shapes: Inputs, varies: Inputs) -> tuple[_Calls, PyTree]:
     """The calls to lift, and the shapes of the states of all trials."""
 
+    def superstep(count, state, federation, hparams):
+        return pure.run(state, federation, hparams, rounds, count)
+
     def begin(seed, federation, hparams):
         state = pure.init(seed, federation)
         return (state, ()) if pure.setup is None else pure.setup(state, federation, hparams)
 
-    def superstep(rounds, state, federation, hparams):
-        state, report = pure.run(state, federation, hparams, rounds)
-        return state, Seen(report, *pure.evaluate(state, federation, hparams))
-
-    alone = jax.tree.map(lambda x, v: jax.ShapeDtypeStruct(x.shape[1:] if v else x.shape, x.dtype), shapes, varies)
+    start, readable = tuple(shapes[:3]), tuple(varies[:3])
+    alone = jax.tree.map(lambda x, v: jax.ShapeDtypeStruct(x.shape[1:] if v else x.shape, x.dtype), start, readable)
     (slots,) = {x.shape[0] for x, v in zip(*map(jax.tree.leaves, (shapes, varies)), strict=True) if v}
 
     def stacked(x, v):
         return jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) if v else x
 
     first, _ = jax.eval_shape(begin, *alone)
-    state_varies, setup_varies = lift_trials.what_varies(begin, tuple(shapes), tuple(varies))
-    step = functools.partial(superstep, rounds)
+    state_varies, setup_varies = lift_trials.what_varies(begin, start, readable)
     while True:  # what differs after a superstep differs before the next one
         state = jax.tree.map(stacked, first, state_varies)
-        after, seen_varies = lift_trials.what_varies(step, (state, *shapes[1:]), (state_varies, *varies[1:]))
+        after, report_varies = lift_trials.what_varies(
+            functools.partial(superstep, 1), (state, *shapes[1:3]), (state_varies, *varies[1:3])
+        )
         before, state_varies = state_varies, jax.tree.map(lambda a, b: a or b, state_varies, after)
         if state_varies == before:
-            return _Calls(begin, superstep, varies, setup_varies, state_varies, seen_varies), state
+            break
+    tests_vary = lift_trials.what_varies(pure.evaluate, (state, *shapes[1:]), (state_varies, *varies[1:]))
+    seen = Seen(report_varies, *tests_vary)
+    calls = _Calls(pure.init, pure.setup, superstep, pure.evaluate, varies, setup_varies, state_varies, seen)
+    return calls, state
 
 
 def _fitting(slots: int, shapes: PyTree, varies: PyTree, mesh: Mesh, free: int | None) -> tuple[int, str]:
@@ -171,28 +190,54 @@ def _fitting(slots: int, shapes: PyTree, varies: PyTree, mesh: Mesh, free: int |
 
 
 def _fit_width(
-    calls: _Calls, arrays: PyTree, rounds: int, mesh: Mesh, rows: int, layout: Layout, free: int | None
-) -> tuple[_Grid, Callable[..., Any], Callable[..., Any], int]:
-    """The grid whose chunks fit in memory, the superstep lifted on it, that of `rounds` compiled, and what it needs."""
-    compiled: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+    calls: _Calls, state: PyTree, shapes: Inputs, mesh: Mesh, rows: int, layout: Layout, free: int | None
+) -> tuple[_Grid, _Compiled, int]:
+    """The grid whose chunks fit in memory, the calls lifted on it and compiled, and what they need."""
+    compiled: dict[int, _Compiled] = {}
 
     def needed_by(width: int) -> int:
-        grid = _Grid(mesh, rows, width)
-        lifted = _lifted_superstep(calls, grid)
-
-        def placed(x, v):
-            shape = (rows * mesh.size, *x.shape[1:]) if v else x.shape
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=grid.sharding(v))
-
-        turns = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=grid.sharding(True))
-        of_length = lifted.lower(rounds, turns, *jax.tree.map(placed, arrays, calls.arrays)).compile()
-        compiled[width] = lifted, of_length
-        return plan.needed_bytes(of_length)
+        compiled[width] = _compile(calls, state, shapes, _Grid(mesh, rows, width))
+        return max(plan.needed_bytes(call) for call in (compiled[width].superstep, compiled[width].evaluate))
 
     share_work = not all(jax.tree.leaves(calls.state.clients))
     widest = _width(layout, rows, share_work)
     width, needed = plan.fit_chunk(widest, free or 1 << 62, needed_by, may_change=True)
-    return _Grid(mesh, rows, width), *compiled[width], needed
+    return _Grid(mesh, rows, width), compiled[width], needed
+
+
+def _compile(calls: _Calls, state: PyTree, shapes: Inputs, grid: _Grid) -> _Compiled:
+    """All calls lifted on a grid, lowered one after another and compiled side by side."""
+    rows = grid.rows * grid.mesh.size
+
+    def lowered(name, function, inputs, out, **options):  # inputs: (shapes, which of them differ) of each argument
+        def placed(x, v):
+            return jax.ShapeDtypeStruct((rows, *x.shape[1:]) if v else x.shape, x.dtype, sharding=grid.sharding(v))
+
+        arguments, varies = zip(*inputs, strict=True)
+        turns = jax.ShapeDtypeStruct((grid.mesh.size,), np.int32, sharding=grid.sharding(True))
+        lifted = lift_trials.over_trials(function, varies, out, grid.mesh, grid.width)
+        lifted.__name__ = name  # which reports of what is compiled say
+        return jax.jit(lifted, **options).lower(turns, *jax.tree.map(placed, arguments, varies))
+
+    seed, federation, hparams, examples = zip(shapes, calls.inputs, strict=True)
+    count, now = (jax.ShapeDtypeStruct((), np.int32), False), (state, calls.state)
+    number = (jax.ShapeDtypeStruct((rows,), np.int32), True)
+
+    def init(number, seed, federation):  # trials that differ in hparams alone begin alike, and are as many
+        return calls.init(seed, federation)
+
+    in_round, quick, seen = (now, federation, hparams), compiling.quick(grid.mesh), calls.seen
+    wanted = {
+        "init": lowered("init", init, (number, seed, federation), calls.state, compiler_options=quick),
+        "superstep": lowered(
+            "superstep", calls.superstep, (count, *in_round), (calls.state, seen.report), donate_argnums=2
+        ),
+        "evaluate": lowered("evaluate", calls.evaluate, (*in_round, examples), (seen.scalars, seen.clients)),
+    }
+    if calls.setup is not None:
+        out = calls.state, calls.setup_report
+        wanted["setup"] = lowered("setup", calls.setup, in_round, out, donate_argnums=1)
+    return _Compiled(**{"setup": None, **dict(zip(wanted, compiling.together([*wanted.values()]), strict=True))})
 
 
 def _width(layout: Layout, rows: int, share_work: bool) -> int:
@@ -208,21 +253,9 @@ def _width(layout: Layout, rows: int, share_work: bool) -> int:
     return -(-rows // -(-rows // widest))
 
 
-def _lifted_superstep(calls: _Calls, grid: _Grid) -> Any:
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-    def superstep(rounds, turns, *arrays):
-        trial = functools.partial(calls.superstep, rounds)
-        out = calls.state, calls.seen
-        return lift_trials.over_trials(trial, calls.arrays, out, grid.mesh, grid.width)(turns, *arrays)
-
-    return superstep
-
-
-def _start(calls: _Calls, grid: _Grid) -> Callable[[Sequence[Inputs]], tuple[Running, Mapping[int, PyTree]]]:
-    out = calls.state, calls.setup
-    lifted = lift_trials.over_trials(calls.begin, tuple(calls.inputs), out, grid.mesh, grid.width)
-    begin = jax.jit(lifted)
-
+def _start(
+    calls: _Calls, compiled: _Compiled, grid: _Grid
+) -> Callable[[Sequence[Inputs]], tuple[Running, Mapping[int, PyTree]]]:
     def start(trials: Sequence[Inputs]) -> tuple[Running, Mapping[int, PyTree]]:
         places = grid.deal(range(len(trials)))
         rows = [trials[max(number, 0)] for number in places]  # an empty row has the inputs of the first trial
@@ -232,23 +265,36 @@ def _start(calls: _Calls, grid: _Grid) -> Callable[[Sequence[Inputs]], tuple[Run
             return jax.device_put(value, grid.sharding(v))
 
         inputs, turns = jax.tree.map(put, calls.inputs, *rows), grid.turns(places)
-        state, setup = begin(turns, *inputs)
-        running = Running(places, turns, (state, inputs.federation, inputs.hparams))
-        return running, _by_trial(places, setup, calls.setup)
+        state, report = compiled.init(turns, np.asarray(places, np.int32), inputs.seed, inputs.federation), ()
+        if compiled.setup is not None:
+            state, report = compiled.setup(turns, state, inputs.federation, inputs.hparams)
+        running = Running(places, turns, (state, *inputs[1:]))
+        return running, _by_trial(places, report, calls.setup_report)
 
     return start
 
 
-def _step(
-    calls: _Calls, superstep: Callable[..., Any], of_length: Callable[..., Any], length: int
-) -> Callable[[Running, int], tuple[Running, Mapping[int, Seen]]]:
-    def step(running: Running, rounds: int) -> tuple[Running, Mapping[int, Seen]]:
-        call = of_length if rounds == length else functools.partial(superstep, rounds)
-        state, seen = call(running.turns, *running.arrays)
-        running = running._replace(arrays=(state, *running.arrays[1:]))
-        return running, _by_trial(running.places, seen, calls.seen)
+def _look(calls: _Calls, compiled: _Compiled, grid: _Grid, running: Running, *, last: bool) -> Mapping[int, Seen]:
+    state, federation, hparams, examples = running.arrays
+    if last:  # every one of them, whatever was enough before
+        size = len(federation.test.y) if not calls.inputs.federation.test.y else federation.test.y.shape[1]
+        examples = jax.tree.map(
+            lambda x, v: jax.device_put(np.full(x.shape, size, x.dtype), grid.sharding(v)),
+            examples, calls.inputs.examples,
+        )  # fmt: skip
+    scalars, clients = compiled.evaluate(running.turns, state, federation, hparams, examples)
+    return _by_trial(running.places, Seen((), scalars, clients), calls.seen._replace(report=()))
 
-    return step
+
+def _step(
+    calls: _Calls, compiled: _Compiled, grid: _Grid, running: Running, rounds: int, last: bool = True
+) -> tuple[Running, Mapping[int, Seen]]:
+    count = jax.device_put(np.int32(rounds), grid.sharding(False))
+    state, report = compiled.superstep(running.turns, count, *running.arrays[:3])
+    running = running._replace(arrays=(state, *running.arrays[1:]))
+    tests = _look(calls, compiled, grid, running, last=last)
+    reports = _by_trial(running.places, report, calls.seen.report)
+    return running, {n: seen._replace(report=first_rounds(reports[n], rounds)) for n, seen in tests.items()}
 
 
 def _by_trial(places: Sequence[int], outputs: PyTree, varies: PyTree) -> dict[int, Any]:

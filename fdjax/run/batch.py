@@ -11,7 +11,7 @@ import numpy as np
 from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
-from fdjax.run.experiment import Experiment, Shapes, build, common, traffic_of
+from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
 
@@ -44,7 +44,8 @@ def experiments(settings: Sequence[Settings]) -> list[Experiment]:
         if same_data not in built:
             built[same_data] = _sharing_arrays(build(same_data), next(iter(built.values()), None))
         hparams = each.method.resolve(dict(each.hparams))
-        trials.append(built[same_data]._replace(settings=each, hparams=hparams))
+        mine = built[same_data]._replace(settings=each, hparams=hparams)
+        trials.append(mine._replace(tests=tests_of(mine)))
     return trials
 
 
@@ -107,11 +108,13 @@ def _run(
     if experiments[0].simulation.setup is not None:
         for number, report in setups.items():
             recordings[number].add_setup(report)
+    for number, seen in trials.look(running).items():
+        recordings[number].add_evaluation(0, seen.scalars, seen.clients)
     done = 0
     while done < settings.rounds and running.numbers:
         rounds = min(settings.eval_every, settings.rounds - done)
-        running, seen = trials.step(running, rounds)
         done += rounds
+        running, seen = trials.step(running, rounds, last=done == settings.rounds)
         for number, (report, scalars, clients) in seen.items():
             recordings[number].add_superstep(done, report, scalars, clients)
         if done < settings.rounds:
@@ -128,7 +131,8 @@ def _numbered_from(begin: int, watch: Watch) -> Watch:
 
 
 def _inputs(experiment: Experiment) -> Inputs:
-    return Inputs(np.asarray(experiment.settings.seed, np.int32), experiment.federation, experiment.hparams)
+    seed, examples = (np.asarray(x, np.int32) for x in (experiment.settings.seed, experiment.tests.between))
+    return Inputs(seed, experiment.federation, experiment.hparams, examples)
 
 
 def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
@@ -141,11 +145,15 @@ def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
     }
     federation = varies.federation
     fixed_by_seed = set() if settings.partition_seed is None else {"seed"}
-    if {*space} & (of_role("data", "partition") | {"seed"}) - fixed_by_seed:
+    drawn = bool({*space} & (of_role("data", "partition") | {"seed"}) - fixed_by_seed)
+    if drawn:
         rows = (federation.client, federation.train_holdings, federation.test_holdings, federation.cumulative)
         client, train, test, table = jax.tree.map(lambda _: True, rows)
         federation = federation._replace(client=client, train_holdings=train, test_holdings=test, cumulative=table)
-    varies = Inputs(varies.seed or "seed" in space, federation, hparams)
+    federation = federation._replace(test_order=federation.test_order or drawn)
+    subsampled = settings.local_eval == "auto" and like[0].algorithm.personal is not None
+    examples = varies.examples or (subsampled and (drawn or "local_epochs" in space))
+    varies = Inputs(varies.seed or "seed" in space, federation, hparams, examples)
     if not any(jax.tree.leaves(varies)):  # trials that are all the same
         return varies._replace(seed=True)
     return varies

@@ -9,9 +9,9 @@ import numpy as np
 
 from fdjax import data, models, own
 from fdjax.client.augment import AUGMENTATIONS
-from fdjax.contract import Algorithm, HParams
+from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.data.federation import federate, replicated
-from fdjax.engine import hosts, plan
+from fdjax.engine import hosts, plan, proportion
 from fdjax.engine.layout import FineTuning, Layout
 from fdjax.engine.lift import Lifting
 from fdjax.engine.simulation import Simulation, simulation
@@ -66,6 +66,7 @@ class Experiment(NamedTuple):
     plan: plan.Plan
     signature: Signature
     shapes: Shapes
+    tests: proportion.Tests
 
 
 def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | None = None) -> Experiment:
@@ -91,7 +92,9 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         cohorts=cohorts,
         inputs=source.train_x.shape[1:],
         classes=source.num_classes,
-        own_batch=min(_power_of_two(int(np.max(own_tests.count))), settings.eval_batch),
+        own_batch=proportion.batch_of(
+            own_tests.count, settings.eval_batch, whole=settings.local_eval in ("auto", "full")
+        ),
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),
         participants=who.places,
@@ -101,14 +104,15 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
     chosen = plan.choose(request, _work(static, shapes, holdings))
     bound = _bind(static, shapes)
+    _check_that_something_is_tested(settings, bound.algorithm)
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
     hparams = jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh))
     federation = federate(
         source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),
-        never_train=who.never_train, by_examples=who.policy.alike,
+        never_train=who.never_train, by_examples=who.policy.alike, test_seed=settings.data_seed,
     )  # fmt: skip
-    return Experiment(
+    ready = Experiment(
         settings=settings,
         source=source,
         holdings=holdings,
@@ -119,17 +123,71 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         layout=layout,
         lifted=bound.lifted,
         plan=chosen,
-        signature=Signature(
-            static=static,
-            shapes=shapes._replace(largest=0, own_batch=0),
-            arrays=tuple(leaf.shape for leaf in jax.tree.leaves(federation)),
-            rounds=settings.rounds,
-            eval_every=settings.eval_every,
-            chunk=chosen.lifting.chunk,
-            ordered=chosen.lifting.ordered,
-        ),
+        signature=_signature(settings, static, shapes, federation, chosen.lifting),
         shapes=shapes,
+        tests=proportion.Tests(0, 0, ""),
     )
+    return ready._replace(tests=tests_of(ready))
+
+
+def _signature(
+    settings: Settings, static: Settings, shapes: Shapes, federation: Federation, lifting: Lifting
+) -> Signature:
+    return Signature(
+        static=static,
+        shapes=shapes._replace(largest=0, own_batch=0),
+        arrays=tuple(leaf.shape for leaf in jax.tree.leaves(federation)),
+        rounds=settings.rounds,
+        eval_every=settings.eval_every,
+        chunk=lifting.chunk,
+        ordered=lifting.ordered,
+    )
+
+
+def tests_of(experiment: Experiment) -> proportion.Tests:
+    """On how many examples personal models are tested, which follows from what is trained and tested beside them."""
+    settings, layout, federation = experiment.settings, experiment.layout, experiment.federation
+    batch_size = experiment.signature.static.batch_size
+    work = experiment.plan.work
+    hparams = dict(settings.hparams)
+    epochs, steps = hparams.get("local_epochs", 1), hparams.get("local_steps", 0)
+    steps_of_all = sum(
+        (steps or epochs * float(np.mean(each))) * size
+        for each, size in zip(work.steps, work.participants, strict=True)
+    )
+    own = np.asarray(federation.test_holdings.count)
+    central = experiment.algorithm.central not in (None, ENSEMBLE)
+    examples = len(federation.test.y)
+    chosen = proportion.choose(
+        settings.local_eval,
+        proportion.Work(
+            trained=settings.eval_every * steps_of_all * batch_size,
+            rounds=settings.eval_every,
+            own=own if layout.own_eval else np.zeros_like(own),
+            central=examples * (central and layout.central_eval) + _validated(experiment),
+            examples=examples,
+        ),
+        layout.own_batch,
+    )
+    return chosen if experiment.algorithm.personal is not None else chosen._replace(between=examples, why="")
+
+
+def _validated(experiment: Experiment) -> int:
+    """Examples of an evaluation on the validation split, those of each client's model if there is no central one."""
+    validation, clients = experiment.federation.validation, len(experiment.federation.client)
+    passes = clients if experiment.algorithm.central in (None, ENSEMBLE) else 1
+    return 0 if validation is None else passes * len(validation.y)
+
+
+def _check_that_something_is_tested(settings: Settings, algorithm: Algorithm) -> None:
+    if settings.local_eval != "none" or settings.validation_fraction:
+        return
+    if algorithm.central is None:
+        raise InputError(
+            f"--local_eval=none: {algorithm.name} has no central model, so nothing would be tested; use own or auto"
+        )
+    if not settings.central_eval:
+        raise InputError("--local_eval=none and --central_eval=false: nothing would be tested; leave one of them out")
 
 
 def with_plan(experiment: Experiment, changed: plan.Plan) -> Experiment:
@@ -268,7 +326,9 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             lifting=lifting,
             eval_batch=settings.eval_batch,
             own_batch=shapes.own_batch,
-            full_eval=settings.local_eval == "full",
+            full_eval=settings.local_eval in ("auto", "full"),
+            own_eval=settings.local_eval != "none",
+            central_eval=settings.central_eval,
             drop_nonfinite=settings.drop_nonfinite,
             policy=policy_of(settings),
             new=shapes.new,

@@ -3,8 +3,9 @@
 import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,9 @@ class Result(NamedTuple):
     rounds: dict[str, list[float]]
     # of every round: metrics of training, cumulative bytes_up and bytes_down, those of the set-up among them, and how
     # many `participants` received and how many of them, the `senders`, sent
-    evaluations: dict[str, list[float]]  # of every evaluation; "round" says after how many rounds
+    evaluations: dict[str, list[float]]
+    # of every evaluation; "round" says after how many rounds, the first after none, and "local_examples" on how many
+    # examples of the test set personal models (and an ensemble of them) were tested
     clients: dict[str, list[float]]  # of every client in order of ids, at the last evaluation
     traffic: Traffic
     seconds: float  # wall, all parts of a resumed run together
@@ -68,13 +71,19 @@ class Recording:
     def add_superstep(self, done: int, report: Report, scalars: Any, clients: Any) -> None:
         """Keep what the rounds of a superstep report, and the evaluation after it."""
         report, scalars, clients = jax.device_get((report, scalars, clients))
-        rounds, evaluations = self.record["rounds"], self.record["evaluations"]
+        rounds = self.record["rounds"]
         bad = report.nonfinite.clients
         if bad.any() and not any(rounds.get("nonfinite_clients", [])):
             self._warn_of_first_nonfinite(report.nonfinite, done - len(bad))
         history = self._metrics(report) | _sent(self._traffic.round, report) | _who(report) | {"nonfinite_clients": bad}
         for name, values in history.items():
             rounds.setdefault(name, []).extend(np.asarray(values, float).tolist())
+        self.add_evaluation(done, scalars, clients)
+
+    def add_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
+        """Keep an evaluation after `done` rounds; after 0 it is of what the set-up leaves."""
+        scalars, clients = jax.device_get((scalars, clients))
+        evaluations = self.record["evaluations"]
         for name, value in {"round": done, **_as_floats(scalars)}.items():
             evaluations.setdefault(name, []).append(value)
         self._warn_of_divergence()
@@ -141,14 +150,19 @@ class Recording:
     def _warn_of_divergence(self) -> None:
         """Say that the loss is not finite, at the first evaluation where it is not."""
         evaluations = self.record["evaluations"]
-        kind = "central" if "central_loss" in evaluations else "local"
-        losses = evaluations.get(f"{kind}_loss", [0.0])
+        kind = kind_of(evaluations)
+        losses = evaluations[f"{kind}_loss"]
         if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
             done = evaluations["round"][-1]
             self._warn(f"the {kind} loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates")
 
     def _warn(self, text: str) -> None:
         tqdm.write(f"warning: {self._who}{text}", file=sys.stderr)
+
+
+def kind_of(names: Collection[str]) -> str:
+    """What of an evaluation stands for all of it: the first of these that is tested."""
+    return next(kind for kind in ("central", "local", "own", "validation") if f"{kind}_accuracy" in names)
 
 
 def _sent(sizes: tuple[tuple[Sizes, ...], ...], report: Report) -> dict[str, Any]:
@@ -169,17 +183,27 @@ class Clock:
     """Wall and compilation seconds, added to those of a resumed record."""
 
     def __init__(self):
-        self.began, self.compiling = time.perf_counter(), 0.0
+        self.began = time.perf_counter()
         self.before, self.compiling_before = 0.0, 0.0
+        self._spans: list[tuple[float, float]] = []  # of compilation, some of them in threads side by side
+        self._retrieved: dict[int, float] = {}  # by thread: seconds that are in the next span, and compile nothing
 
     def listen(self, event: str, duration_secs: float, **_: Any) -> None:
         """A listener of JAX's events of compilation."""
+        thread = threading.get_ident()
         if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
-            self.compiling += duration_secs
-        elif (
-            event == "/jax/compilation_cache/cache_retrieval_time_sec"
-        ):  # which is among the former, and compiles nothing
-            self.compiling -= duration_secs
+            now, compiling = time.perf_counter(), duration_secs - self._retrieved.pop(thread, 0.0)
+            self._spans.append((now - max(compiling, 0.0), now))
+        elif event == "/jax/compilation_cache/cache_retrieval_time_sec":
+            self._retrieved[thread] = duration_secs
+
+    @property
+    def compiling(self) -> float:
+        """Seconds in which something was compiled, those of two threads at once counted once."""
+        self._spans, total = _merged(self._spans), 0.0
+        for begin, end in self._spans:
+            total += end - begin
+        return total
 
     def start(self, record: Record) -> None:
         """Count on from the seconds of `record`."""
@@ -189,6 +213,17 @@ class Clock:
         """The record with the seconds until now."""
         seconds = self.before + time.perf_counter() - self.began
         return record | {"seconds": seconds, "compile_seconds": self.compiling_before + self.compiling}
+
+
+def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same time as spans that do not overlap."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 @contextlib.contextmanager

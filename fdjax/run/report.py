@@ -93,6 +93,14 @@ def bytes_of_one_client(result: Result, way: str) -> tuple[int, ...] | float:
     return sent / max(sum(drawn) or len(rounds) * sum(traffic.participants), 1)
 
 
+def bytes_until(result: Result, round: int) -> float:
+    """Bytes up and down of all clients in the set-up, if there is one, and in the first `round` rounds."""
+    return sum(
+        result.rounds[f"bytes_{way}"][round - 1] if round else result.setup.get(f"bytes_{way}", 0.0)
+        for way in ("up", "down")
+    )
+
+
 def result_dict(result: Result) -> dict[str, Any]:
     """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
     return {
@@ -156,7 +164,7 @@ Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
 
 
 def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: bool = False) -> None:
-    """Draw panels side by side; with `log_x` their x axes are logarithmic."""
+    """Draw panels side by side; with `log_x` their x axes are logarithmic, and begin above 0."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,6 +174,7 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
         for label, x, y, *band in curves:
+            x = np.where(np.asarray(x) > 0, x, np.nan) if log_x else x  # such as before anything was sent
             (line,) = axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)
             for half in band:
                 low, high = np.subtract(y, half), np.add(y, half)

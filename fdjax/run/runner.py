@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 from fdjax import own
-from fdjax.engine import hosts, plan
-from fdjax.engine.layout import State
+from fdjax.engine import compiling, hosts, plan
+from fdjax.engine.layout import State, first_rounds
 from fdjax.engine.storage import Storage
 from fdjax.errors import InputError
+from fdjax.exchange.traffic import Traffic
 from fdjax.run.checkpoint import Checkpoints
 from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, with_plan
-from fdjax.run.record import Clock, Record, Recording, Result, clock
+from fdjax.run.record import Clock, Record, Recording, Result, clock, kind_of
 from fdjax.run.settings import FOLDERS, Settings, make
 from fdjax.run.training import hparams_now
 
@@ -78,12 +81,12 @@ def run(
         hosts.check_agreement(public | {"resume": resume, "out": str(out)}, FOLDERS)
         saves = stack.enter_context(contextlib.closing(_Saves(out, checkpoint_every, public, time_spent)))
         saves.check(settings, resume)
-        experiment = build(settings)
-        experiment, needed = _fit_in_memory(experiment)
+        experiment, traffic, needed = _compile(build(settings))
         progress = progress and hosts.is_first()
         if progress:
-            tqdm.write(f"lifting: {experiment.plan.why}{needed}", file=sys.stderr)
-        recording = Recording(experiment, traffic_of(experiment), saves.record)
+            tests = f"; {experiment.tests.why}" if experiment.tests.why else ""
+            tqdm.write(f"lifting: {experiment.plan.why}{needed}{tests}", file=sys.stderr)
+        recording = Recording(experiment, traffic, saves.record)
         saves.storages = experiment.layout.storages
         state = saves.restore(experiment.simulation.shapes(experiment.federation)) if saves.round else None
         state = _begun(experiment, recording) if state is None else state
@@ -102,29 +105,38 @@ def run(
 
 
 def _begun(experiment: Experiment, recording: Recording) -> State:
-    """The state before the first round."""
+    """The state before the first round, which is tested too."""
     state = experiment.simulation.init(experiment.settings.seed, experiment.federation)
     if experiment.simulation.setup is not None:
         state, report = experiment.simulation.setup(state, experiment.federation, experiment.hparams)
         recording.add_setup(report)
+    recording.add_evaluation(0, *_evaluate(experiment, state, experiment.tests.between))
     return state
+
+
+def _evaluate(experiment: Experiment, state: State, examples: int) -> tuple[Any, Any]:
+    """An evaluation that tests personal models on so many examples."""
+    return experiment.simulation.evaluate(state, experiment.federation, experiment.hparams, np.int32(examples))
 
 
 def _run_rounds(experiment: Experiment, state: State, recording: Recording, saves: "_Saves", bar: tqdm) -> None:
     """Run and record the rounds that are left."""
     rounds, eval_every = experiment.settings.rounds, experiment.settings.eval_every
-    simulation, federation, hparams = experiment.simulation, experiment.federation, experiment.hparams
-    done = saves.round
+    simulation, federation, tests = experiment.simulation, experiment.federation, experiment.tests
+    most, done = _longest(experiment.settings), saves.round
+    _show(bar, recording.record, 0)
     with _stop_signals() as signals:
         while done < rounds:
             length = min(eval_every, rounds - done)
             if experiment.settings.schedule == "plateau":
-                hparams = put_hparams(experiment, hparams_now(experiment.settings, recording.record["evaluations"]))
-            state, report = simulation.run(state, federation, hparams, length)
+                now = hparams_now(experiment.settings, recording.record["evaluations"])
+                experiment = experiment._replace(hparams=put_hparams(experiment, now))
+            state, report = simulation.run(state, federation, experiment.hparams, most, np.int32(length))
             done += length
-            recording.add_superstep(done, report, *simulation.evaluate(state, federation, hparams))
+            evaluation = _evaluate(experiment, state, tests.last if done == rounds else tests.between)
+            recording.add_superstep(done, first_rounds(jax.device_get(report), length), *evaluation)
             if done == rounds and simulation.fine_tune is not None:
-                recording.add_last(simulation.fine_tune(state, federation, hparams))
+                recording.add_last(simulation.fine_tune(state, federation, experiment.hparams))
             _show(bar, recording.record, length)
             stopping = hosts.any_of(bool(signals))
             saves.save_if_due(state, recording.record, done, at_once=stopping or done == rounds)
@@ -133,7 +145,7 @@ def _run_rounds(experiment: Experiment, state: State, recording: Recording, save
 
 
 def _show(bar: tqdm, record: Record, rounds: int) -> None:
-    kind = "central" if "central_accuracy" in record["evaluations"] else "local"
+    kind = kind_of(record["evaluations"])
     bar.set_postfix_str(f"{kind} {100 * record['evaluations'][f'{kind}_accuracy'][-1]:.2f} %")
     bar.update(rounds)
 
@@ -199,35 +211,47 @@ class _Saves:
             self._checkpoints.close()
 
 
-def _fit_in_memory(experiment: Experiment) -> tuple[Experiment, str]:
-    """The experiment in chunks that fit in memory, compiled, and what it needs of what is free, in words.
+def _longest(settings: Settings) -> int:
+    """Rounds of the superstep that is compiled, which runs shorter ones too."""
+    return min(settings.eval_every, settings.rounds)
 
-    The states of the clients, which are not there yet, are counted. Raises InputError if they do not fit, if a round
-    does not and --chunk was given, or if nothing fits.
+
+def _compile(experiment: Experiment) -> tuple[Experiment, Traffic, str]:
+    """The experiment in chunks that fit in memory, compiled; its traffic; what it needs of what is free, in words.
+
+    Everything is traced before anything is compiled, and then compiled side by side. The jitted functions keep what is
+    compiled here for their first call. The states of the clients, which are not there yet, are counted.
+    Raises InputError if they do not fit, if a round does not and --chunk was given, or if nothing fits.
     """
     settings, planned = experiment.settings, experiment.plan
-    chunk, length = planned.lifting.chunk, min(settings.eval_every, settings.rounds)
+    if planned.lifting.kind == "loop":
+        return experiment, traffic_of(experiment), ""
+    federation, hparams, chunk = experiment.federation, experiment.hparams, planned.lifting.chunk
+    init: Any = experiment.simulation.init
+    first = init.lower(settings.seed, federation)
     mesh = planned.lifting.mesh
     free = math.ceil(settings.memory_limit * 1e9) or plan.free_bytes(mesh)
-    if planned.lifting.kind == "loop" or free is None:
-        return experiment, ""
     tried: dict[int, Experiment] = {}
+    traffic: list[Traffic] = []
 
     def needed_by(chunk: int) -> int:
         tried[chunk] = with_plan(experiment, planned.in_chunks_of(chunk))
-        run: Any = tried[chunk].simulation.run  # both are jitted, and keep what is compiled here for their first call
-        evaluate: Any = tried[chunk].simulation.evaluate
-        state = tried[chunk].simulation.shapes(experiment.federation)
-        held = plan.fit_states(state.clients, mesh, free)
-        calls = (
-            run.lower(state, experiment.federation, experiment.hparams, length),
-            evaluate.lower(state, experiment.federation, experiment.hparams),
-        )
-        return held + max(plan.needed_bytes(call.compile()) for call in calls)
+        now: Any = tried[chunk].simulation
+        state = now.shapes(federation)
+        held = plan.fit_states(state.clients, mesh, free or 1 << 62)
+        calls = [
+            now.run.lower(state, federation, hparams, _longest(settings), np.int32(0)),
+            now.evaluate.lower(state, federation, hparams, np.int32(0)),
+            *([now.setup.lower(state, federation, hparams)] if now.setup else []),
+        ]
+        once = [] if traffic else [first]
+        compiled = compiling.together([*calls, *once], lambda: traffic or traffic.append(traffic_of(experiment)))
+        return held + max(plan.needed_bytes(call) for call in compiled[: len(calls)])
 
-    fitting, needed = plan.fit_chunk(chunk, free, needed_by, may_change=planned.automatic_chunk)
+    fitting, needed = plan.fit_chunk(chunk, free or 1 << 62, needed_by, may_change=planned.automatic_chunk)
     changed = f"; chunk {fitting}, because {chunk} does not fit" if fitting != chunk else ""
-    return tried[fitting], f"{changed}; {needed / 1e9:.2g} of {free / 1e9:.3g} GB free"
+    words = f"; {needed / 1e9:.2g} of {free / 1e9:.3g} GB free" if free is not None else ""
+    return tried[fitting], traffic[0], changed + words
 
 
 @contextlib.contextmanager

@@ -29,7 +29,12 @@ from fdjax.run.participation import ParticipationSettings, check_participation
 from fdjax.run.setting import Role, Setting, setting_field
 
 LOCAL_EVALS = MappingProxyType(
-    {"full": "on the full test set too", "own": "on the client's own part of it alone, which costs less"}
+    {
+        "auto": "on as many test examples as take a quarter of the time at most, on all at the last evaluation",
+        "full": "on the full test set at every evaluation",
+        "own": "on the client's own part of it alone",
+        "none": "on nothing, and no client on its own part",
+    }
 )
 
 _setting = setting_field
@@ -132,7 +137,8 @@ class Settings(OptimizerSettings, ParticipationSettings):
     )
     eval_every: int = _run(1, "rounds between evaluations, compiled as one call", low=1)
     eval_batch: int = _setting(500, "examples of a step of an evaluation", low=1)
-    local_eval: str = _setting("full", "where personal models are tested", choices=LOCAL_EVALS)
+    local_eval: str = _setting("auto", "where personal models are tested", choices=LOCAL_EVALS)
+    central_eval: bool = _setting(True, "test the central model, or the ensemble, on the full test set")
     proxy: str | None = _data(
         None, "proxy data, by default none: the name of a data set, or a kind", str,
         choices={**data.PROXIES, **data.SOURCES}, noun="proxy data",

@@ -249,6 +249,7 @@ def test_evaluation(name):
         "own_accuracy": own[tested].mean(),
         "own_loss": own_loss[tested].mean(),
         "own_accuracy_weighted": (n * own)[tested].sum() / n[tested].sum(),
+        "own_accuracy_by_test_size": (holdings.count * own).sum() / holdings.count.sum(),
         "worst_client": own[tested].min(),
         "quantile_10": np.quantile(own[tested], 0.1),
         "client_std": own[tested].std(),

@@ -77,8 +77,8 @@ def test_methods_share_the_federation(era):
 def test_accuracy_within_bytes_and_bytes_to_accuracy():
     result = runner.run(settings.make(algorithm="fedavg", rounds=4, eval_every=2, **TINY), progress=False)
     a_round = 2 * 3 * 4 * 7850
-    assert dsfl_era.sent(result) == [2 * a_round, 4 * a_round]
-    result = result._replace(evaluations=result.evaluations | {"central_accuracy": [0.3, 0.5]})
+    assert dsfl_era.sent(result) == [0, 2 * a_round, 4 * a_round]
+    result = result._replace(evaluations=result.evaluations | {"central_accuracy": [0.1, 0.3, 0.5]})
     for budget, value in ((2 * a_round - 1, None), (2 * a_round, 0.3), (4 * a_round - 1, 0.3), (9 * a_round, 0.5)):
         assert dsfl_era.within(result, "central_accuracy", budget) == value
     for target, needed in ((0.3, 2 * a_round), (0.31, 4 * a_round), (0.51, None)):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import cases, exchange_bytes, fd_table1
 from fdjax.algorithms import ALGORITHMS
 from fdjax.exchange.traffic import Traffic
-from fdjax.run import experiment, settings
+from fdjax.run import experiment, report, settings
 from fdjax.run.runner import Result
 
 TABLE = ["--model=mclr", "--clients=2", "--samples_per_client=60", "--iterations=3", "--batch_size=16"]
@@ -126,7 +126,7 @@ def test_bytes_of_the_set_up_are_counted_once():
     history = {"bytes_up": [40.0 + 10, 40.0 + 20], "bytes_down": [8.0 + 6, 8.0 + 12]}
     setup = {"bytes_up": 40.0, "bytes_down": 8.0, "train_loss": 1.0}
     result = Result(chosen, history, {"round": [1, 2]}, {}, traffic, 0.0, 0.0, setup)
-    assert [cases.bytes_until(result, rounds) for rounds in (0, 1, 2)] == [48, 64, 80]
+    assert [report.bytes_until(result, rounds) for rounds in (0, 1, 2)] == [48, 64, 80]
     assert cases.bytes_a_round(result) == 16
     assert exchange_bytes.sent(result) == (5, 3)
     assert exchange_bytes.sent_once(result) == 12

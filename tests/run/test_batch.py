@@ -114,6 +114,7 @@ def test_stopped_trials_end_and_the_others_go_on():
     assert [int(r.evaluations["round"][-1]) for r in results] == [2, 4, 6, 6, 6, 2, 2, 2]
     for number in (2, 3, 4):
         check_equal(results[number], alone(chosen[number]))
+    assert results[0].evaluations["round"] == [0, 2]
     assert results[0].rounds["train_loss"] == pytest.approx(alone(chosen[0]).rounds["train_loss"][:2], abs=1e-5)
     assert results[0].rounds["bytes_up"] == alone(chosen[0]).rounds["bytes_up"][:2]
 

@@ -36,7 +36,7 @@ BAD = [
     ({"optimizer": "sgdm"}, {}, "unknown optimizer 'sgdm' (did you mean 'sgd'?); known: adam, adamw, sgd"),
     ({"schedule": "step"}, {}, "unknown schedule 'step'"),
     ({"augment": "flip"}, {}, "unknown augment 'flip'"),
-    ({"local_eval": "none"}, {}, "unknown local_eval 'none'"),
+    ({"local_eval": "some"}, {}, "unknown local_eval 'some'"),
     ({}, {"temperature": 2.0}, "unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs"),
     ({}, {"learning_rate": -0.1}, "--learning_rate=-0.1: expected a finite number of at least 0"),
     ({}, {"learning_rate": float("nan")}, "--learning_rate=nan: expected a finite number"),

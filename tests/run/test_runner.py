@@ -61,8 +61,9 @@ def undisturbed(tmp_path_factory):
 
 def test_history(undisturbed):
     _, result = undisturbed
-    assert result.evaluations["round"] == [1, 2, 3, 4, 5, 6]
-    assert {len(values) for values in (result.rounds | result.evaluations).values()} == {6}
+    assert result.evaluations["round"] == [0, 1, 2, 3, 4, 5, 6]
+    assert {len(values) for values in result.evaluations.values()} == {7}
+    assert {len(values) for values in result.rounds.values()} == {6}
     assert {len(values) for values in result.clients.values()} == {4}
     P = 60 * 10 + 10
     assert result.rounds["bytes_up"] == result.rounds["bytes_down"] == [r * 2 * 4 * P for r in range(1, 7)]
@@ -130,10 +131,10 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 def test_supersteps_of_any_length_agree(undisturbed):
     _, result = undisturbed
     longer = run(small(rounds=5, eval_every=2))
-    assert longer.evaluations["round"] == [2, 4, 5]
+    assert longer.evaluations["round"] == [0, 2, 4, 5]
     for name, values in longer.rounds.items():
         np.testing.assert_allclose(values, result.rounds[name][:5], rtol=1e-5, err_msg=name)
-    expected = [result.evaluations["central_loss"][r - 1] for r in (2, 4, 5)]
+    expected = [result.evaluations["central_loss"][r] for r in (0, 2, 4, 5)]
     np.testing.assert_allclose(longer.evaluations["central_loss"], expected, rtol=1e-5)
 
 
@@ -308,7 +309,7 @@ def test_a_run_leaves_table_results_and_curves(whole):
     assert found["bytes_per_participant"] == {"up": [4 * 610], "down": [4 * 610]}
     assert found["rounds"]["bytes_up"][:2] == [2 * 4 * 610, 2 * 2 * 4 * 610]
     assert {"train_loss", "teacher_loss"} <= found["rounds"].keys()
-    assert found["evaluations"]["round"] == list(range(1, MANY + 1))
+    assert found["evaluations"]["round"] == list(range(MANY + 1))
     expected = {"central_accuracy", "local_accuracy", "own_accuracy", "own_accuracy_weighted", "worst_client"}
     assert expected <= found["final"].keys()
     assert found["final"] == {name: values[-1] for name, values in found["evaluations"].items()}
