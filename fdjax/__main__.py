@@ -55,6 +55,8 @@ def summary(result: Result) -> str:
         "worst_client": "worst client, own test part, %",
         "quantile_10": "10 % quantile of clients, %",
         "client_std": "std across clients, %",
+        "new_accuracy": "new clients as they are, own test part, %",
+        "new_accuracy_tuned": "new clients after fine-tuning, own test part, %",
         "validation_accuracy": "accuracy on the validation split, %",
     }
     between = ", ".join(f"{n:,.0f}" for n in sorted({*tested[:-1]})) if len({*tested}) > 1 else ""
