@@ -59,6 +59,7 @@ class Trials(NamedTuple):
     step: Callable[..., tuple[Running, Mapping[int, Seen]]]  # (running, rounds, last=True), `rounds` at most
     # those compiled for; `last`: the evaluation after them is the last one
     keep: Callable[[Running, Collection[int]], Running]  # go on with these alone
+    change: Callable[[Running, Mapping[int, HParams]], Running]  # go on with other values of hparams that differ
     slots: int
     scalars: tuple[str, ...]  # what an evaluation gives
     why: str  # how trials are laid out, in words
@@ -140,6 +141,7 @@ def compile_trials(
         look=functools.partial(_look, calls, compiled, grid, last=False),
         step=functools.partial(_step, calls, compiled, grid),
         keep=_keep(calls, grid),
+        change=functools.partial(_change, calls, grid),
         slots=fitting,
         scalars=tuple(calls.seen.scalars),
         why=why,
@@ -295,6 +297,17 @@ def _step(
     tests = _look(calls, compiled, grid, running, last=last)
     reports = _by_trial(running.places, report, calls.seen.report)
     return running, {n: seen._replace(report=first_rounds(reports[n], rounds)) for n, seen in tests.items()}
+
+
+def _change(calls: _Calls, grid: _Grid, running: Running, hparams: Mapping[int, HParams]) -> Running:
+    def put(v, old, *leaves):
+        return jax.device_put(np.stack([np.asarray(x) for x in leaves]), grid.sharding(v)) if v else old
+
+    anyone = running.numbers[0]
+    state, federation, before, examples = running.arrays
+    rows = [dict(hparams[number if number in hparams else anyone]) for number in running.places]
+    now = jax.tree.map(put, dict(calls.inputs.hparams), dict(before), *rows)
+    return running._replace(arrays=(state, federation, now, examples))
 
 
 def _by_trial(places: Sequence[int], outputs: PyTree, varies: PyTree) -> dict[int, Any]:

@@ -14,6 +14,7 @@ from fdjax.exchange.traffic import Traffic
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
+from fdjax.run.training import hparams_now
 
 Watch = Callable[[int, dict[int, Record]], Collection[int]]
 # (rounds done, records by number of the trials that still run) -> numbers of those that are to stop
@@ -114,6 +115,10 @@ def _run(
     while done < settings.rounds and running.numbers:
         rounds = min(settings.eval_every, settings.rounds - done)
         done += rounds
+        if settings.schedule == "plateau":
+            evaluations = {number: recordings[number].record["evaluations"] for number in running.numbers}
+            now = {n: hparams_now(experiments[n].settings, seen) for n, seen in evaluations.items()}
+            running = trials.change(running, now)
         running, seen = trials.step(running, rounds, last=done == settings.rounds)
         for number, (report, scalars, clients) in seen.items():
             recordings[number].add_superstep(done, report, scalars, clients)
@@ -139,8 +144,11 @@ def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
     """Which leaves of the inputs may differ between trials."""
     settings, method = like[0].settings, like[0].settings.method
     varies = differ([_inputs(experiment) for experiment in like])
+    lowered = settings.schedule == "plateau"
     hparams = {
-        name: differs or name in space or method.hparams[name].default in space
+        name: differs
+        or bool({name, method.hparams[name].default} & {*space})
+        or (lowered and method.hparams[name].learning_rate)
         for name, differs in varies.hparams.items()
     }
     federation = varies.federation
@@ -152,7 +160,7 @@ def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
         federation = federation._replace(client=client, train_holdings=train, test_holdings=test, cumulative=table)
     federation = federation._replace(test_order=federation.test_order or drawn)
     subsampled = settings.local_eval == "auto" and like[0].algorithm.personal is not None
-    examples = varies.examples or (subsampled and (drawn or "local_epochs" in space))
+    examples = varies.examples or (subsampled and (drawn or bool({"local_epochs", "local_steps"} & {*space})))
     varies = Inputs(varies.seed or "seed" in space, federation, hparams, examples)
     if not any(jax.tree.leaves(varies)):  # trials that are all the same
         return varies._replace(seed=True)

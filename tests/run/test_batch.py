@@ -66,6 +66,16 @@ def test_a_trial_in_a_batch_is_the_trial_alone(name):
     assert len(losses) > len(chosen) // 2  # and trials do differ
 
 
+def test_a_plateau_lowers_each_trials_own_rates():
+    fields = {"validation_fraction": 0.2, "schedule": "plateau", "decay": 0.01, "eval_every": 1}
+    chosen = [settings.make({"learning_rate": rate}, **SMALL | fields) for rate in (0.01, 30.0)]
+    results = run(chosen)
+    for result, each in zip(results, chosen, strict=True):
+        check_equal(result, alone(each))
+    without = alone(dataclasses.replace(chosen[1], schedule="constant", decay=0.99))
+    assert without.evaluations["validation_loss"] != results[1].evaluations["validation_loss"]
+
+
 def test_partitions_differ_between_trials():
     fields = {"dataset": "mnist_sample", "train_fraction": 0.05, "partition": "dirichlet_a", "samples_per_client": None}
     chosen = [
