@@ -82,9 +82,7 @@ SWITCHED_OFF = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "off", "left"), SWITCHED_OFF, ids=str)
-)
+@pytest.mark.parametrize(("name", "off", "left"), SWITCHED_OFF, ids=str)
 def test_what_is_switched_off_is_not_there(name, off, left):
     algorithm, simulation = cases.simulation(name, **off)
     federation, hparams = cases.federation(), cases.hparams_of(name)
