@@ -15,15 +15,14 @@ Sent: up h_k(x), z_k and y of each own example, 4 n_k (F + K + 1) bytes for F fe
 arrays are as long as the largest client; the real n_k are counted. Features and labels leave the client: this is not
 private as other methods are.
 
-What a client learns from the server is z_s on its own examples alone, and its extractor stays its own. Where clients
-hold few labels, s(h_k(x)) for a label that k lacks rests on features that k never learned to tell apart: there it is
-level with training alone. With dense nets we saw no lead under Dirichlet(1) either; the paper has ResNets.
+All clients start from one model, as the authors' do from one that they have pre-trained: features that were drawn apart
+tell a common server nothing, and FedGKT is then level with training alone. A client's extractor stays its own after that.
 
 Deviations and choices:
 - Optimiser and batch size are the task's for both (the paper's script: Adam 1e-3 with amsgrad, batches of 256).
 - z_s are those of the trained server; the code collects them while it trains, one update stale. Test features are not
   sent each round; an evaluation is not counted.
-- T = 3 is ours. The code's 1e-7 on the teacher's softmax is not needed here.
+- Pre-training of the common start is left out. T = 3 is the code's default. Its 1e-7 on the teacher's softmax is not needed here.
 - The server trains on the round's participants; it keeps the z_s of the others.
 - Examples are known by their position, so clients may shuffle.
 """
