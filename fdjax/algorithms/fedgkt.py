@@ -16,13 +16,13 @@ arrays are as long as the largest client; the real n_k are counted. Features and
 private as other methods are.
 
 All clients start from one model, as the authors' do from one that they have pre-trained: features that were drawn apart
-tell a common server nothing, and FedGKT is then level with training alone. A client's extractor stays its own after that.
+tell a common server nothing, and FedGKT is then level with training alone. Afterwards an extractor stays its client's.
 
 Deviations and choices:
 - Optimiser and batch size are the task's for both (the paper's script: Adam 1e-3 with amsgrad, batches of 256).
 - z_s are those of the trained server; the code collects them while it trains, one update stale. Test features are not
   sent each round; an evaluation is not counted.
-- Pre-training of the common start is left out. T = 3 is the code's default. Its 1e-7 on the teacher's softmax is not needed here.
+- The common start is not pre-trained. T = 3 is the code's default; its 1e-7 on the teacher's softmax is left out.
 - The server trains on the round's participants; it keeps the z_s of the others.
 - Examples are known by their position, so clients may shuffle.
 """
