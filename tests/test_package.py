@@ -32,6 +32,7 @@ LIFTINGS = {"vmap", "pmap", "shard_map", "psum", "pmean", "all_gather", "lax.map
 LIFTINGS_ALLOWED = {
     "engine/lift.py": LIFTINGS,
     "client/augment.py": {"vmap"},  # over the images of a batch
+    "engine/evaluate.py": {"lax.map"},  # over the two tests of one client
     "models/convolution.py": {"lax.map", "vmap"},  # the rule of a custom_vmap: over whatever axis the caller batches
 }
 
