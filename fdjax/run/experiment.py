@@ -92,9 +92,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         cohorts=cohorts,
         inputs=source.train_x.shape[1:],
         classes=source.num_classes,
-        own_batch=proportion.batch_of(
-            own_tests.count, settings.eval_batch, whole=settings.local_eval in ("auto", "full")
-        ),
+        own_batch=_own_batch(settings, own_tests),
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),
         participants=who.places,
@@ -213,6 +211,12 @@ def common(experiments: Sequence[Experiment]) -> Experiment:
     shapes = first.shapes._replace(largest=largest, own_batch=own_batch)
     bound = _bind(first.signature.static, shapes)
     return with_plan(first._replace(algorithm=bound.algorithm, lifted=bound.lifted, shapes=shapes), first.plan)
+
+
+def _own_batch(settings: Settings, own_tests: Holdings) -> int:
+    """Examples of a step of clients' tests, which are of their own models on the test set too if they have such."""
+    whole = settings.local_eval in ("auto", "full") and not settings.method.one_architecture
+    return proportion.batch_of(own_tests.count, settings.eval_batch, whole=whole)
 
 
 def _power_of_two(size: int) -> int:

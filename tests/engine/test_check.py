@@ -132,7 +132,7 @@ def test_algorithms_that_nobody_could_run(fields, message):
 
 
 def test_an_ensemble_needs_the_full_evaluation():
-    with pytest.raises(InputError, match="tests an ensemble of personal models: use --local_eval=full"):
+    with pytest.raises(InputError, match="tests an ensemble of personal models: use --local_eval=full or auto"):
         cases.bind(algorithm()._replace(central=ENSEMBLE), cases.task(), (5,), full_eval=False)
 
 

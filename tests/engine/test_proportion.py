@@ -10,15 +10,15 @@ MNIST = proportion.Work(trained=60_000.0, rounds=1, own=np.full(100, 100), centr
 
 
 def test_evaluation_between_takes_a_quarter_of_the_work():
-    """100 clients on MNIST, one epoch: 180,000 passes of training, of which a third is 60,000 of tests."""
+    """100 clients on MNIST, one epoch: 150,000 passes of training, of which a third is 50,000 of tests."""
     tests = choose("auto", MNIST, 100)
-    assert (tests.between, tests.last) == (500, 10_000)  # 100 * 500, and 10,000 on own parts
+    assert (tests.between, tests.last) == (200, 10_000)  # 100 * 200, and 10,000 on own parts
     assert (
         tests.why
-        == "personal models are tested on 500 of 10,000 test examples, on all at the end (the work of 5.6 rounds)"
+        == "personal models are tested on 200 of 10,000 test examples, on all at the end (the work of 6.7 rounds)"
     )
-    assert choose("auto", MNIST._replace(central=10_000), 100).between == 200
-    assert choose("auto", MNIST._replace(trained=600_000.0, rounds=10), 100).between == 5_000
+    assert choose("auto", MNIST._replace(central=30_000), 100).between == 100
+    assert choose("auto", MNIST._replace(trained=600_000.0, rounds=10), 100).between == 2_000
 
 
 @pytest.mark.parametrize("trained", [0.0, 3e3, 1e5, 1e6, 1e9])
@@ -28,8 +28,8 @@ def test_no_more_than_asked_for_and_no_fewer_than_say_something(trained, clients
     tests = choose("auto", work, 20)
     assert proportion.LEAST <= tests.between <= tests.last == 730
     passes = 50 + clients * (20 + -(-tests.between // 20) * 20)
-    assert passes <= 3 * trained / 3 or tests.between == proportion.LEAST
-    assert ("of the time" in tests.why) == (passes > 3 * trained / 3)
+    assert passes <= proportion.PASSES * trained / 3 or tests.between == proportion.LEAST
+    assert ("of the time" in tests.why) == (passes > proportion.PASSES * trained / 3)
 
 
 def test_a_test_set_smaller_than_a_subsample_is_tested_in_full():
