@@ -69,13 +69,14 @@ def simulation(algorithm: Algorithm, layout: Layout) -> Simulation:
         if looping
         else functools.partial(jax.jit, out_shardings=replicated(layout.lifting.mesh))
     )
+    init = compiled(pure.init, compiler_options=compiling.quick(layout.lifting.mesh))
     return Simulation(
-        init=compiled(pure.init, compiler_options=compiling.quick(layout.lifting.mesh)),
+        init=init,
         setup=compiled(pure.setup, donate_argnums=0) if pure.setup else None,
         run=compiled(pure.run, static_argnums=3, donate_argnums=0),
         evaluate=compiled(pure.evaluate),
-        traffic=functools.partial(_traffic, algorithm, layout),
-        leaf=functools.partial(_leaf, algorithm, layout),
+        traffic=functools.partial(_traffic, algorithm, layout, init),
+        leaf=functools.partial(_leaf, algorithm, layout, init),
         pure=pure,
     )
 
@@ -96,9 +97,12 @@ def _loop(
     return state, jax.tree.map(lambda *x: jnp.stack(x), *reports)
 
 
-def _shapes(algorithm: Algorithm, layout: Layout, federation: Federation, hparams: HParams):
-    """A function of (exchange, cohort): what a client returns, and what it receives, as shapes."""
-    start = jax.eval_shape(functools.partial(_init, algorithm, layout), 0, federation)
+def _shapes(algorithm: Algorithm, layout: Layout, init: Callable, federation: Federation, hparams: HParams):
+    """A function of (exchange, cohort): what a client returns, and what it receives, as shapes.
+
+    `init` is the simulation's own, whose trace is shared.
+    """
+    start = jax.eval_shape(init, 0, federation)
 
     def of(exchange: Exchange, cohort: int) -> tuple[PyTree, Received]:
         model, part = layout.cohorts[cohort].model, layout.slices[cohort]
@@ -120,8 +124,10 @@ def _shapes(algorithm: Algorithm, layout: Layout, federation: Federation, hparam
     return of
 
 
-def _traffic(algorithm: Algorithm, layout: Layout, federation: Federation, hparams: HParams) -> traffic.Traffic:
-    shapes = _shapes(algorithm, layout, federation, hparams)
+def _traffic(
+    algorithm: Algorithm, layout: Layout, init: Callable, federation: Federation, hparams: HParams
+) -> traffic.Traffic:
+    shapes = _shapes(algorithm, layout, init, federation, hparams)
 
     def sizes(exchange: Exchange, cohort: int) -> traffic.Sizes:
         (_, upload, _), received = shapes(exchange, cohort)
@@ -139,12 +145,15 @@ def _traffic(algorithm: Algorithm, layout: Layout, federation: Federation, hpara
 def _leaf(
     algorithm: Algorithm,
     layout: Layout,
+    init: Callable,
     federation: Federation,
     hparams: HParams,
     cohort: int,
     exchange: int,
     leaf: int,
 ) -> str:
-    (state, upload, metrics), _ = _shapes(algorithm, layout, federation, hparams)(algorithm.round[exchange], cohort)
+    (state, upload, metrics), _ = _shapes(algorithm, layout, init, federation, hparams)(
+        algorithm.round[exchange], cohort
+    )
     path, _ = jax.tree.leaves_with_path(step.client_leaves(state, upload.tree, metrics))[leaf]
     return jax.tree_util.keystr(path, simple=True, separator="/")
