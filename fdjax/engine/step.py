@@ -62,6 +62,8 @@ def _standing(layout: Layout, row: Row, nonfinite: jax.Array) -> _Standing:
     sends = took_part & (weight > 0)
     active = active & (nonfinite < 0) if layout.drop_nonfinite else active
     counts = sends & active if layout.drop_nonfinite else sends
+    # Where it is n_k it comes from the count here: as an argument it cost ordered sums their last bit on other devices.
+    weight = weight if layout.policy.alike else count.astype(jnp.float32)
     return _Standing(took_part, sends, active, jnp.where(counts, weight, 0))
 
 
