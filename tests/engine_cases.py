@@ -207,7 +207,7 @@ class Logistic:
 
         l = (1 - weight) CE(softmax(z), y) + weight T^2 KL(softmax(teacher / T) || softmax(z / T)), so
         dl/dz = (1 - weight) (softmax(z) - e_y) + weight T (softmax(z / T) - softmax(teacher / T)).
-        With `mu`, (mu / 2) (|W - W_0|^2 + |b - b_0|^2) more, W_0 and b_0 those at the start.
+        With `mu`, (mu / 2) (|W - W_0|^2 + |b - b_0|^2) more in the slope, W_0 and b_0 those at the start.
         """
         T, W_0, b_0 = temperature, self.W, self.b
         velocity_W, velocity_b, means = np.zeros_like(self.W), np.zeros_like(self.b), []
@@ -221,7 +221,7 @@ class Logistic:
                     soft = teacher(x[batch])
                     loss = loss + weight * T**2 * kl_divergence(soft, z, T)
                     slope = slope + weight * T * (softmax(z / T) - softmax(soft / T))
-                means.append(loss.mean() + mu / 2 * (np.sum((self.W - W_0) ** 2) + np.sum((self.b - b_0) ** 2)))
+                means.append(loss.mean())
                 velocity_W = momentum * velocity_W + x[batch].T @ slope / len(batch) + mu * (self.W - W_0)
                 velocity_b = momentum * velocity_b + slope.mean(0) + mu * (self.b - b_0)
                 self.W, self.b = self.W - learning_rate * velocity_W, self.b - learning_rate * velocity_b

@@ -209,7 +209,8 @@ def _own_parts(test: _Test, state: State, part: _Part | None) -> list[testing.Sc
             if part is None:
                 return jax.tree.map(lambda x: x[None], one(own)), lift.Partials()
             common = jnp.full_like(own[0], first), jnp.where(row.active, count, 0)  # nothing for rows of padding
-            return lax.map(one, jax.tree.map(lambda *x: jnp.stack(x), own, common)), lift.Partials()
+            both = jax.tree.map(lambda *x: jnp.stack(x), own, common)
+            return lax.scan(lambda _, turn: ((), one(turn)), (), both)[1], lift.Partials()
 
         rows = rows_of(federation, federation.test_holdings, rows_of_cohort, state.clients[j])
         lifting = layout.lifting if part is None else layout.lifting._replace(narrow=())

@@ -261,12 +261,26 @@ def _networks(settings: Settings, shapes: Shapes) -> _Networks:
         name: jax.eval_shape(lambda x, m=m: m.parts(settings.method.name)[0](m.init(jax.random.key(0)), x), x).shape[1:]
         for name, m in clients.items()
     }
+    for name, model in clients.items():
+        if _has_no_params(model.blocks[0], x):
+            raise InputError(
+                f"model {nets.title(name)!r} extracts no features: its first block has no params, so that clients would "
+                f"send their inputs; use another model of the clients of {settings.method.name}"
+            )
     if len({*features.values()}) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in features.items())
         raise InputError(
             f"{settings.method.name} needs clients whose features have one shape, not {found}; use one model"
         )
     return _Networks(build(settings.model, features[names[0]]), tuple(clients[name] for name in names))
+
+
+def _has_no_params(block: Callable[..., jax.Array], x: jax.ShapeDtypeStruct) -> bool:
+    try:
+        jax.eval_shape(lambda x: block({}, x), x)
+    except Exception:  # whatever a block raises that misses its params
+        return False
+    return True
 
 
 def _network(settings: Settings, name: str, inputs: tuple[int, ...], classes: int) -> Model:

@@ -78,7 +78,7 @@ def test_one_federation_for_all_methods_and_a_row_that_fails_is_only_a_row(tmp_p
     done = programs.run("benchmarks.exchange_bytes", *EXCHANGE, chosen, f"--out={tmp_path}")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "fedgkt failed: model 'mclr' has no method 'features'" in (tmp_path / "table.md").read_text()
+    assert "fedgkt failed: model 'mclr' extracts no features" in (tmp_path / "table.md").read_text()
     table = {row[0]: row for row in rows(tmp_path)}
     assert list(table) == chosen.partition("=")[2].split(",")
     assert table["fedgkt"][5] == "failed"

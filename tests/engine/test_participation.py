@@ -142,7 +142,7 @@ def client(ctx, received, state, data):
 
 ALGORITHM = Algorithm(
     init_server=lambda ctx, params: {"count": jnp.float32(0), "work": jnp.float32(0), "number": jnp.float32(0)},
-    init_client=lambda ctx: jnp.zeros(3),
+    init_client=lambda ctx, params: jnp.zeros(3),
     round=(
         Exchange(
             lambda ctx, server: Broadcast(server["count"]),

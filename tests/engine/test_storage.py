@@ -58,7 +58,7 @@ def algorithm(size=NUMBERS):
     """Every client's state is so many numbers, which its prediction uses."""
     return Algorithm(
         init_server=lambda ctx, params: jnp.float32(0),
-        init_client=lambda ctx: jax.random.normal(ctx.key, (size,)),
+        init_client=lambda ctx, params: jax.random.normal(ctx.key, (size,)),
         round=(EXCHANGE,),
         setup=(EXCHANGE,),
         personal=lambda ctx, server, state, x: x[:, : cases.CLASSES] * jnp.mean(state),

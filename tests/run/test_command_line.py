@@ -33,8 +33,8 @@ BAD = [
     ({"dataset": "mnits"}, {}, "unknown data set 'mnits' (did you mean 'mnist'?); known: cifar10, "),
     ({"partition": "dirichlet_z"}, {}, "unknown partition 'dirichlet_z'"),
     ({"model": "cnn3"}, {}, "unknown model 'cnn3'"),
-    ({"optimizer": "sgdm"}, {}, "unknown optimizer 'sgdm' (did you mean 'sgd'?); known: adam, adamw, sgd"),
-    ({"schedule": "step"}, {}, "unknown schedule 'step'"),
+    ({"optimizer": "sgdm"}, {}, "unknown optimizer 'sgdm' (did you mean 'sgd'?); known: adabelief, adadelta"),
+    ({"schedule": "steps"}, {}, "unknown schedule 'steps' (did you mean 'step'?)"),
     ({"augment": "flip"}, {}, "unknown augment 'flip'"),
     ({"local_eval": "some"}, {}, "unknown local_eval 'some'"),
     ({}, {"temperature": 2.0}, "unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs"),
@@ -55,8 +55,8 @@ BAD = [
     ({"participation": float("nan")}, {}, "--participation=nan: expected a number above 0"),
     ({"train_fraction": 1.5}, {}, "--train_fraction=1.5: expected a number above 0 and at most 1"),
     ({"batch_size": -1}, {}, "--batch_size=-1: expected a whole number of at least 0"),
-    ({"momentum": float("nan")}, {}, "--momentum=nan: expected a finite number of at least 0"),
-    ({"momentum": float("inf")}, {}, "--momentum=inf: expected a finite number"),
+    ({"momentum": float("nan")}, {}, "--momentum=nan: expected a number of at least 0 and below 1"),
+    ({"momentum": float("inf")}, {}, "--momentum=inf: expected a number of at least 0 and below 1"),
     ({"memory_limit": float("inf")}, {}, "--memory_limit=inf: expected a finite number"),
     ({"padding": "same"}, {}, "unknown padding 'same'"),
     ({"options": {"weighting": "uniform"}}, {}, "unknown option of fedavg 'weighting'; there are none: leave it out"),
@@ -154,7 +154,10 @@ def run(*flags):
     ("flags", "message"),
     [
         (["rounds=3"], "error: unexpected argument 'rounds=3'; settings are flags, e.g. --rounds=20 (see --help)\n"),
-        (["--temperature=2"], "error: unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs\n"),
+        (
+            ["--temperature=2"],
+            "error: unknown hparam of fedavg 'temperature'; known: learning_rate, local_epochs, local_steps\n",
+        ),
         (["--resume", "--overwrite"], "error: --resume and --overwrite exclude each other; give one of them\n"),
     ],
 )

@@ -97,7 +97,7 @@ def test_clients_that_predict_with_the_server():
     federation, (x, y) = cases.federation(), _split()
     federation = federation._replace(validation=cases.replicated(examples(x, y, cases.source(1)), federation))
     state, scalars = last_scalars(simulation, federation, cases.hparams_of("fedgkt"), 1)
-    logits = _personal(algorithm, state, federation, (("mclr", 7),), (x - 0.25) / 1.5)
+    logits = _personal(algorithm, state, federation, (("2nn", 7),), (x - 0.25) / 1.5)
     scores = np.array([_score(z, y) for z in logits])
     np.testing.assert_allclose(scalars["validation_accuracy"], scores[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(scalars["validation_loss"], scores[:, 1].mean(), rtol=1e-4)
@@ -130,7 +130,7 @@ def _personal(algorithm, state, federation, cohorts, x):
 
 def test_a_run_records_it():
     result = runner.run(settings.make(validation_fraction=0.25, **SMALL), progress=False)
-    assert len(result.evaluations["validation_accuracy"]) == len(result.evaluations["validation_loss"]) == 2
+    assert len(result.evaluations["validation_accuracy"]) == len(result.evaluations["validation_loss"]) == 3
     assert "accuracy on the validation split, %" in command.summary(result)
 
 

@@ -186,7 +186,7 @@ def test_a_pruner_does_not_see_what_a_dead_worker_reported(url):
     trial.set_user_attr("worker", dead_process())
     _, after = finish(study, url)
     assert after.state == TrialState.PRUNED
-    assert after.user_attrs["evaluations"]["round"] == [1, 2]
+    assert after.user_attrs["evaluations"]["round"] == [0, 1, 2]
     assert sorted(after.intermediate_values) == [1, 2]
 
 
