@@ -234,7 +234,10 @@ def _on_device(client: Client, chunk: int, lifting: Lifting):
 
     def on_device(shared, rows):
         if lifting.ordered:
-            return lax.map(lambda rows: run_chunk(shared, rows), rows)
+            # A chunk by itself, or what it is fused with, which depends on how many there are, may cost its last bit.
+            return lax.map(
+                lambda rows: lax.optimization_barrier(run_chunk(*lax.optimization_barrier((shared, rows)))), rows
+            )
         _, shapes = jax.eval_shape(run_chunk, shared, jax.tree.map(lambda x: x[0], rows))
 
         def next_chunk(totals, rows):
@@ -307,14 +310,13 @@ def _dealing(devices: int, chunks: int):
     order[1::2] = order[1::2, ::-1]
     to_devices = order.T.ravel()
     back = np.argsort(to_devices)
-    in_order = min(devices, chunks) == 1  # and a gather for each leaf would be compiled for nothing
 
     def deal(x):  # [chunks * devices, ...] -> [devices, chunks, ...]
-        return (x if in_order else x[to_devices]).reshape(devices, chunks, *x.shape[1:])
+        return (x if devices == 1 else x[to_devices]).reshape(devices, chunks, *x.shape[1:])
 
     def collect(x):
         x = x.reshape(chunks * devices, *x.shape[2:])
-        return x if in_order else x[back]
+        return x if devices == 1 else x[back]
 
     return deal, collect
 

@@ -264,7 +264,7 @@ def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     for name, model in clients.items():
         if _has_no_params(model.blocks[0], x):
             raise InputError(
-                f"model {nets.title(name)!r} extracts no features: its first block has no params, so that clients would "
+                f"model {nets.title(name)!r} extracts no features: its first block has no params, so clients would "
                 f"send their inputs; use another model of the clients of {settings.method.name}"
             )
     if len({*features.values()}) > 1:
