@@ -108,4 +108,5 @@ METHOD = Method(
     },
     options={"bits_up": ("1", "2", "4"), "bits_down": ("1", "2", "4")},
     proxy="unlabelled",
+    stages=("distill",),
 )

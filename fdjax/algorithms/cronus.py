@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fdjax.client.data import ClientData, Targets
 from fdjax.client.training import fit, from_probabilities, local_work, supervised
@@ -47,6 +48,7 @@ class _Union(NamedTuple):
 
     own: ClientData
     public: Targets
+    smoothing: float  # of the own labels
 
     @property
     def count(self):
@@ -56,7 +58,7 @@ class _Union(NamedTuple):
         is_own = position < self.own.count
         x, y = self.own.take(jnp.where(is_own, position, 0))
         public_x, targets = self.public.take(jnp.where(is_own, 0, position - self.own.count))
-        hard = jax.nn.one_hot(y, targets.shape[-1])
+        hard = optax.smooth_labels(jax.nn.one_hot(y, targets.shape[-1]), self.smoothing)
         return jnp.where(is_own.reshape(-1, *(1,) * (x.ndim - 1)), x, public_x), jnp.where(
             is_own[:, None], hard, targets
         )
@@ -81,7 +83,7 @@ def cronus(task: Task) -> Algorithm:
         return params, Upload(jax.nn.softmax(proxy.predict(ctx, params, received.shared))), {}
 
     def learn(ctx, received, params, data):
-        union = _Union(data, proxy.targets(ctx, received.known, received.shared))
+        union = _Union(data, proxy.targets(ctx, received.known, received.shared), task.training.label_smoothing)
         loss = from_probabilities(ctx.model)
         params, train_loss = fit(task.training, loss, params, union, ctx, epochs=local_work(ctx))
         return params, Upload(()), {"train_loss": train_loss}

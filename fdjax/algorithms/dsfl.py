@@ -116,4 +116,5 @@ METHOD = Method(
     },
     options={"aggregation": ("era", "sa", "enhanced_era", "era_logits")},
     proxy="unlabelled",
+    stages=("distill",),
 )

@@ -72,6 +72,6 @@ METHOD = Method(
         "temperature": temperature(2.0, "softens teacher and student in the distillation loss"),
         "weight": HParam(0.5, high=1.0, help="weight of the distillation loss; the rest is the labels'"),
         "teacher_learning_rate": learning_rate("learning_rate", "learning rate of the teachers"),
-        "teacher_epochs": epochs("local_epochs", "epochs of the teachers in a round"),
+        "teacher_epochs": epochs("local_epochs", "epochs of the teachers in a round, whatever --local_steps"),
     },
 )

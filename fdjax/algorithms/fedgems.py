@@ -137,4 +137,5 @@ METHOD = Method(
         "weight": HParam(0.25, high=1.0, help="weight of the divergences; the rest is the labels'"),
     },
     proxy="labelled",
+    stages=("distill",),
 )

@@ -139,4 +139,5 @@ METHOD = Method(
     },
     split=True,
     keeps_optimizer=True,
+    stages=("server",),
 )

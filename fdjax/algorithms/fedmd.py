@@ -20,7 +20,7 @@ Deviations:
 - Public and private data share one set of K labels, while the paper's models have an output for the labels of both.
 - The mean counts participants alike; the authors weigh two weak models less. Labels of the public data serve transfer
   learning alone. The batch size on public data is `distill_batch_size`; learning rate and optimiser are one for all
-  stages but for `digest_learning_rate`. The optimiser's state is kept over stages and rounds, as in the code.
+  stages but for `digest_learning_rate` and what `--distill_*` say. States of optimisers are kept, as in the code.
 """
 
 from fdjax.client import losses
@@ -82,4 +82,5 @@ METHOD = Method(
     },
     proxy="labelled",
     keeps_optimizer=True,
+    stages=("distill",),
 )

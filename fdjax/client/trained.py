@@ -56,13 +56,22 @@ def on_trained(
     optimizer: optax.GradientTransformation,
     params: PyTree,
     trained: Paths | None = None,
-    pull: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """The optimiser for the trained params alone, after `pull(params)` is added to their gradient.
+    """The optimiser for the trained params alone.
 
     Statistics of BatchNorm, whose gradient is by construction their change, take it as it is; all others stay. The
     optimiser has state, and clips by the norm, of the trained params alone.
     """
+
+    labels = labels_of(params, trained)
+    if {*jax.tree.leaves(labels)} - {"trained"}:
+        of_label = {"trained": optimizer, "frozen": optax.set_to_zero(), "statistics": optax.scale(-1.0)}
+        optimizer = optax.partition(of_label, labels)  # pyright: ignore[reportArgumentType]
+    return optimizer
+
+
+def labels_of(params: PyTree, trained: Paths | None = None) -> PyTree:
+    """What becomes of each leaf: "trained", "frozen", or "statistics"."""
 
     def label(keys, _):
         path = path_of(keys)
@@ -70,18 +79,4 @@ def on_trained(
             return "statistics"
         return "trained" if trained is None or trained(path) else "frozen"
 
-    labels = jax.tree_util.tree_map_with_path(label, params)
-    if {*jax.tree.leaves(labels)} - {"trained"}:
-        of_label = {"trained": optimizer, "frozen": optax.set_to_zero(), "statistics": optax.scale(-1.0)}
-        optimizer = optax.partition(of_label, labels)  # pyright: ignore[reportArgumentType]
-    return optimizer if pull is None else optax.chain(_pulled(pull, labels), optimizer)
-
-
-def _pulled(pull: Callable[[PyTree], PyTree], labels: PyTree) -> optax.GradientTransformation:
-    def update(updates, state, params=None):
-        def add(label, g, more):
-            return g + more if label == "trained" else g
-
-        return jax.tree.map(add, labels, updates, pull(params)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return jax.tree_util.tree_map_with_path(label, params)

@@ -11,7 +11,7 @@ from jax import lax
 from fdjax import keys
 from fdjax.client import losses
 from fdjax.client.data import batches
-from fdjax.client.trained import on_trained
+from fdjax.client.trained import labels_of, on_trained
 from fdjax.contract import Context, Data
 from fdjax.method import Training
 from fdjax.types import Array, Model, PyTree
@@ -102,7 +102,7 @@ def fit_observing(
     up, is added to `account` at every step of every epoch, and what that comes to is returned last.
     """
     rate = ctx.hparams["learning_rate"] if learning_rate is None else learning_rate
-    optimizer = on_trained(training.optimizer(rate, ctx.round), params, training.trained, pull)
+    optimizer = on_trained(training.optimizer(rate, ctx.round), params, training.trained)
     kept = ctx.optimizers if keeps and ctx.optimizers is not None and training.name in ctx.optimizers else {}
     steps = _steps_of_an_epoch(training, data)
     total_steps = _total_steps(epochs, steps, ctx.work)
@@ -127,6 +127,7 @@ def fit_observing(
 
             (value, seen), gradient = jax.value_and_grad(mean, has_aux=True)(params)
             account = jax.tree.map(jnp.add, account, observe(seen, y, weight))
+            gradient = _pulled(gradient, pull, params, training)
             update, optimizer_state = optimizer.update(gradient, optimizer_state, params)
             return optax.apply_updates(params, update), optimizer_state, total + value, account
 
@@ -140,6 +141,14 @@ def fit_observing(
         kept[training.name] = optimizer_state
     in_last_epoch = total_steps - (whole_epochs - 1) * steps
     return params, total / jnp.maximum(in_last_epoch, 1), account
+
+
+def _pulled(gradient: PyTree, pull: Callable[[PyTree], PyTree] | None, params: PyTree, training: Training) -> PyTree:
+    """The gradient, with `pull(params)` added to that of the trained params."""
+    if pull is None:
+        return gradient
+    labels = labels_of(params, training.trained)
+    return jax.tree.map(lambda label, g, more: g + more if label == "trained" else g, labels, gradient, pull(params))
 
 
 def _steps_of_an_epoch(training: Training, data: Data) -> jax.Array:

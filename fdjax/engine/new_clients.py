@@ -41,7 +41,9 @@ def fine_tune(
     assert layout.fine_tuning is not None
     training, epochs = layout.fine_tuning
     key = keys.stream(jax.random.wrap_key_data(state.root), "fine-tune", state.round)
-    moment = Moment(federation, hparams, state.round, key)
+    moment = Moment(
+        federation, hparams, jnp.int32(0), key
+    )  # the rate is that of the first round, whatever the schedule
     scores = []
     for j, (cohort, part) in enumerate(zip(layout.cohorts, layout.slices, strict=True)):
 

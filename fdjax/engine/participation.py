@@ -141,7 +141,8 @@ def effort(policy: Policy, key: jax.Array, places: int, present: Array | int, hp
     """What each participant does; the first `present` of the places are taken.
 
     As in FedProx's code, round((1 - share) S) of S participants are no stragglers, and a straggler does a number of
-    epochs that is uniform on 1 ... E - 1, E = `local_epochs` (1 for E = 1): `round(work * E)` of them.
+    epochs that is uniform on 1 ... E - 1, E = `local_epochs` (1 for E = 1): `round(work * E)` of them. With
+    `local_steps` E is these.
     A dropped participant, and a straggler that is dropped, does as little as it can.
     """
     work, sends = jnp.ones(places), jnp.ones(places, bool)
@@ -152,7 +153,8 @@ def effort(policy: Policy, key: jax.Array, places: int, present: Array | int, hp
         if policy.straggler_work == "drop":
             sends = ~straggles
         else:
-            epochs = jnp.asarray(hparams["local_epochs"], jnp.int32)
+            steps = jnp.asarray(hparams.get("local_steps", 0), jnp.int32)
+            epochs = jnp.where(steps > 0, steps, jnp.asarray(hparams["local_epochs"], jnp.int32))
             done = jax.random.randint(keys.stream(key, "epochs"), (places,), 1, jnp.maximum(epochs, 2))
             work = jnp.where(straggles, done / jnp.maximum(epochs, 1), 1)
     if policy.dropped:

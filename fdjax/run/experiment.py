@@ -215,7 +215,8 @@ def common(experiments: Sequence[Experiment]) -> Experiment:
 
 def _own_batch(settings: Settings, own_tests: Holdings) -> int:
     """Examples of a step of clients' tests, which are of their own models on the test set too if they have such."""
-    whole = settings.local_eval in ("auto", "full") and not settings.method.one_architecture
+    personal = not settings.method.one_architecture or settings.exchanged or settings.norm_statistics == "local"
+    whole = settings.local_eval in ("auto", "full") and bool(personal)
     return proportion.batch_of(own_tests.count, settings.eval_batch, whole=whole)
 
 

@@ -15,7 +15,7 @@ from fdjax.types import Array
 # Of optax, all that need no more than gradients and the parameters that have flags here.
 OPTIMIZERS = (
     "sgd", "adam", "adamw", "amsgrad", "adabelief", "adadelta", "adafactor", "adagrad", "adamax", "adamaxw", "adan",
-    "fromage", "lamb", "lars", "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "sign_sgd", "sm3", "yogi",
+    "fromage", "lamb", "lars", "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "sign_sgd", "yogi",
 )  # fmt: skip
 SCHEDULES = MappingProxyType(
     {
@@ -32,7 +32,10 @@ _OF_SCHEDULES = {
     "schedule_length": ("cosine",),
 }
 STAGES = ("", "distill_", "server_")
-_OF_STAGE = {"distill_": "training on proxy data", "server_": "the server's net on what clients upload"}
+_OF_STAGE = {
+    "distill_": "training on proxy data by these flags",
+    "server_": "training of the server's net on uploads",
+}
 _ARGUMENTS = {"momentum": "momentum", "nesterov": "nesterov", "beta1": "b1", "beta2": "b2", "epsilon": "eps"}
 # Settings of an optimiser, and what optax calls them.
 
@@ -123,11 +126,19 @@ def check_optimizers(settings: Any) -> None:
     """Raises InputError for an optimiser's flag that it does not have, and for schedules that cannot work."""
     for stage in STAGES:
         chosen = optimizer_of(settings, stage)
+        unused = [n for n in _FLAGS if stage and getattr(settings, stage + n) is not None]
+        if unused and stage.removesuffix("_") not in settings.method.stages:
+            value = getattr(settings, stage + unused[0])
+            raise InputError(
+                f"--{stage}{unused[0]}={value}: {settings.method.name} has no {_OF_STAGE[stage]}; leave it out"
+            )
         takes = inspect.signature(getattr(optax, chosen.optimizer)).parameters
         for name, argument in _ARGUMENTS.items():
-            if getattr(settings, stage + name) and argument not in takes:
-                given = f"--{stage}{name}={getattr(settings, stage + name)}"
-                raise InputError(f"{given}: --{stage}optimizer={chosen.optimizer} has none; leave it out")
+            given = getattr(settings, stage + name)
+            if given not in (None, _METHOD[name].default) and argument not in takes:
+                raise InputError(
+                    f"--{stage}{name}={given}: --{stage}optimizer={chosen.optimizer} has none; leave it out"
+                )
         if chosen.nesterov and "momentum" in takes and not chosen.momentum:
             raise InputError(f"--{stage}nesterov needs --{stage}momentum above 0")
         _check_schedule(settings, stage, chosen)
@@ -174,7 +185,10 @@ def build_optimizer(chosen: Optimizer, rounds: int) -> Callable[[Array, Array], 
     """The optimiser as a function of a traced learning rate and of the round, which its schedule may go by."""
     make = getattr(optax, chosen.optimizer)
     takes = inspect.signature(make).parameters
-    given = {argument: getattr(chosen, name) for name, argument in _ARGUMENTS.items() if getattr(chosen, name)}
+    given = {argument: getattr(chosen, name) for name, argument in _ARGUMENTS.items() if argument in takes}
+    # No momentum is None to sgd, which has none, and 0 to those that have it by default.
+    given = {n: None if n == "momentum" and takes[n].default is None and not v else v for n, v in given.items()}
+    given = {n: v for n, v in given.items() if v is not None}
     decoupled = "weight_decay" in takes
     more = given | ({"weight_decay": chosen.weight_decay} if decoupled else {})
     scale = factor(chosen, rounds)

@@ -49,5 +49,12 @@ def check_participation(settings: Any) -> None:
         raise InputError(
             f"{method.name} has no local_epochs of which stragglers could do a part; use --straggler_work=drop"
         )
+    given, epochs = dict(settings.hparams), method.hparams.get("local_epochs")
+    work = given.get("local_steps") or given.get("local_epochs", epochs and epochs.default)
+    if settings.stragglers and settings.straggler_work == "partial" and work == 1:
+        raise InputError(
+            "of a single epoch a straggler can do no part; give --local_epochs above 1, --local_steps, or "
+            "--straggler_work=drop"
+        )
     if settings.new_clients and method.pooled:
         raise InputError(f"--new_clients={settings.new_clients:g}: {method.name} has a single client; leave it out")

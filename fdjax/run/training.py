@@ -8,7 +8,7 @@ import numpy as np
 
 from fdjax.client.optimizers import with_kept_optimizers
 from fdjax.client.trained import Paths, check_patterns, is_statistic, path_of, paths
-from fdjax.contract import Algorithm, Context
+from fdjax.contract import ENSEMBLE, Algorithm, Context
 from fdjax.errors import InputError
 from fdjax.exchange.parts import exchanging
 from fdjax.method import Task, Training
@@ -81,8 +81,11 @@ def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | 
         raise InputError(f"--norm_statistics=local: {task.model.name} has none; give --norm=batch")
     if settings.method.averages:
         return lambda path: not is_statistic(path) and (by_pattern is None or by_pattern(path))
-    if not jax.tree.leaves(_first_client(algorithm, task)):
-        raise InputError(f"--norm_statistics=local: clients of {settings.method.name} keep no model; use averaged")
+    averaged = algorithm.central not in (None, ENSEMBLE) and not settings.method.proxy
+    if averaged or not jax.tree.leaves(_first_client(algorithm, task)):
+        raise InputError(
+            f"--norm_statistics=local: {settings.method.name} averages params and statistics; use averaged"
+        )
     return None  # their models, statistics too, stay with them anyway
 
 

@@ -11,6 +11,7 @@ from fdjax.run import settings
 from fdjax.run.optimizers import OPTIMIZERS, build_optimizer, ends_with_rounds, factor, optimizer_of, plateau
 from fdjax.run.training import trainings
 
+DSFL = {"algorithm": "dsfl", "proxy": "held_out"}
 PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
 
 
@@ -58,6 +59,7 @@ def adam(beta1, beta2, epsilon, amsgrad=False, decay=0.0, decoupled=0.0):
     [
         ({"optimizer": "adam"}, adam(0.9, 0.999, 1e-8)),
         ({"optimizer": "adam", "beta1": 0.5, "beta2": 0.9, "epsilon": 0.1}, adam(0.5, 0.9, 0.1)),
+        ({"optimizer": "adam", "beta1": 0.0}, adam(0.0, 0.999, 1e-8)),
         ({"optimizer": "amsgrad", "beta2": 0.5}, adam(0.9, 0.5, 1e-8, amsgrad=True)),
         ({"optimizer": "adam", "weight_decay": 0.3}, adam(0.9, 0.999, 1e-8, decay=0.3)),
         ({"optimizer": "adamw", "weight_decay": 0.3}, adam(0.9, 0.999, 1e-8, decoupled=0.3)),
@@ -116,19 +118,19 @@ def test_a_plateau_lowers_the_rates():
 def test_stages():
     """What a stage leaves open is the clients', but not what belongs to an optimiser that it has no more."""
     given = settings.make(
-        optimizer="sgd", momentum=0.9, clip_norm=5.0, distill_optimizer="adam", server_schedule="exponential",
-        schedule="constant",
+        optimizer="sgd", momentum=0.9, clip_norm=5.0, distill_optimizer="adam", schedule="constant",
+        algorithm="dsfl", proxy="held_out",
     )  # fmt: skip
     clients, on_proxy, at_server = (optimizer_of(given, stage) for stage in ("", "distill_", "server_"))
     assert (on_proxy.optimizer, on_proxy.momentum, on_proxy.clip_norm) == ("adam", 0.0, 5.0)
-    assert at_server == clients._replace(schedule="exponential")
-    assert [t.name for t in trainings(given, None)] == ["client", "distill", "server"]
+    assert at_server == clients
+    assert [t.name for t in trainings(given, None)] == ["client", "distill", "client"]
     assert [t.name for t in trainings(settings.make(), None)] == ["client"] * 3
 
 
 def test_which_schedules_end_with_the_rounds():
     assert not ends_with_rounds(settings.make(schedule="cosine", schedule_length=5))
-    assert ends_with_rounds(settings.make(distill_schedule="cosine"))
+    assert ends_with_rounds(settings.make(distill_schedule="cosine", algorithm="dsfl", proxy="held_out"))
 
 
 @pytest.mark.parametrize(
@@ -136,13 +138,14 @@ def test_which_schedules_end_with_the_rounds():
     [
         ({"optimizer": "adam", "momentum": 0.9}, "--momentum=0.9: --optimizer=adam has none"),
         ({"beta1": 0.9}, "--beta1=0.9: --optimizer=sgd has none"),
-        ({"distill_optimizer": "sign_sgd", "distill_epsilon": 0.1}, "0.1: --distill_optimizer=sign_sgd has none"),
+        ({"beta1": 0.0}, "--beta1=0.0: --optimizer=sgd has none"),
+        ({"distill_optimizer": "sign_sgd", "distill_epsilon": 0.1, **DSFL}, "--distill_optimizer=sign_sgd has none"),
         ({"nesterov": True}, "--nesterov needs --momentum above 0"),
         ({"schedule": "plateau"}, "give --validation_fraction"),
-        ({"server_schedule": "plateau", "validation_fraction": 0.1}, "give --schedule=plateau"),
+        ({"distill_schedule": "plateau", "validation_fraction": 0.1, **DSFL}, "give --schedule=plateau"),
         ({"schedule": "cosine", "schedule_every": "step"}, "needs --schedule_length"),
         ({"optimizer": "adamm"}, "did you mean 'adam'"),
-        ({"distill_optimizer": "sdg"}, "unknown optimizer 'sdg'"),
+        ({"distill_optimizer": "sdg", **DSFL}, "unknown optimizer 'sdg'"),
         ({"decay": 0.5}, "--decay=0.5 means nothing to --schedule=constant"),
         ({"schedule": "step", "schedule_length": 5}, "give --schedule=cosine"),
         ({"momentum": 1.5}, "below 1"),

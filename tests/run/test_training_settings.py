@@ -53,6 +53,11 @@ def test_momentum_over_rounds(kept):
     np.testing.assert_allclose(found["Dense_0"]["bias"], b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_pull_goes_with_a_kept_optimiser():
+    _, last = after(built(algorithm="fedprox", mu=1.0, optimizer="adam", optimizer_state="kept"))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last.server))
+
+
 def test_the_authors_of_fedmd_keep_their_optimisers():
     given = {"algorithm": "fedmd", "proxy": "held_out", "proxy_size": 9, "optimizer": "adam", "pretrain_epochs": 1}
     default, fresh = (built(**given | more).algorithm for more in ({}, {"optimizer_state": "fresh"}))
@@ -95,9 +100,12 @@ def test_personal_layers_in_a_whole_run():
             {"algorithm": "feddf", "proxy": "held_out", "proxy_size": 9, "norm_statistics": "local",
              "dataset": "mnist_sample", "samples_per_client": None, "train_fraction": 0.02, "model": "fedgen_cnn",
              "norm": "batch"},
-            "clients of feddf keep no model; use averaged",
+            "feddf averages params and statistics; use averaged",
         ),
         ({"norm": "batch"}, "model 'mclr' has no norm"),
+        ({"server_optimizer": "adam"}, "--server_optimizer=adam: fedavg has no training of the server's net"),
+        ({"algorithm": "fd", "distill_momentum": 0.9}, "--distill_momentum=0.9: fd has no training on proxy data"),
+        ({"stragglers": 0.5}, "of a single epoch a straggler can do no part"),
         ({"sampling": "poisson", "participation": 0.5, "capacity": 1}, "--capacity=1 is too small"),
     ],
 )  # fmt: skip
