@@ -75,7 +75,8 @@ def test_ordered_sums_are_bitwise_the_same_run_on_any_number_of_devices(algorith
         )  # fmt: skip
         built = experiment.build(chosen)
         state = built.simulation.init(0, built.federation)
-        return jax.device_get(built.simulation.run(state, built.federation, built.hparams, 2))
+        state, report = built.simulation.run(state, built.federation, built.hparams, 2)
+        return built.simulation.fetch(state), jax.device_get(report)
 
     alone = after(1)
     for devices in (2, 4):
