@@ -133,6 +133,7 @@ class Method(NamedTuple):
     averages: bool = (
         False  # whether params of the central model are all that is exchanged, so that clients can keep some
     )
+    keeps_models: bool = False  # whether clients' own models never leave them, so that their statistics stay too
     stages: tuple[str, ...] = ()  # what it trains by beside `task.training`: "distill", "server", or both
     keeps_optimizer: bool = (
         False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise

@@ -62,12 +62,12 @@ def centralized(task: Task) -> Algorithm:
     return algorithm._replace(round=(pooled,))
 
 
-LOCAL = Method("local", "every client by itself", local, LOCAL_TRAINING)
+LOCAL = Method("local", "every client by itself", local, LOCAL_TRAINING, keeps_models=True)
 METHODS = (
     LOCAL,
     LOCAL._replace(name="ensemble", summary="every client by itself, tested together", build=ensemble),
     LOCAL._replace(
         name="centralized", summary="one client that holds everything", build=centralized, one_architecture=True,
-        pooled=True,
+        pooled=True, keeps_models=False,
     ),
 )  # fmt: skip

@@ -109,4 +109,5 @@ METHOD = Method(
     options={"bits_up": ("1", "2", "4"), "bits_down": ("1", "2", "4")},
     proxy="unlabelled",
     stages=("distill",),
+    keeps_models=True,
 )

@@ -107,4 +107,5 @@ METHOD = Method(
         "faulty": ("0.2", "0.1", "0.3", "0.4"),
     },
     proxy="unlabelled",
+    keeps_models=True,
 )

@@ -117,4 +117,5 @@ METHOD = Method(
     options={"aggregation": ("era", "sa", "enhanced_era", "era_logits")},
     proxy="unlabelled",
     stages=("distill",),
+    keeps_models=True,
 )

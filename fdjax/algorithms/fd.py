@@ -84,4 +84,5 @@ METHOD = Method(
     summary="FD (Jeong et al. 2018): mean outputs by label",
     build=fd,
     hparams=LOCAL_TRAINING | {"gamma": HParam(1.0, help="weight of the regulariser towards the others' mean outputs")},
+    keeps_models=True,
 )

@@ -138,4 +138,5 @@ METHOD = Method(
     },
     proxy="labelled",
     stages=("distill",),
+    keeps_models=True,
 )

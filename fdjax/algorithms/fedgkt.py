@@ -140,4 +140,5 @@ METHOD = Method(
     split=True,
     keeps_optimizer=True,
     stages=("server",),
+    keeps_models=True,
 )

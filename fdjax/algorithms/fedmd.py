@@ -83,4 +83,5 @@ METHOD = Method(
     proxy="labelled",
     keeps_optimizer=True,
     stages=("distill",),
+    keeps_models=True,
 )

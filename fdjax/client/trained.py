@@ -28,7 +28,7 @@ def paths(patterns: str) -> Paths:
 
     `*` stands for any text, slashes too. If the first pattern takes away, all others are meant.
     """
-    parts = [part.strip() for part in patterns.split(",") if part.strip()]
+    parts = _parts(patterns)
 
     def meant(path: str) -> bool:
         found = parts[0].startswith("!")
@@ -40,11 +40,15 @@ def paths(patterns: str) -> Paths:
     return meant
 
 
+def _parts(patterns: str) -> list[str]:
+    return [part.strip() for part in patterns.split(",") if part.strip()]
+
+
 def check_patterns(flag: str, patterns: str, params: PyTree) -> None:
     """Raises InputError if a pattern meets no parameter of `params` (shapes do), or if all of them mean none."""
     known = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(params)]
     listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-    parts = [part.strip().removeprefix("!") for part in patterns.split(",") if part.strip()]
+    parts = [part.removeprefix("!") for part in _parts(patterns)]
     for part in parts:
         if not any(fnmatch.fnmatchcase(path, part) for path in known):
             raise InputError(f"--{flag}={patterns}: {part!r} meets none of the model's parameters, which are {listed}")
@@ -62,7 +66,6 @@ def on_trained(
     Statistics of BatchNorm, whose gradient is by construction their change, take it as it is; all others stay. The
     optimiser has state, and clips by the norm, of the trained params alone.
     """
-
     labels = labels_of(params, trained)
     if {*jax.tree.leaves(labels)} - {"trained"}:
         of_label = {"trained": optimizer, "frozen": optax.set_to_zero(), "statistics": optax.scale(-1.0)}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdjax.client.trained import path_of
 from fdjax.contract import COMBINES, ENSEMBLE, Algorithm, Broadcast, Exchange, Reduction, Upload
 from fdjax.errors import InputError, unknown
 from fdjax.types import PyTree
@@ -198,7 +199,7 @@ def _type(leaf: Any) -> str:
 
 
 def _at(path: Any) -> str:
-    return f" {jax.tree_util.keystr(path, simple=True, separator='/')}" if path else ""
+    return f" {path_of(path)}" if path else ""
 
 
 def _line(structure: Any) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from fdjax.client.trained import path_of
 from fdjax.contract import ENSEMBLE, Algorithm, Exchange, HParams, Received
 from fdjax.data.federation import replicated
 from fdjax.engine import compiling, evaluate, rows, step
@@ -189,4 +190,4 @@ def _leaf(
 ) -> str:
     (state, upload, metrics), _ = _shapes(algorithm, layout, federation, hparams)(algorithm.round[exchange], cohort)
     path, _ = jax.tree.leaves_with_path(step.client_leaves(state, upload.tree, metrics))[leaf]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return path_of(path)

@@ -22,7 +22,7 @@ class Net(nn.Module):
 
     def blocks(self, train: bool) -> list[Block]:
         """The blocks for training or for tests, each a function of what the one before it returns."""
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} is a Net without blocks; give it a method blocks(train)")
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for block in self.blocks(train):

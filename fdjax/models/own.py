@@ -115,21 +115,14 @@ def _model(thing: Any, shape: tuple[int, ...], classes: int, name: str, options:
         return models.from_linen(thing.make(num_classes=classes, **{**thing.preset, **options}), shape, name)
     given = _arguments(thing, shape, classes, name)
     if "rngs" in _signature(thing).parameters or (isinstance(thing, type) and issubclass(thing, nnx.Module)):
-        return _from_nnx(functools.partial(thing, *given.args, **given.kwargs), shape, name)
+        make: Callable[..., Any] = functools.partial(thing, *given.args, **given.kwargs)
+        return models.from_nnx(lambda rngs: make(rngs=rngs), shape, name)
     made = thing(*given.args, **given.kwargs)
     if isinstance(made, nnx.Module):
         raise InputError(f"model {name!r} made an nnx module without being given rngs; let it take rngs")
     if not isinstance(made, nn.Module | Model):
         raise InputError(f"model {name!r} made a {type(made).__name__}, expected a linen module or a Model")
     return _model(made, shape, classes, name, {})
-
-
-def _from_nnx(make: Callable[..., nnx.Module], shape: tuple[int, ...], name: str) -> Model:
-    """`make(rngs=rngs)` as a Model."""
-    wrapper = getattr(models, "from_nnx", None)
-    if wrapper is None:
-        raise InputError(f"model {name!r} is an nnx module, which fdjax does not wrap yet; use a linen module")
-    return wrapper(lambda rngs: make(rngs=rngs), shape, name)
 
 
 def _signature(make: Any) -> inspect.Signature:

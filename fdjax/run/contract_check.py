@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from fdjax import own
+from fdjax.client.trained import path_of
 from fdjax.contract import ENSEMBLE, HParams
 from fdjax.engine.layout import Report, State
 from fdjax.engine.simulation import Pure
@@ -358,7 +359,7 @@ def _same(found: PyTree, expected: PyTree, otherwise: str, tolerance: float) -> 
 
 def _name(path: Any) -> str:
     """The place of a leaf."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return path_of(path)
 
 
 def _largest(before: PyTree, after: PyTree) -> float:

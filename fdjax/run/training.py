@@ -3,18 +3,17 @@
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fdjax.client.optimizers import with_kept_optimizers
 from fdjax.client.trained import Paths, check_patterns, is_statistic, path_of, paths
-from fdjax.contract import ENSEMBLE, Algorithm, Context
+from fdjax.contract import Algorithm
 from fdjax.errors import InputError
 from fdjax.exchange.parts import exchanging
 from fdjax.method import Task, Training
 from fdjax.run.optimizers import STAGES, build_optimizer, optimizer_of, plateau
 from fdjax.run.settings import Settings
-from fdjax.types import Model, PyTree
+from fdjax.types import Model
 
 
 def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, Training, Training]:
@@ -40,10 +39,8 @@ def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, T
 
 
 def hparams_now(settings: Settings, evaluations: Mapping[str, list[float]]) -> dict[str, np.ndarray]:
-    """The hyperparameters of the next round, after these evaluations: on a plateau, with lower learning rates."""
+    """The hyperparameters of the next round with the schedule "plateau", after these evaluations."""
     hparams = settings.method.resolve(dict(settings.hparams))
-    if settings.schedule != "plateau":
-        return hparams
     scale = plateau(evaluations.get("validation_loss", []), settings.decay, settings.decay_every)
     rates = {name for name, record in settings.method.hparams.items() if record.learning_rate}
     return {name: np.float32(scale) * value if name in rates else value for name, value in hparams.items()}
@@ -58,7 +55,7 @@ def method_of(settings: Settings, task: Task) -> Algorithm:
         for model in {*task.models, task.model} if getattr(settings, flag) else ():
             check_patterns(flag, getattr(settings, flag), jax.eval_shape(model.init, jax.random.key(0)))
     algorithm = settings.method.algorithm(task)
-    exchanged = _exchanged(settings, task, algorithm)
+    exchanged = _exchanged(settings, task)
     if exchanged is not None:
         algorithm = exchanging(algorithm, task.model, exchanged, task.training.trained)
     default = "kept" if settings.method.keeps_optimizer else "fresh"
@@ -67,7 +64,7 @@ def method_of(settings: Settings, task: Task) -> Algorithm:
     return algorithm
 
 
-def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | None:
+def _exchanged(settings: Settings, task: Task) -> Paths | None:
     """Which params are exchanged; None for all that the method exchanges."""
     by_pattern = paths(settings.exchanged) if settings.exchanged else None
     if by_pattern and not settings.method.averages:
@@ -81,8 +78,7 @@ def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | 
         raise InputError(f"--norm_statistics=local: {task.model.name} has none; give --norm=batch")
     if settings.method.averages:
         return lambda path: not is_statistic(path) and (by_pattern is None or by_pattern(path))
-    averaged = algorithm.central not in (None, ENSEMBLE) and not settings.method.proxy
-    if averaged or not jax.tree.leaves(_first_client(algorithm, task)):
+    if not settings.method.keeps_models:
         raise InputError(
             f"--norm_statistics=local: {settings.method.name} averages params and statistics; use averaged"
         )
@@ -92,13 +88,3 @@ def _exchanged(settings: Settings, task: Task, algorithm: Algorithm) -> Paths | 
 def _has_statistics(model: Model) -> bool:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return any(is_statistic(path_of(keys)) for keys, _ in jax.tree.leaves_with_path(shapes))
-
-
-def _first_client(algorithm: Algorithm, task: Task) -> PyTree:
-    """Shapes of what a client keeps at first."""
-
-    def first(key):
-        ctx = Context(task.models[0], 0, jnp.int32(0), {}, jnp.int32(0), key, None)
-        return algorithm.init_client(ctx, task.models[0].init(key))
-
-    return jax.eval_shape(first, jax.random.key(0))
