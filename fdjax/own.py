@@ -82,6 +82,11 @@ def is_own(name: Any) -> bool:
     return isinstance(name, str) and _AT in name
 
 
+def recorded(names: str) -> str:
+    """What records hold for names in a setting: no number, which tells a thing from its like in this process alone."""
+    return re.sub(rf"({_AT}[0-9a-f]+)-\d+", r"\1", names)
+
+
 def changed(then: Any, now: Any) -> str:
     """Words for two values of a setting that differ in nothing but the content of a user's own file, or nothing."""
     before, after = (str(name).partition(_AT) for name in (then, now))

@@ -180,7 +180,7 @@ class Settings(OptimizerSettings, ParticipationSettings):
         """The files that a user's own method and nets came from, by the values of the settings that name them."""
         names = {self.model, *(name for name, _ in cohorts_of(self.models))} if self.models else {self.model}
         found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
-        return {name: file for name, file in sorted(found.items()) if file}
+        return {own.recorded(name): file for name, file in sorted(found.items()) if file}
 
     @property
     def partition_name(self) -> str:
@@ -251,7 +251,9 @@ class Settings(OptimizerSettings, ParticipationSettings):
 
     def public(self) -> dict[str, Any]:
         """As a flat dict for results and checkpoints: hyperparameters and options beside the other settings."""
-        return {name: getattr(self, name) for name in FLAGS} | dict(self.options) | dict(self.hparams)
+        values = {name: getattr(self, name) for name in FLAGS}
+        own_names = {name: own.recorded(v) for name, v in values.items() if v is not None and FLAGS[name].resolve}
+        return values | own_names | dict(self.options) | dict(self.hparams)
 
 
 SETTINGS: dict[str, Setting] = {field.name: field.metadata["setting"] for field in dataclasses.fields(Settings)}
@@ -310,7 +312,7 @@ def contents(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """Of pairs of a setting and a value: for each value that names files of a user's own, what settings hold for it."""
     texts = [(name, value) for name, value in named if name in SETTINGS and isinstance(value, str)]
     found = {value: SETTINGS[n].resolve(value) for n, value in texts if SETTINGS[n].resolve}  # pyright: ignore
-    return {given: held for given, held in sorted(found.items()) if held != given and own.is_own(held)}
+    return {given: own.recorded(held) for given, held in sorted(found.items()) if held != given and own.is_own(held)}
 
 
 def _plain(value: Any) -> Any:

@@ -149,6 +149,15 @@ def test_equal_files_in_two_folders_may_read_other_data(tmp_path):
     assert [scale_of(name) for name in names] == [1.0, 0.5]
 
 
+def test_what_is_recorded_does_not_depend_on_what_was_read_before(tmp_path):
+    """A run that was recorded by the second of two like files goes on in a process that knows that one alone."""
+    paths = [method_file(tmp_path / folder, "1.0") for folder in ("a", "b")]
+    chosen = [settings.make(algorithm=path, **SMALL) for path in paths]
+    assert chosen[0].algorithm != chosen[1].algorithm
+    assert chosen[0].public() == chosen[1].public()
+    assert settings.contents([("algorithm", paths[0])]).popitem()[1] == chosen[1].public()["algorithm"]
+
+
 def test_a_file_that_was_edited_is_a_new_method(tmp_path):
     path = method_file(tmp_path, "1.0")
     before = run(algorithm=path, out=tmp_path / "out")
