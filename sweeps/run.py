@@ -191,7 +191,8 @@ class Runner:
     def _divergence(self, evaluations: dict[str, list[float]]) -> str:
         """In words, the objective or loss that is not finite at the last evaluation; empty if all are finite."""
         for name in (self.plan.objective, *(name for name in evaluations if name.endswith("_loss"))):
-            if not np.isfinite(evaluations[name][-1]):
+            accuracy = evaluations.get(name.replace("_loss", "_accuracy"), [0.0])[-1]  # NaN: there was nothing to test
+            if not np.isfinite(evaluations[name][-1]) and (name == self.plan.objective or np.isfinite(accuracy)):
                 return f"{name} is {evaluations[name][-1]} after round {evaluations['round'][-1]:.0f}"
         return ""
 
