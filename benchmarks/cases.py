@@ -11,6 +11,7 @@ from absl import flags
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.run import methods, report
+from fdjax.run.checkpoint import FOLDER, steps
 from fdjax.run.runner import InterruptedRun, Result, run
 from fdjax.run.settings import Settings
 
@@ -26,9 +27,10 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
             print(f"{name}, seed {settings.seed}: {settings.rounds} rounds", flush=True)
             try:
                 folder = run_folder(out, name, settings)
-                result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
+                resume = flags.FLAGS.resume and bool(steps(folder / FOLDER))  # others begin where they were not reached
+                result = run(settings, folder, resume=resume, checkpoint_every=flags.FLAGS.checkpoint_every)
             except InterruptedRun as stop:
-                raise InterruptedRun(stop.round, out) from None
+                raise InterruptedRun(stop.round, out, stop.result) from None
             results.setdefault(name, []).append(result)
     return results
 

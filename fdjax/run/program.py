@@ -12,7 +12,9 @@ from absl import app, flags, logging
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
+from fdjax.run.checkpoint import check_resumable, runs_at
 from fdjax.run.runner import InterruptedRun
+from fdjax.run.saving import unsaved
 from fdjax.runtime import use_all_cores
 
 
@@ -63,7 +65,10 @@ def _silent():
 
 
 def start(main: Callable[[], None]) -> None:
-    """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130."""
+    """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130.
+
+    Where `main` ends well, but something that was asked for could not be saved, the exit code is 1.
+    """
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -75,12 +80,16 @@ def start(main: Callable[[], None]) -> None:
         if resume and given.overwrite:
             sys.exit(_complain("--resume and --overwrite exclude each other; give one of them"))
         if resume and not given.out:
-            sys.exit(_complain("--resume needs the --out of the run that is to go on"))
+            could = runs_at(Path("runs"))
+            runs = f", {'one of ' if ',' in could else ''}{could}" if could else ""
+            sys.exit(_complain(f"--resume needs the --out of the run that is to go on{runs}"))
         use_all_cores()
         keep_compiled_code(given.compile_cache)
         try:
             if "coordinator" in given:
                 hosts.join(given.coordinator, given.num_processes, given.process_id)
+            elif resume:  # of several runs, some of which may not have begun
+                check_resumable(Path(given.out).expanduser())
             with contextlib.nullcontext() if hosts.is_first() else _silent():
                 main()
         except InputError as error:
@@ -91,6 +100,8 @@ def start(main: Callable[[], None]) -> None:
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))
         except KeyboardInterrupt:
             sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))
+        if unsaved():
+            sys.exit(1)
 
     flags.DEFINE_string(
         "compile_cache",
