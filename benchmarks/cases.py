@@ -1,6 +1,7 @@
 """What the tables share: cases run over seeds, mean and std, the files that they write."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,12 @@ def write(
 ) -> None:
     """Print the text and write table.md and results.json; both say command, versions, device, seeds and time."""
     environment = report.environment()
-    command = f"python -m {title} " + " ".join(_given_flags())
+    command = shlex.join(["python", "-m", title, *_given_flags()])
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     seconds = sum(r.seconds for runs in results.values() for r in runs)
     compiling = sum(r.compile_seconds for runs in results.values() for r in runs)
     footer = (
-        f"`{command.strip()}`\n\n{environment['device']}; {environment['machine']}; {versions}; revision "
+        f"`{command}`\n\n{environment['device']}; {environment['machine']}; {versions}; revision "
         f"{environment['revision']}; {seconds:.0f} s of runs, {compiling:.0f} s of it compilation."
     )
     print(f"\n{text}\n")

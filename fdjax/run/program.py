@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import jax
 from absl import app, flags, logging
@@ -13,6 +15,7 @@ from absl import app, flags, logging
 from fdjax.engine import hosts
 from fdjax.errors import InputError
 from fdjax.run.checkpoint import check_resumable, runs_at
+from fdjax.run.parsing import parse_flags
 from fdjax.run.runner import InterruptedRun
 from fdjax.run.saving import unsaved
 from fdjax.runtime import use_all_cores
@@ -64,6 +67,29 @@ def _silent():
         yield
 
 
+class _Unbreakable:
+    """A stream whose reader may end, as `head` does, without ending the program: what follows goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._unless_broken(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._unless_broken(self._stream.flush)
+
+    def _unless_broken(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
 def start(main: Callable[[], None]) -> None:
     """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130.
 
@@ -96,7 +122,8 @@ def start(main: Callable[[], None]) -> None:
             where = [note for note in getattr(error, "__notes__", []) if not note.startswith("---")]  # not JAX's own
             sys.exit(_complain("\n".join([str(error), *where])))
         except InterruptedRun as stop:
-            kept = f"; the same command with --out={stop.out} --resume (and no --overwrite) goes on" if stop.out else ""
+            out = "" if stop.out is None else shlex.quote(f"--out={stop.out}")
+            kept = f"; the same command with {out} --resume (and no --overwrite) goes on" if out else ""
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))
         except KeyboardInterrupt:
             sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))
@@ -113,7 +140,8 @@ def start(main: Callable[[], None]) -> None:
         if module.startswith(("fdjax.", "benchmarks.", "sweeps.")):
             for flag in defined:  # so that --help lists them as this program's own
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(guarded)
+    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    app.run(guarded, flags_parser=parse_flags)
 
 
 def _complain(message: str, code: int = 2) -> int:
