@@ -26,8 +26,8 @@ ROUNDS = 2
 QUICK = {"learning_rate": 0.3, "local_epochs": 2}  # of methods that have them
 _FIELDS = {
     "dataset": "synthetic", "partition": "natural", "num_clients": CLIENTS, "samples_per_client": 40, "model": "mclr",
-    "batch_size": 4, "eval_batch": 10, "proxy": "held_out", "proxy_size": PROXIES, "proxy_per_round": PER_ROUND,
-    "seed": 0, "rounds": ROUNDS, "lifting": "shard_map", "chunk": 3, "devices": 1,
+    "batch_size": 4, "eval_batch": 10, "proxy": "held_out", "proxy_size": PROXIES, "seed": 0,
+    "rounds": ROUNDS, "lifting": "shard_map", "chunk": 3, "devices": 1,
 }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ class Case:
         if self.method.pooled:
             raise InputError(f"{self.method.name} pools all data in one client: the contract is about many")
         usual = {n: value for n, value in QUICK.items() if n in self.method.hparams}
+        fields = ({"proxy_per_round": PER_ROUND} if self.method.proxy else {}) | fields
         if self.method.split:  # clients have the first part, the server a net on what comes out of it
             fields = {"models": f"2nn:{CLIENTS}"} | fields
         self._settings = make(usual | hparams, options, algorithm=name, **_FIELDS | fields)
@@ -48,6 +49,8 @@ class Case:
 
     def built(self, *, participants: int = PARTICIPANTS, **fields: Any) -> Experiment:
         """The experiment of a layout; `fields` are settings, such as lifting, chunk and devices."""
+        if fields.get("lifting") in ("vmap", "loop"):  # which take no chunks
+            fields = fields | {"chunk": 0}
         settings = make(
             dict(self._settings.hparams), dict(self._settings.options),
             **self._plain() | {"participation": participants / CLIENTS} | fields,
