@@ -49,7 +49,7 @@ def draw_ids(task: Task, key: jax.Array, labels: Array | None = None) -> Any:
     if labels is None:
         return jax.random.choice(key, size, (n,), replace=False).astype(jnp.int32)
     shuffled = jax.random.permutation(keys.stream(key, "order"), size).astype(jnp.int32)
-    by_label = shuffled[jnp.argsort(labels[shuffled], stable=True)]
+    by_label = shuffled[jnp.argsort(jnp.asarray(labels)[shuffled], stable=True)]
     start, ends = jax.random.randint(keys.stream(key, "start"), (), 0, size), np.arange(n) * size  # int64, on the host
     return by_label[(ends // n).astype(np.int32) + ((ends % n).astype(np.int32) + start) // n]
 
