@@ -38,7 +38,7 @@ SCARCE = {
 # FedDF's: unlike clients of which 40 % take part, and E = 20. FedAvg has the same private data and the same start.
 DRIFT = {
     "train_fraction": 1.0, "num_clients": 20, "participation": 0.4, "batch_size": 64, "proxy": "held_out",
-    "proxy_size": 1000,
+    "proxy_size": 1000, "rounds": 3,
 }  # fmt: skip
 
 
@@ -98,12 +98,13 @@ def test_dsfl_central_model_beats_the_mean_of_models_alone():
 
 
 def test_feddf_beats_fedavg_where_clients_drift():
-    """Paired. Measured 70.1, 74.8, 75.0 % against FedAvg's 69.8, 61.3, 72.8 (`benchmarks.feddf_drift` has more)."""
-    long = {"local_epochs": 20}
-    fused, averaged = (final("central_accuracy", name, long, **DRIFT) for name in ("feddf", "fedavg"))
-    assert (fused - averaged).min() > -0.01, (fused, averaged)
-    assert (fused - averaged).mean() > 0.02, (fused, averaged)
-    assert all((learned.metrics["best_step"] > 0).any() for learned in run("feddf", long, **DRIFT))
+    """Paired. Measured 70.0, 76.1, 61.6 % against FedAvg's 61.6, 49.2, 52.9; `benchmarks.feddf_drift` is the long run."""
+    long, few = {"local_epochs": 20}, {"server_steps": 100}
+    fused = final("central_accuracy", "feddf", long | few, **DRIFT)
+    averaged = final("central_accuracy", "fedavg", long, **DRIFT)
+    assert (fused - averaged).min() > 0.03, (fused, averaged)
+    assert (fused - averaged).mean() > 0.07, (fused, averaged)
+    assert all((learned.metrics["best_step"] > 0).any() for learned in run("feddf", long | few, **DRIFT))
 
 
 def test_cfd_sends_a_thirtieth_of_its_symbols():
