@@ -98,7 +98,7 @@ def test_dsfl_central_model_beats_the_mean_of_models_alone():
 
 
 def test_feddf_beats_fedavg_where_clients_drift():
-    """Paired. Measured 70.0, 76.1, 61.6 % against FedAvg's 61.6, 49.2, 52.9; `benchmarks.feddf_drift` is the long run."""
+    """Paired. Measured 70.0, 76.1, 61.6 % against FedAvg's 61.6, 49.2, 52.9; `benchmarks.feddf_drift` runs longer."""
     long, few = {"local_epochs": 20}, {"server_steps": 100}
     fused = final("central_accuracy", "feddf", long | few, **DRIFT)
     averaged = final("central_accuracy", "fedavg", long, **DRIFT)
