@@ -27,7 +27,11 @@ UNUSED = {
 # The single proxy example that validates here says nothing by accuracy.
 CHOSEN = {"feddf": {"model_selection": "kl"}}
 # Hundreds of steps amplify rounding, and so does a net that diverges.
-FEW = {"feddf": {"server_steps": 20}, "fedgkt": {"server_epochs": 2, "learning_rate": 0.03}}
+FEW = {
+    "feddf": {"server_steps": 20},
+    "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
+    "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
+}
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(
