@@ -144,10 +144,7 @@ def fit_observing(
         return lax.fori_loop(0, stop, step, (params, optimizer_state, jnp.float32(0), account))
 
     carry = params, kept.get(training.name, optimizer.init(params)), jnp.float32(0), account
-    if isinstance(epochs, Amount) and epochs.patience is not None:
-        carry, whole_epochs = _until_flat(epoch, carry, whole_epochs, steps, epochs.patience)
-    else:
-        carry = lax.fori_loop(0, whole_epochs, epoch, carry)
+    carry, whole_epochs = _repeat(epoch, carry, whole_epochs, steps, getattr(epochs, "patience", None))
     params, optimizer_state, total, account = carry
     if kept:
         kept[training.name] = optimizer_state
@@ -155,10 +152,12 @@ def fit_observing(
     return params, total / jnp.maximum(in_last_epoch, 1), account
 
 
-def _until_flat(
-    epoch: Callable, carry: PyTree, epochs: Array, steps: Array, patience: Array
-) -> tuple[PyTree, jax.Array]:
-    """Up to `epochs` epochs of `steps` steps, less if the mean loss stops to fall; how many they were."""
+def _repeat(
+    epoch: Callable, carry: PyTree, epochs: Array, steps: Array, patience: Array | None
+) -> tuple[PyTree, Array]:
+    """`epochs` epochs of `steps` steps, fewer if there is a patience and the mean loss stops to fall; how many."""
+    if patience is None:
+        return lax.fori_loop(0, epochs, epoch, carry), epochs
 
     def one_more(running):
         number, carry, least, flat = running

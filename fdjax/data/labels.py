@@ -21,8 +21,9 @@ def of_labels(source: Source, labels: str) -> Source:
             f"--labels={labels}: {source.name} has the labels 0 to {source.num_classes - 1}; give some of these"
         )
     for label in chosen:
-        if not np.any(source.train_y == label):
-            raise InputError(f"--labels={labels}: {source.name} has no training example of {label}; leave it out")
+        for part, y in (("training", source.train_y), ("test", source.test_y)):
+            if not np.any(y == label):
+                raise InputError(f"--labels={labels}: {source.name} has no {part} example of {label}; leave it out")
     number = np.full(source.num_classes, -1, np.int32)
     number[chosen] = np.arange(len(chosen))
     train, test = (number[y] >= 0 for y in (source.train_y, source.test_y))

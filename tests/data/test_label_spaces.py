@@ -1,5 +1,6 @@
 """Which labels name the same: of a data set, of proxy data beside it, and of a part of a data set."""
 
+import dataclasses
 import struct
 
 import numpy as np
@@ -131,7 +132,24 @@ def test_proxy_data_have_a_folder_of_their_own(letters, tmp_path):
     chosen = made(letters, dataset="mnist_sample", data_dir=None, proxy="idx", proxy_dir=letters, algorithm="fedmd")
     assert experiment.build(chosen).shapes.classes == 20
     with pytest.raises(InputError, match="no train-images-idx3-ubyte"):
-        experiment.build(made(letters, dataset="mnist_sample", proxy="idx", proxy_dir=str(tmp_path), algorithm="fedmd"))
+        experiment.build(dataclasses.replace(chosen, proxy_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "--proxy_dir=x: there are no proxy data; give --proxy too, or leave it out"),
+        ({"proxy": "held_out", "algorithm": "fedmd"}, "--proxy_dir=x: --proxy=held_out reads no files; leave it out"),
+        (
+            {"proxy": "idx", "algorithm": "fedmd", "data_dir": "y"},
+            "--data_dir=y: --dataset=mnist_sample reads no files",
+        ),
+    ],
+)
+def test_folders_that_nothing_reads(fields, message):
+    with pytest.raises(InputError) as error:
+        settings.make(proxy_dir="x", **fields)
+    assert str(error.value).startswith(message)
 
 
 DISTILL = [  # given, and the batches on proxy data with at most 20 examples a client
