@@ -15,12 +15,16 @@ digits, so transfer learning already knows what is tested: less is left to be ga
     pooled      transfer learning with everybody's private data in the place of the party's own: its upper bound
 
 The quick preset has small nets; the paper preset has FedMD's own ten, 5,000 of 20,000 public examples a round and
-batches of 5, and wants a GPU. Adam at 0.001 and the epochs of transfer learning are the paper's. Ours: B = 10, all of
-1,000 public examples a round, no early stopping.
+batches of 5, and wants a GPU. Adam at 0.001 and the epochs and patience of transfer learning are the paper's. Ours: B =
+10, all of 1,000 public examples a round.
 
-Missing for CIFAR-10 -> CIFAR-100, and for the letters: proxy data with labels of their own beside the private ones, and
-the choice of subclasses. --dataset=cifar10 --partition=dirichlet_a --alpha=... --models=fedmd_cifar_0:1,... runs the
-nets on one label set. There are no checkpoints.
+Public and private data with labels of their own are run by flags, with one output layer over both: letters beside
+digits, and six subclasses of CIFAR-100 beside CIFAR-10, by
+
+    --dataset=idx --data_dir=LETTERS --proxy=mnist --proxy_dir=... --partition=iid --subset=stratified
+    --dataset=cifar100 --labels=0,2,20,63,71,82 --proxy=cifar10 --partition=iid --models=fedmd_cifar_0:1,...
+
+There are no checkpoints.
 """
 
 from pathlib import Path
@@ -188,7 +192,7 @@ def _text(parties: list[Party], results: dict[str, list[Result]]) -> str:
             report.table(lines, headers),
             f"Accuracy in % on the full test set, {count}. {_what(used)}; {used.proxy_per_round or used.proxy_size} "
             f"public examples a round. {used.optimizer} {hparams['learning_rate']:g}, B = {used.batch_size}, public "
-            f"{used.distill_batch_size or used.batch_size}; epochs: public {hparams['pretrain_epochs']:g}, private "
+            f"{used.distill_batch}; epochs: public {hparams['pretrain_epochs']:g}, private "
             f"{hparams['private_epochs']:g}, revisit {hparams['local_epochs']:g}, digest {hparams['digest_epochs']:g}. "
             f"A party sends {_bytes(run, 'up')} and receives {_bytes(run, 'down')} a round.",
             f"Mean gain over transfer learning: {100 * gain:+.2f} points, {gain / before:+.1%} of it; over as much "

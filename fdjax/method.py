@@ -132,7 +132,9 @@ class Method(NamedTuple):
     hparams: Mapping[str, HParam]
     options: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # static choices by name, the default first
     proxy: str | None = None  # the proxy data that it needs: "labelled" or "unlabelled"
-    labels_for: tuple[str, str] | None = None  # an option and its value that need them labelled
+    labels_for: tuple[tuple[str, str], ...] = ()  # options with the value that needs them labelled
+    joins_labels: bool = False  # whether models have outputs for proxy labels of another label space, beside the own
+    distill_batch_size: int = 0  # examples of a step on proxy data if no flag says; 0: as many as of the own
     one_architecture: bool = False  # whether all clients must share the central model's architecture
     split: bool = False  # whether the central model takes what the first block of the clients' models gives
     parts: bool = False  # whether it uses `features` and `head` of models, or their `blocks`

@@ -33,6 +33,14 @@ class Source(NamedTuple):
     train_owner: np.ndarray | None = None  # [N] int32: the natural client (writer, device) of each example
     test_owner: np.ndarray | None = None  # [M] int32
     validation: tuple[np.ndarray, np.ndarray] | None = None  # x and y held out of training, to choose rounds by
+    labels: str = (
+        ""  # what the labels name, such as "digits": alike in sources of the same word; "": in no other source
+    )
+
+    @property
+    def label_space(self) -> str:
+        """What the labels name; the source's own name where it does not say."""
+        return self.labels or self.name
 
 
 class Holdings(NamedTuple):

@@ -15,7 +15,7 @@ Loss of distillation: CE(Y, softmax(w(x))), no temperature. The server's model i
 
 Sent: Y down, Y_k up, by the codec `coding.quantised_labels` (flags of change and new symbols, each adaptively and
 arithmetically coded), whose bytes are counted; o_t, 4 bytes an id, unless it is all proxy data. The first round has no
-Y and sends o_1 alone.
+Y and sends o_1 alone. With 32 bits, up or down, labels are floats of 4 bytes, neither quantised nor delta-coded.
 
 Written from a summary of the paper, not from code (none was found); what that leaves open, and we chose:
 - The code above, and which symbols it models. The paper also speaks of choosing proxy data: not here, o_t is random.
@@ -33,11 +33,12 @@ from fdjax.exchange import coding, proxy, reductions, traffic
 from fdjax.exchange.wrappers import Codec, coded
 from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
 
+_FULL = "32"
+
 
 def cfd(task: Task) -> Algorithm:
     """CFD; hparams: see METHOD; options: `bits_up`, `bits_down`."""
-    up = coding.quantised_labels(int(task.options["bits_up"]), memory="sent")
-    down = _announcing(coding.quantised_labels(int(task.options["bits_down"]), memory="received"))
+    up, down = _codec(task.options["bits_up"], "sent"), _announcing(_codec(task.options["bits_down"], "received"))
 
     def learn_labels(ctx, params, soft, epochs):
         return fit(
@@ -69,7 +70,7 @@ def cfd(task: Task) -> Algorithm:
 
     def init_client(ctx, params):
         start, nothing = ctx.model.init(ctx.key), coding.nothing_sent(task.proxy_size, task.classes)
-        return {"start": start, "params": start, "received": nothing, "sent": nothing}
+        return {"start": start, "params": start} | {codec.memory: nothing for codec in (up, down) if codec.memory}
 
     exchange = Exchange(
         broadcast=lambda ctx, server: Broadcast(server["labels"]),
@@ -85,6 +86,10 @@ def cfd(task: Task) -> Algorithm:
         personal=lambda ctx, server, state, x: ctx.model.apply(state["params"], x),
         model_of=lambda ctx, server, state: state["params"],
     )
+
+
+def _codec(bits: str, memory: str) -> Codec:
+    return coding.labels_as_they_are() if bits == _FULL else coding.quantised_labels(int(bits), memory)
 
 
 def _announcing(codec: Codec) -> Codec:
@@ -106,7 +111,7 @@ METHOD = Method(
         "distill_learning_rate": learning_rate("learning_rate", "learning rate of the distillation"),
         "distill_epochs": epochs(1, "epochs of the distillation, of clients and server"),
     },
-    options={"bits_up": ("1", "2", "4"), "bits_down": ("1", "2", "4")},
+    options={"bits_up": ("1", "2", "4", _FULL), "bits_down": ("1", "2", "4", _FULL)},
     proxy="unlabelled",
     stages=("distill",),
     keeps_models=True,

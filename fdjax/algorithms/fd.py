@@ -12,9 +12,9 @@ CE(p, F) = -sum_c F_c log p_c. Sent: F_k up and F^(k) down, K x K floats each, s
 with K = 10 the paper's 102,400 bits. A label that nobody has seen is a row of zeros, which no mean of softmaxes is, so
 it takes no bytes to say so.
 
-F tells a device about the labels that it holds, never about others. So where devices lack labels altogether FD teaches
-them no new one, and on the whole test set it is level with training alone; the paper's devices hold five of a scarce
-label, and FAug to fill them up.
+Where devices hold a few examples of some labels, the paper's scarce ones, FD is ahead of training alone: by 0.8 to 2.5
+points, with a quarter less test loss (`test_learning.py`). F tells a device about the labels that it holds, never about
+others: where labels are lacking altogether it teaches no new one, and the paper has FAug to fill them up.
 
 The paper leaves open, and we chose:
 - gamma = 1, traced; the paper's value is not published.

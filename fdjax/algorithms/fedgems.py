@@ -1,7 +1,8 @@
 """FedGEMS: a large server model that learns selectively from its clients and from itself, and teaches them.
 
 Cheng, Wu, Xiao, Liu, "FedGEMS: Federated Learning of Larger Server Models via Selective Knowledge Fusion" (2021,
-arXiv 2110.11027). The proxy data have labels; z are logits on them, s the server, k a client, e = 1 - `weight`.
+arXiv 2110.11027). The proxy data have labels; z are logits on them, s the server, k a client, e = 1 - `weight`. KL here
+is the mean over the K classes of p_c log(p_c / q_c), 1 / K of the usual sum.
 
     client:  distil:  e CE(z_k, y) + (1 - e) KL(softmax(z_s) || softmax(z_k)) over the proxy data;
              then E epochs of CE on its own data;  send z_k on the proxy data
@@ -22,7 +23,9 @@ Written from a summary of the paper and the behaviour of a third party's code (A
 found). What these leave open, or we chose:
 - Right or wrong is seen once a round, not at each batch while the server trains. The first round has no z_s to distil.
 - KL is from the teacher to the student; the third party's has them the other way round.
-- 1 / H is at most 16, so that e^(1/H) can be summed. `weight` = 1/4 is the third party's; rates and epochs are ours.
+- `weight` = 1/4 and the mean over classes are the third party's (its library's default), so that a summed divergence
+  weighs 1/(4K), beside 3/4 of the labels' cross-entropy. Rates and epochs are ours.
+- 1 / H is at most 16, so that e^(1/H) can be summed.
 """
 
 import jax
@@ -43,13 +46,13 @@ def fedgems(task: Task) -> Algorithm:
     size, number, classes = task.proxy_size, task.proxy_per_round, task.classes
 
     def learn(ctx, params, ids, teacher, weight, epochs, rate):
-        """(1 - weight) CE + weight KL to `teacher` [n, K], with a `weight` [n] for each of `ids`."""
+        """(1 - weight) CE + weight KL / K to `teacher` [n, K], with a `weight` [n] for each of `ids`."""
 
         def loss(params, x, target, key):
             y, teacher, weight = target
             z = ctx.model.apply(params, x, key)
             hard = losses.cross_entropy(z, y, task.distilling.label_smoothing)
-            return (1 - weight) * hard + weight * losses.kl_divergence(teacher, z)
+            return (1 - weight) * hard + weight / classes * losses.kl_divergence(teacher, z)
 
         y = ctx.proxy.y[proxy.positions(ctx.proxy, ids)]
         targets = proxy.targets(ctx, ids, (y, teacher, weight))
@@ -134,7 +137,7 @@ METHOD = Method(
         "distill_epochs": epochs(1, "epochs of the clients' distillation"),
         "server_learning_rate": learning_rate("learning_rate", "learning rate of the server"),
         "server_epochs": epochs(1, "epochs of the server"),
-        "weight": HParam(0.25, high=1.0, help="weight of the divergences; the rest is the labels'"),
+        "weight": HParam(0.25, high=1.0, help="weight of the divergences, means over classes; the rest is the labels'"),
     },
     proxy="labelled",
     stages=("distill",),

@@ -13,19 +13,23 @@ outputs here are logits: the last softmax is removed.
 Transfer learning is the set-up; a round is two exchanges, `communicate` and `digest_and_revisit`. Sent: the ids of the
 n examples down (4n bytes) and their logits up (4nK), then the consensus down (4nK). Models never leave a client.
 
+Public and private data may have labels of their own, as in the paper's tasks: then a model has one output layer over
+both, first the private ones, and tests choose among all of them. Of one label space they share its K outputs.
+
+Options: `subset`, drawn uniformly or stratified by label, as the code does. Transfer learning stops early, after 3
+epochs (`pretrain_patience`) on the public data and 10 (`private_patience`) on the client's own without a lower loss.
+
 Deviations:
-- The subset is drawn uniformly; the code's is stratified by label.
-- Transfer learning runs `pretrain_epochs` and `private_epochs` to the end: no early stopping, whose patience is 3 and
-  10 epochs in the code and so these numbers are its upper limits.
-- Public and private data share one set of K labels, while the paper's models have an output for the labels of both.
+- Early stopping watches the epoch's mean loss on what is trained on, which has to fall by 0.001; the code's watches the
+  accuracy on the test set, with the same patience and least change.
 - The mean counts participants alike; the authors weigh two weak models less. Labels of the public data serve transfer
-  learning alone. The batch size on public data is `distill_batch_size`; learning rate and optimiser are one for all
-  stages but for `digest_learning_rate` and what `--distill_*` say. States of optimisers are kept, as in the code.
+  learning and strata alone. The batch size on public data is `distill_batch_size`; learning rate and optimiser are one
+  for all stages but for `digest_learning_rate` and what `--distill_*` say. Optimisers' states are kept, as in the code.
 """
 
 from fdjax.client import losses
 from fdjax.client.data import whole
-from fdjax.client.training import fit, local_work, supervised
+from fdjax.client.training import Amount, fit, local_work, supervised
 from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import without_traffic
@@ -37,9 +41,10 @@ def fedmd(task: Task) -> Algorithm:
 
     def transfer_learning(ctx, received, params, data):
         h, loss = ctx.hparams, supervised(ctx.model, task.training)
-        public = whole(ctx.proxy)
-        params, _ = fit(task.distilling, loss, params, public, ctx.at("public"), epochs=h["pretrain_epochs"])
-        params, _ = fit(task.training, loss, params, data, ctx.at("private"), epochs=h["private_epochs"])
+        on_public = Amount(h["pretrain_epochs"], patience=h["pretrain_patience"])
+        on_private = Amount(h["private_epochs"], patience=h["private_patience"])
+        params, _ = fit(task.distilling, loss, params, whole(ctx.proxy), ctx.at("public"), epochs=on_public)
+        params, _ = fit(task.training, loss, params, data, ctx.at("private"), epochs=on_private)
         return params, Upload(()), {}
 
     def communicate(ctx, received, params, data):
@@ -74,13 +79,17 @@ METHOD = Method(
     build=fedmd,
     hparams={
         **LOCAL_TRAINING,
-        "pretrain_epochs": epochs(20, "epochs of transfer learning over the public data"),
-        "private_epochs": epochs(25, "epochs of transfer learning over a client's own data"),
+        "pretrain_epochs": epochs(20, "most epochs of transfer learning over the public data"),
+        "pretrain_patience": epochs(3, "of these without a lower loss, after which it stops"),
+        "private_epochs": epochs(25, "most epochs of transfer learning over a client's own data"),
+        "private_patience": epochs(10, "of these without a lower loss, after which it stops"),
         "local_epochs": epochs(2, "epochs of the revisit in a round"),
         "digest_epochs": epochs(1, "epochs of the digest in a round"),
         "digest_learning_rate": learning_rate("learning_rate", "learning rate of the digest"),
     },
+    options={"subset": ("uniform", "stratified")},
     proxy="labelled",
+    joins_labels=True,
     keeps_optimizer=True,
     stages=("distill",),
     keeps_models=True,

@@ -20,11 +20,19 @@ Loss = Callable[[PyTree, jax.Array, Any, jax.Array], jax.Array]
 # (params, x [B, ...], targets [B, ...], key) -> losses [B]; the key is for nets in training mode
 
 
+_LEAST_GAIN = 1e-3  # of a mean loss that has become less
+
+
 class Amount(NamedTuple):
-    """How long to train: `steps` optimiser steps or, where they are 0, `epochs` passes."""
+    """How long to train: `steps` optimiser steps or, where they are 0, `epochs` passes.
+
+    Early stopping: training ends after `patience` epochs in a row, if given, whose mean loss is not by 0.001 below the
+    least before them.
+    """
 
     epochs: Array
     steps: Array | int = 0
+    patience: Array | None = None
 
 
 def local_work(ctx: Context) -> Amount:
@@ -136,11 +144,31 @@ def fit_observing(
         return lax.fori_loop(0, stop, step, (params, optimizer_state, jnp.float32(0), account))
 
     carry = params, kept.get(training.name, optimizer.init(params)), jnp.float32(0), account
-    params, optimizer_state, total, account = lax.fori_loop(0, whole_epochs, epoch, carry)
+    carry, whole_epochs = _repeat(epoch, carry, whole_epochs, steps, getattr(epochs, "patience", None))
+    params, optimizer_state, total, account = carry
     if kept:
         kept[training.name] = optimizer_state
-    in_last_epoch = total_steps - (whole_epochs - 1) * steps
+    in_last_epoch = jnp.minimum(steps, total_steps - (whole_epochs - 1) * steps)
     return params, total / jnp.maximum(in_last_epoch, 1), account
+
+
+def _repeat(
+    epoch: Callable, carry: PyTree, epochs: Array, steps: Array, patience: Array | None
+) -> tuple[PyTree, Array]:
+    """`epochs` epochs of `steps` steps, fewer if there is a patience and the mean loss stops to fall; how many."""
+    if patience is None:
+        return lax.fori_loop(0, epochs, epoch, carry), epochs
+
+    def one_more(running):
+        number, carry, least, flat = running
+        carry = epoch(number, carry)
+        mean = carry[2] / jnp.maximum(steps, 1)
+        better = mean < least - _LEAST_GAIN
+        return number + 1, carry, jnp.where(better, mean, least), jnp.where(better, 0, flat + 1)
+
+    first = jnp.int32(0), carry, jnp.float32(jnp.inf), jnp.int32(0)
+    done, carry, *_ = lax.while_loop(lambda r: (r[0] < epochs) & (r[3] < patience), one_more, first)
+    return carry, done
 
 
 def _pulled(gradient: PyTree, pull: Callable[[PyTree], PyTree] | None, params: PyTree, training: Training) -> PyTree:
@@ -167,7 +195,9 @@ def _total_steps(epochs: Array | Amount, steps: jax.Array, work: Array | float) 
         part = jnp.maximum(1, jnp.round(work * number)).astype(number.dtype)
         return jnp.where(number > 0, part, number)
 
-    whole, by_steps = (share(amount.epochs), share(amount.steps)) if _may_be_partial(work) else amount
+    whole, by_steps, _ = amount
+    if _may_be_partial(work):
+        whole, by_steps = share(whole), share(by_steps)
     return jnp.where(jnp.asarray(by_steps) > 0, jnp.where(steps > 0, by_steps, 0), whole * steps)
 
 

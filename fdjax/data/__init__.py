@@ -3,6 +3,7 @@
 from fdjax.data.checked import checked
 from fdjax.data.held_out import take_validation
 from fdjax.data.holdings import count_labels
+from fdjax.data.labels import of_labels
 from fdjax.data.own_test import own_test_part
 from fdjax.data.partitions import PARTITIONS, partition
 from fdjax.data.picture import draw_partition
@@ -11,6 +12,6 @@ from fdjax.data.proxy import Proxy, take_proxy
 from fdjax.data.sources import SOURCES, load
 
 __all__ = [
-    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "checked", "count_labels", "draw_partition", "load", "own_test_part",
-    "partition", "take_proxy", "take_validation",
+    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "checked", "count_labels", "draw_partition", "load", "of_labels",
+    "own_test_part", "partition", "take_proxy", "take_validation",
 ]  # fmt: skip

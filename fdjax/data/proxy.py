@@ -24,13 +24,17 @@ class Proxy(NamedTuple):
     x: np.ndarray
     y: np.ndarray  # [M] int32, -1 for those without a label
     labelled: bool
+    more_labels: int = 0  # how many labels there are beside the source's own, which they come after
 
 
-def take_proxy(source: Source, kind: str, size: int, seed: int, **where) -> tuple[Source, Proxy]:
+def take_proxy(
+    source: Source, kind: str, size: int, seed: int, *, join_labels: bool = False, **where
+) -> tuple[Source, Proxy]:
     """`size` proxy examples of `kind`, one of KINDS or a data set's name, and the source without those it gave up.
 
-    Labels of another data set count only if it has as many classes. `where`: data_dir and cache_dir, for `load`.
-    Raises InputError for an unknown kind, more examples than there are, and another input shape.
+    Labels of another data set count if they name the same (`Source.label_space`). Otherwise, with `join_labels`, they
+    come after the source's own: label l is K + l; without it they are left out. `where`: data_dir and cache_dir, for
+    `load`. Raises InputError for an unknown kind, more examples than there are, and another input shape.
     """
     rng = np.random.default_rng([seed, 1])
     shape, image = source.train_x.shape[1:], source.train_x.dtype == np.uint8
@@ -61,9 +65,12 @@ def take_proxy(source: Source, kind: str, size: int, seed: int, **where) -> tupl
     if size > len(other.train_y):
         raise InputError(f"--proxy_size={size}, but {kind} has {len(other.train_y)} training examples; give fewer")
     chosen = np.sort(rng.choice(len(other.train_y), size, replace=False))
-    labelled = other.num_classes == source.num_classes
-    y = other.train_y[chosen] if labelled else np.full(size, _UNKNOWN, np.int32)
-    return source, Proxy(other.train_x[chosen], y, labelled)
+    x, y = other.train_x[chosen], other.train_y[chosen]
+    if other.label_space == source.label_space:
+        return source, Proxy(x, y, True)
+    if join_labels:
+        return source, Proxy(x, y + np.int32(source.num_classes), True, other.num_classes)
+    return source, Proxy(x, np.full(size, _UNKNOWN, np.int32), False)
 
 
 def _blurred(rng: np.random.Generator, size: int, shape: tuple[int, ...]) -> np.ndarray:

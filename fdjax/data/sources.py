@@ -31,6 +31,12 @@ SOURCES: dict[str, str] = {
     "synthetic": "synthetic(alpha, beta) of Li et al. 2020; alpha, beta, num_clients, iid, samples_per_client, seed",
 }
 
+_LABELS = {  # what labels name, where more than one source names it
+    **dict.fromkeys(("mnist_sample", "mnist", "emnist/digits", "emnist/mnist"), "digits"),
+    **dict.fromkeys(("cifar10", "cifar10_bin"), "cifar10"),
+    **dict.fromkeys(("cifar100", "cifar100_bin"), "cifar100"),
+    **dict.fromkeys(("emnist/balanced", "emnist/bymerge"), "emnist, merged"),
+}
 WITHOUT_FILES = ("mnist_sample", "synthetic")
 PLAIN_FILES = ("idx", "cifar10_bin", "cifar100_bin")  # those that no other program has to prepare
 
@@ -86,6 +92,7 @@ def _source(name: str, arrays: dict[str, np.ndarray]) -> Source:
         tuple(arrays["std"].tolist()),
         arrays["train_owner"].astype(np.int32) if "train_owner" in arrays else None,
         arrays["test_owner"].astype(np.int32) if "test_owner" in arrays else None,
+        labels=_LABELS.get(name, ""),
     )
 
 

@@ -7,6 +7,7 @@ A row of zeros stands for one that was never sent.
 import jax
 import jax.numpy as jnp
 
+from fdjax.exchange import traffic
 from fdjax.exchange.proxy import SoftLabels
 from fdjax.exchange.wrappers import Codec
 from fdjax.types import Array
@@ -70,6 +71,15 @@ def quantised_labels(bits: int, memory: str) -> Codec:
         return jnp.where(code.given, number, 0), jnp.where(code.given, after, known)
 
     return Codec(encode, decode, count, memory)
+
+
+def labels_as_they_are() -> Codec:
+    """The codec of `SoftLabels` in full precision: 4 bytes a number, none where labels are not given; no memory."""
+
+    def count(ctx, code: SoftLabels, known):
+        return jnp.where(code.given, float(traffic.size(code.labels)), 0), known
+
+    return Codec(lambda ctx, tree: tree, lambda ctx, code: code, count)
 
 
 def nothing_sent(examples: int, classes: int) -> jax.Array:

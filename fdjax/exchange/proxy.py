@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fdjax import keys
 from fdjax.client import testing
 from fdjax.client.data import Targets
 from fdjax.contract import Broadcast, ClientWork, Context, Exchange, InitServer, Reduction
@@ -34,15 +36,34 @@ class Agreement(NamedTuple):
     consensus: jax.Array  # [n, K] for the examples of the last exchange of outputs
 
 
-def draw_ids(task: Task, key: jax.Array) -> Any:
-    """Ids [n] int32 of the proxy examples of a round, or () where it uses all of them. The key is consumed."""
+def draw_ids(task: Task, key: jax.Array, labels: Array | None = None) -> Any:
+    """Ids [n] int32 of the proxy examples of a round, or () where it uses all of them. The key is consumed.
+
+    Given `labels` [M] they are stratified: of M_l examples of label l, floor or ceil of n M_l / M, and every example
+    with the same probability n / M. This is systematic sampling of the examples in order of labels: one in each of n
+    stretches of M / n, all at the same random place.
+    """
     n, size = task.proxy_per_round, task.proxy_size
-    return () if n == size else jax.random.choice(key, size, (n,), replace=False).astype(jnp.int32)
+    if n == size:
+        return ()
+    if labels is None:
+        return jax.random.choice(key, size, (n,), replace=False).astype(jnp.int32)
+    shuffled = jax.random.permutation(keys.stream(key, "order"), size).astype(jnp.int32)
+    by_label = shuffled[jnp.argsort(jnp.asarray(labels)[shuffled], stable=True)]
+    start, ends = jax.random.randint(keys.stream(key, "start"), (), 0, size), np.arange(n) * size  # int64, on the host
+    return by_label[(ends // n).astype(np.int32) + ((ends % n).astype(np.int32) + start) // n]
+
+
+def _draw_ids(task: Task, ctx: Context) -> Any:
+    """The same, stratified if the method has the option `subset` and it says so."""
+    stratified = task.options.get("subset") == "stratified"
+    assert ctx.proxy is not None
+    return draw_ids(task, ctx.key, ctx.proxy.y if stratified else None)
 
 
 def no_agreement(task: Task) -> InitServer:
     """`init_server` of an `Agreement`: the first round's examples, and nothing that was aggregated."""
-    return lambda ctx, params: Agreement(draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes)))
+    return lambda ctx, params: Agreement(_draw_ids(task, ctx), jnp.zeros((task.proxy_per_round, task.classes)))
 
 
 def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork) -> tuple[Exchange, Exchange]:
@@ -52,7 +73,7 @@ def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: C
     """
 
     def choose_next(ctx, server, summary):
-        return server._replace(ids=draw_ids(task, ctx.key)), {}
+        return server._replace(ids=_draw_ids(task, ctx)), {}
 
     return (
         Exchange(

@@ -76,7 +76,8 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     Raises InputError for settings that cannot work with these data and devices.
     """
     with hosts.all_or_none():
-        source, holdings, proxy = load(settings)
+        loaded = load(settings)
+    source, holdings, proxy = loaded
     if change_holdings is not None:
         holdings = change_holdings(holdings)
     largest = int(np.max(holdings.count))
@@ -91,7 +92,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     shapes = Shapes(
         cohorts=cohorts,
         inputs=source.train_x.shape[1:],
-        classes=source.num_classes,
+        classes=loaded.classes,
         own_batch=_own_batch(settings, own_tests),
         largest=_power_of_two(largest),
         proxy=0 if proxy is None else len(proxy.y),

@@ -18,6 +18,11 @@ class Loaded(NamedTuple):
     holdings: Holdings
     proxy: data.Proxy | None
 
+    @property
+    def classes(self) -> int:
+        """K: the source's labels, and those that only proxy data have."""
+        return self.source.num_classes + (0 if self.proxy is None else self.proxy.more_labels)
+
 
 def load(settings: Settings) -> Loaded:
     """The data set, who holds what of it, and the proxy data.
@@ -36,6 +41,8 @@ def _load(settings: Settings) -> Loaded:
     of_source, of_partition = _options(settings)
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
+    if settings.labels is not None:
+        source = data.of_labels(source, settings.labels)
     if not settings.standardize:
         source = source._replace(mean=(0.0,), std=(1.0,))
     source = _fraction(source, settings.train_fraction, settings.data_seed)
@@ -104,16 +111,17 @@ def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy 
         settings.proxy,
         settings.proxy_size,
         settings.data_seed,
-        data_dir=settings.data_dir,
+        join_labels=settings.method.joins_labels,
+        data_dir=settings.proxy_dir or settings.data_dir,
         cache_dir=settings.cache_dir,
     )
     method = settings.method
-    for_option = next((choice for choice in settings.options if choice == method.labels_for), None)
+    for_option = next((choice for choice in settings.options if choice in method.labels_for), None)
     if (method.proxy == "labelled" or for_option) and not proxy.labelled:
         with_option = f" with --{'='.join(for_option)}" if for_option else ""
         raise InputError(
             f"{method.name}{with_option} needs labelled proxy data, but --proxy={settings.proxy} has none of the "
-            f"{source.num_classes} labels; give --proxy=held_out, or a data set of the same classes"
+            f"{source.num_classes} labels of {source.name}; give --proxy=held_out, or a data set of the same labels"
         )
     return source, proxy
 

@@ -56,6 +56,7 @@ class Settings(OptimizerSettings, ParticipationSettings):
     cache_dir: str | None = _data(
         None, "folder for decoded tfds sets; default $FDJAX_CACHE or ~/.cache/fdjax", str, resumable=True, folder=True
     )
+    labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
     writers: str | None = _data(
         None, "npz with the writers of mnist's images (train_writer, test_writer)", str, folder=True
     )
@@ -143,9 +144,12 @@ class Settings(OptimizerSettings, ParticipationSettings):
         None, "proxy data, by default none: the name of a data set, or a kind", str,
         choices={**data.PROXIES, **data.SOURCES}, noun="proxy data",
     )  # fmt: skip
+    proxy_dir: str | None = _data(
+        None, "folder of the proxy data's files; default data_dir", str, resumable=True, folder=True
+    )
     proxy_size: int = _data(1000, "number of proxy examples", low=1)
     proxy_per_round: int = _setting(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
-    distill_batch_size: int = _setting(0, "examples of a step on proxy data; 0: batch_size", low=0)
+    distill_batch_size: int = _setting(0, "examples of a step on proxy data; 0: the method's own, or batch_size", low=0)
 
     lifting: str = _run(
         "auto", "how clients run side by side", choices={"auto": "by the clients, models and devices", **KINDS},
@@ -198,6 +202,12 @@ class Settings(OptimizerSettings, ParticipationSettings):
         return self.seed if self.partition_seed is None else self.partition_seed
 
     @property
+    def distill_batch(self) -> int:
+        """Examples of a step on proxy data: as given, else the method's own, else those of `batch_size`."""
+        size = self.distill_batch_size or self.method.distill_batch_size or self.batch_size or self.proxy_size
+        return size if self.proxy else 0
+
+    @property
     def resumable(self) -> frozenset[str]:
         """The settings that may be others when a run goes on. A cosine schedule depends on the number of rounds."""
         return frozenset(name for name, s in SETTINGS.items() if s.resumable) - (
@@ -207,12 +217,13 @@ class Settings(OptimizerSettings, ParticipationSettings):
     def static(self, largest_client: int) -> "Settings":
         """What a compiled round depends on: the static settings, all others being at their defaults.
 
-        Batches are no larger than the largest client, and without a schedule that ends, rounds do not matter.
+        Batches of own examples are no larger than the largest client; rounds matter to a schedule that ends.
         """
         others = {f.name: f.default for f in dataclasses.fields(self) if SETTINGS[f.name].role != "static"}
         batch_size = min(self.batch_size or largest_client, largest_client)
         rounds = self.rounds if ends_with_rounds(self) else 1
-        return dataclasses.replace(self, **others | {"batch_size": batch_size, "rounds": rounds})
+        changed = {"batch_size": batch_size, "distill_batch_size": self.distill_batch, "rounds": rounds}
+        return dataclasses.replace(self, **others | changed)
 
     def check(self) -> "Settings":
         """The same with all hyperparameters and options of the method, at their defaults where none are given.

@@ -13,7 +13,7 @@ _LEAVE_OUT = "leave it out"
 
 def _no_files(settings: Any) -> str:
     """A source of the package itself, which no folder holds."""
-    if _read_from_files(settings):
+    if any(_has_files(name) for name in (settings.dataset, None if settings.proxy_dir else settings.proxy)):
         return ""
     real = ", ".join(name for name in ("mnist", "fashion_mnist", "cifar10", "idx") if name in sources.SOURCES)
     return f"--dataset={settings.dataset} reads no files; give a data set that does (such as {real}), or {_LEAVE_OUT}"
@@ -27,7 +27,17 @@ def _no_cache(settings: Any) -> str:
 
 def _read_from_files(settings: Any) -> list[str]:
     """Those of the run's data sets that have files."""
-    return [n for n in (settings.dataset, settings.proxy) if n in sources.SOURCES and n not in sources.WITHOUT_FILES]
+    return [name for name in (settings.dataset, settings.proxy) if _has_files(name)]
+
+
+def _has_files(name: str | None) -> bool:
+    return name in sources.SOURCES and name not in sources.WITHOUT_FILES
+
+
+def _no_proxy_files(settings: Any) -> str:
+    if _has_files(settings.proxy):
+        return ""
+    return _no_proxy(settings) or f"--proxy={settings.proxy} reads no files; {_LEAVE_OUT}"
 
 
 def _no_proxy(settings: Any) -> str:
@@ -74,6 +84,7 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "data_dir": _no_files,
         "cache_dir": _no_cache,
         "proxy": _nothing_lost_by_proxy,
+        "proxy_dir": _no_proxy_files,
         "proxy_size": _no_proxy,
         "proxy_per_round": _no_use_of_proxy,
         "distill_batch_size": _no_use_of_proxy,

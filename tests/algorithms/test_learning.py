@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from learning_cases import HELD_OUT, alone, final, run
+from learning_cases import alone, final, run
 
 from fdjax.algorithms import ALGORITHMS
 from fdjax.run import experiment, settings
@@ -31,12 +31,19 @@ CHOSEN = {
     "fedgkt": {"learning_rate": 0.03, "server_epochs": 5},  # 0.1 diverges for one seed, with a 2nn as the server's
 }
 MODELS = {"fedgkt": {"models": "2nn:10", "model": "mclr"}}
-# Not expected to be better, as its docstring says. How far apart at the most; measured -0.002, -0.024, 0.009.
-LEVEL = {"fd": 0.05}
+# FD's own setting: 500 images each, of which all but five of each of three labels are left out.
+SCARCE = {
+    "train_fraction": 1.0, "partition": "scarce", "alpha": None, "samples_per_client": 500, "rounds": 20,
+}  # fmt: skip
+# FedDF's: unlike clients of which 40 % take part, and E = 20. FedAvg has the same private data and the same start.
+DRIFT = {
+    "train_fraction": 1.0, "num_clients": 20, "participation": 0.4, "batch_size": 64, "proxy": "held_out",
+    "proxy_size": 1000, "rounds": 3,
+}  # fmt: skip
 
 
 def test_every_method_is_measured():
-    assert {*BETTER, *LEVEL, "local"} == {*ALGORITHMS}
+    assert {*BETTER, "fd", "local"} == {*ALGORITHMS}
 
 
 @pytest.mark.parametrize("algorithm", BETTER)
@@ -46,10 +53,18 @@ def test_beats_training_alone(algorithm):
     assert lead.min() > margin, lead
 
 
-@pytest.mark.parametrize("algorithm", LEVEL)
-def test_is_level_with_training_alone(algorithm):
-    lead = final("local_accuracy", algorithm, CHOSEN.get(algorithm)) - alone()
-    assert np.abs(lead).max() < LEVEL[algorithm], lead
+def test_fd_beats_training_alone_where_labels_are_scarce():
+    """Measured 0.8, 1.1 and 2.5 points above 74.3, 74.4 and 72.9 %, with 0.77, 0.75 and 0.73 of the test loss.
+
+    Where clients lack labels altogether it is level: -0.2, -2.4 and 0.9 points by Dirichlet(0.1).
+    """
+    accuracy, loss = (
+        {name: final(metric, name, **SCARCE) for name in ("fd", "local")} for metric in ("local_accuracy", "local_loss")
+    )
+    lead, share = accuracy["fd"] - accuracy["local"], loss["fd"] / loss["local"]
+    assert lead.min() > 0.003, lead
+    assert lead.mean() > 0.01, lead
+    assert share.max() < 0.85, share
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "feddistill"])
@@ -82,14 +97,14 @@ def test_dsfl_central_model_beats_the_mean_of_models_alone():
     assert lead.min() > 0.2, lead
 
 
-@pytest.mark.exhaustive
-def test_feddf_is_near_fedavg_after_a_long_local_training():
-    """Not ahead, as in the paper. Measured 0.718, 0.723, 0.746 and FedAvg, of the same data, 0.716, 0.760, 0.745."""
-    long = {"learning_rate": 0.05, "local_epochs": 20}
-    fused = final("central_accuracy", "feddf", long | {"server_steps": 300})
-    averaged = final("central_accuracy", "fedavg", long, **HELD_OUT)
-    assert (fused - averaged).min() > -0.1, (fused, averaged)
-    assert (fused - alone()).min() > 0.4
+def test_feddf_beats_fedavg_where_clients_drift():
+    """Paired. Measured 70.0, 76.1, 61.6 % against FedAvg's 61.6, 49.2, 52.9; `benchmarks.feddf_drift` runs longer."""
+    long, few = {"local_epochs": 20}, {"server_steps": 100}
+    fused = final("central_accuracy", "feddf", long | few, **DRIFT)
+    averaged = final("central_accuracy", "fedavg", long, **DRIFT)
+    assert (fused - averaged).min() > 0.03, (fused, averaged)
+    assert (fused - averaged).mean() > 0.07, (fused, averaged)
+    assert all((learned.metrics["best_step"] > 0).any() for learned in run("feddf", long | few, **DRIFT))
 
 
 def test_cfd_sends_a_thirtieth_of_its_symbols():

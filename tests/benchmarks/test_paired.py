@@ -1,0 +1,47 @@
+"""benchmarks.feddf_drift and benchmarks.fedmd_optimizer_state: the files, and what is paired."""
+
+import json
+
+import numpy as np
+import programs
+
+TINY = ["--model=mclr", "--train_fraction=0.1", "--num_clients=4", "--seeds=1", "--rounds=2", "--batch_size=8"]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["runs"]
+
+
+def test_feddf_and_fedavg_have_the_same_start_and_private_data(tmp_path):
+    done = programs.run(
+        "benchmarks.feddf_drift", "--dataset=mnist_sample", "--min_size=1", "--local_epochs=2", "--proxy_size=100",
+        "--server_steps=10", *TINY, f"--out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = {name: of_seeds[0] for name, of_seeds in results(tmp_path).items()}
+    assert [run["settings"]["algorithm"] for run in runs.values()] == ["fedavg", "feddf", "feddf"]
+    assert {run["settings"]["proxy"] for run in runs.values()} == {"held_out"}
+    first, *others = (run["evaluations"]["central_accuracy"][0] for run in runs.values())
+    assert others == [first] * 2  # before the first round
+    assert len({tuple(run["rounds"]["bytes_up"]) for run in runs.values()}) == 1
+    table = (tmp_path / "table.md").read_text()
+    assert "batches of 128, up to 10 steps, patience 1000" in table
+
+
+def test_fedmd_with_fresh_and_kept_optimizers(tmp_path):
+    done = programs.run(
+        "benchmarks.fedmd_optimizer_state", "--models=mclr:4", "--proxy_size=100", "--revisits=1,3",
+        "--pretrain_epochs=2", "--private_epochs=2", "--eval_every=2", *TINY, f"--out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = {name: of_seeds[0]["evaluations"]["local_accuracy"] for name, of_seeds in results(tmp_path).items()}
+    assert [*runs] == ["fresh, 1 epochs", "kept, 1 epochs", "fresh, 3 epochs", "kept, 3 epochs"]
+    for mode in ("fresh", "kept"):  # transfer learning is the same, whatever the revisit
+        assert runs[f"{mode}, 1 epochs"][0] == runs[f"{mode}, 3 epochs"][0]
+    assert not np.allclose(runs["fresh, 3 epochs"][-1], runs["kept, 3 epochs"][-1], atol=0)
+
+
+def test_revisits_that_cannot_be(tmp_path):
+    done = programs.run("benchmarks.fedmd_optimizer_state", "--revisits=2,x", f"--out={tmp_path}")
+    assert done.returncode != 0
+    assert "--revisits=2,x: expected different whole numbers of epochs, such as 2,50" in done.stderr
