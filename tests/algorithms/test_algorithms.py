@@ -106,7 +106,7 @@ def test_survives_sparse_federations(name, counts):
 def test_without_any_examples_the_server_stays(name):
     contract(name).without_any_examples_the_server_stays()
     nobody = contract(name).run(federation=contract(name).case.federation((0,) * CLIENTS))
-    assert nobody.metrics["train_loss"].tolist() == [0.0] * ROUNDS
+    assert np.isnan(nobody.metrics["train_loss"]).all()
 
 
 def test_resumes_bitwise(name):
