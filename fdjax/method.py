@@ -135,6 +135,7 @@ class Method(NamedTuple):
     )
     keeps_models: bool = False  # whether clients' own models never leave them, so that their statistics stay too
     stages: tuple[str, ...] = ()  # what it trains by beside `task.training`: "distill", "server", or both
+    stages_for: tuple[str, str] | None = None  # an option and its value without which it does not
     keeps_optimizer: bool = (
         False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise
     )

@@ -14,6 +14,7 @@ from fdjax.algorithms import (
     fedgems,
     fedgkt,
     fedmd,
+    fedopt,
     fedprox,
 )
 from fdjax.method import Method
@@ -23,7 +24,7 @@ ALGORITHMS: dict[str, Method] = {
     for method in (
         *(
             module.METHOD
-            for module in (fedavg, fedprox, feddistill, cfd, feddf, fedgems, fedgkt, fd, fedmd, cronus, dsfl)
+            for module in (fedavg, fedopt, fedprox, feddistill, cfd, feddf, fedgems, fedgkt, fd, fedmd, cronus, dsfl)
         ),
         *baselines.METHODS,
     )

@@ -114,6 +114,7 @@ def test_fedavg_with_an_objective_of_ones_own():
 
 CENTRAL = {  # where a method's server keeps the central model's parameters
     "fedavg": lambda server: server,
+    "fedopt": lambda server: server["params"],
     "fedprox": lambda server: server,
     "feddistill": lambda server: server,
     "centralized": lambda server: server,
