@@ -12,6 +12,7 @@ from fdjax.algorithms import (
     feddf,
     feddistill,
     fedgems,
+    fedgen,
     fedgkt,
     fedmd,
     fedopt,
@@ -24,7 +25,22 @@ ALGORITHMS: dict[str, Method] = {
     for method in (
         *(
             module.METHOD
-            for module in (fedavg, fedopt, fedprox, feddistill, cfd, feddf, fedgems, fedgkt, fd, fedmd, cronus, dsfl)
+            for module in (
+                fedavg,
+                fedopt,
+                fedprox,
+                fedssd,
+                feddistill,
+                cfd,
+                feddf,
+                fedgems,
+                fedgen,
+                fedgkt,
+                fd,
+                fedmd,
+                cronus,
+                dsfl,
+            )
         ),
         *baselines.METHODS,
     )

@@ -20,7 +20,11 @@ from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 
 UNUSED = {"dsfl": ("era_beta",)}  # of another option: pinned to NumPy in test_exchange_equations
 # Hundreds of steps amplify rounding, and so does a net that diverges.
-FEW = {"feddf": {"server_steps": 20}, "fedgkt": {"server_epochs": 2, "learning_rate": 0.03}}
+FEW = {
+    "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
+    "feddf": {"server_steps": 20},
+    "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
+}
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(

@@ -21,6 +21,7 @@ BETTER = {
     "feddf": ("central", 0.4, (0.485, 0.485, 0.519)),
     "cfd": ("central", 0.2, (0.382, 0.281, 0.354)),
     "fedgems": ("local", 0.45, (0.588, 0.578, 0.545)),
+    "fedgen": ("central", 0.3, (0.386, 0.483, 0.451)),
     "fedgkt": ("local", 0.01, (0.137, 0.037, 0.086)),
 }
 CHOSEN = {
@@ -29,6 +30,7 @@ CHOSEN = {
     "feddf": {"local_epochs": 5, "server_steps": 150},
     "cfd": {"local_epochs": 5, "distill_epochs": 3},
     "fedgems": {"distill_epochs": 2, "server_epochs": 2},
+    "fedgen": {"generated_weight": 1.0, "latent_weight": 1.0, "generator_learning_rate": 0.003},
     "fedgkt": {"learning_rate": 0.03, "server_epochs": 5},  # 0.1 diverges for one seed, with a 2nn as the server's
 }
 MODELS = {"fedgkt": {"models": "2nn:10", "model": "mclr"}}
