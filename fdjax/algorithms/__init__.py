@@ -17,6 +17,7 @@ from fdjax.algorithms import (
     fedmd,
     fedopt,
     fedprox,
+    fedssd,
 )
 from fdjax.method import Method
 

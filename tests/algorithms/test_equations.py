@@ -116,6 +116,7 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
     "fedavg": lambda server: server,
     "fedopt": lambda server: server["params"],
     "fedprox": lambda server: server,
+    "fedssd": lambda server: server,
     "feddistill": lambda server: server,
     "centralized": lambda server: server,
     "feddf": lambda server: server[0],

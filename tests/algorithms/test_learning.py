@@ -12,6 +12,7 @@ BETTER = {
     "fedavg": ("central", 0.35, (0.442, 0.448, 0.467)),
     "fedopt": ("central", 0.45, (0.591, 0.522, 0.540)),
     "fedprox": ("central", 0.35, (0.443, 0.445, 0.455)),
+    "fedssd": ("central", 0.35, (0.446, 0.420, 0.469)),
     "feddistill": ("central", 0.25, (0.405, 0.351, 0.452)),
     "ensemble": ("central", 0.1, (0.357, 0.169, 0.332)),
     "centralized": ("central", 0.6, (0.683, 0.667, 0.673)),
