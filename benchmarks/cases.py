@@ -1,6 +1,7 @@
 """What the tables share: cases run over seeds, mean and std, the files that they write."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from absl import flags
 from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.run import methods, report
+from fdjax.run.checkpoint import FOLDER, steps
 from fdjax.run.runner import InterruptedRun, Result, run
 from fdjax.run.settings import Settings
 
@@ -26,9 +28,10 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
             print(f"{name}, seed {settings.seed}: {settings.rounds} rounds", flush=True)
             try:
                 folder = run_folder(out, name, settings)
-                result = run(settings, folder, resume=flags.FLAGS.resume, checkpoint_every=flags.FLAGS.checkpoint_every)
+                resume = flags.FLAGS.resume and bool(steps(folder / FOLDER))  # others begin where they were not reached
+                result = run(settings, folder, resume=resume, checkpoint_every=flags.FLAGS.checkpoint_every)
             except InterruptedRun as stop:
-                raise InterruptedRun(stop.round, out) from None
+                raise InterruptedRun(stop.round, out, stop.result) from None
             results.setdefault(name, []).append(result)
     return results
 
@@ -88,12 +91,12 @@ def write(
 ) -> None:
     """Print the text and write table.md and results.json; both say command, versions, device, seeds and time."""
     environment = report.environment()
-    command = f"python -m {title} " + " ".join(_given_flags())
+    command = shlex.join(["python", "-m", title, *_given_flags()])
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     seconds = sum(r.seconds for runs in results.values() for r in runs)
     compiling = sum(r.compile_seconds for runs in results.values() for r in runs)
     footer = (
-        f"`{command.strip()}`\n\n{environment['device']}; {environment['machine']}; {versions}; revision "
+        f"`{command}`\n\n{environment['device']}; {environment['machine']}; {versions}; revision "
         f"{environment['revision']}; {seconds:.0f} s of runs, {compiling:.0f} s of it compilation."
     )
     print(f"\n{text}\n")

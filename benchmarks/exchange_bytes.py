@@ -30,7 +30,6 @@ from absl import flags
 
 from benchmarks import cases
 from fdjax.algorithms import ALGORITHMS
-from fdjax.engine import hosts
 from fdjax.errors import InputError
 from fdjax.run import experiment, methods, program, report, settings
 from fdjax.run.checkpoint import Checkpoints
@@ -213,9 +212,7 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
     axis.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside right upper")
     axis.set_title(f"{used.dataset}, {used.num_clients} clients, {used.partition_name}, {used.rounds} rounds")
-    if hosts.is_first():
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
+    report.save_figure(path, figure)
 
 
 if __name__ == "__main__":

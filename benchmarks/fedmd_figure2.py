@@ -231,8 +231,7 @@ def draw(path: Path, parties: list[Party], title: str) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     figure.supylabel("accuracy on the full test set, %", fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    report.save_figure(path, figure)
 
 
 if __name__ == "__main__":

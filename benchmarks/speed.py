@@ -237,8 +237,7 @@ def draw(path: pathlib.Path, verdicts: list[Verdict]) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="x", which="both", labelsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    report.save_figure(path, figure)
 
 
 def footer(about: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ A method is written for one client; the engine runs it for thousands in one comp
 
     result = fdjax.run(algorithm="feddistill", dataset="synthetic", model="mclr", temperature=2.0, rounds=20)
     result.final["central_accuracy"]
+    result.central.predict(x)  # logits; result.personal(3) is the model of client 3
+    fdjax.load("runs/x")  # the result of a run in a folder
 
 Everything below is loaded at its first use, so that importing fdjax stays quick.
 """
@@ -37,13 +39,14 @@ if TYPE_CHECKING:
     from fdjax.run.runner import start as run
     from fdjax.run.settings import Settings
     from fdjax.run.settings import make as settings
+    from fdjax.run.stored import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "Exchange", "HParam", "InputError",
     "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
-    "Upload", "algorithms", "check_method", "data", "keys", "losses", "models", "reductions", "run", "settings",
+    "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models", "reductions", "run", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -60,6 +63,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
     "InputError": "fdjax.errors",
+    "load": "fdjax.run.stored",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
     **dict.fromkeys(
         ("ENSEMBLE", "Algorithm", "Broadcast", "Context", "Exchange", "Received", "Reduction", "Stack", "Upload"),

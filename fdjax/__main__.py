@@ -2,8 +2,8 @@
 
     python -m fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
 
-Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out. Every
-setting is a flag below; --flagfile reads them from a file.
+Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out, also after
+Ctrl-C, of the rounds until then. Every setting is a flag below; --flagfile reads them from a file.
 """
 
 import os
@@ -15,7 +15,8 @@ from absl import flags
 from fdjax import data
 from fdjax.errors import InputError
 from fdjax.run import loading, program, report, settings
-from fdjax.run.runner import Result, run
+from fdjax.run.runner import InterruptedRun, Result, run
+from fdjax.run.saving import saving, unsaved
 
 
 def main() -> None:
@@ -24,17 +25,31 @@ def main() -> None:
     chosen = settings.from_flags()
     if given.coordinator and not given.out:
         raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
-    out = report.prepare(given.out or new_folder(chosen), overwrite=given.overwrite)
+    out = report.prepare(given.out or new_folder(chosen), overwrite=given.overwrite, resume=given.resume)
     if given.draw_partition:
         source, holdings, _ = loading.load(chosen)
-        data.draw_partition(holdings, source.train_y, source.num_classes, out / "partition.png", chosen.partition_name)
-    result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
-    text = summary(result)
-    print(text)
+        with saving(out / "partition.png") as path:
+            data.draw_partition(holdings, source.train_y, source.num_classes, path, chosen.partition_name)
+    try:
+        result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
+    except InterruptedRun as stop:
+        if stop.result is not None:
+            leave(out, stop.result)
+        raise
+    leave(out, result)
+
+
+def leave(out: Path, result: Result) -> None:
+    """Print the table and write the files; what cannot be written is told."""
+    before, text = unsaved(), summary(result)
+    print(text, flush=True)
     report.write_text(out / "table.md", text + "\n")
     report.write_json(out / "results.json", report.environment() | {"result": report.result_dict(result)})
     draw(out / "curves.png", result)
-    print(f"\nwritten: {out}/table.md, results.json, curves.png")
+    missing = {Path(what).name for what in unsaved()[len(before) :]}
+    written = [name for name in ("table.md", "results.json", "curves.png") if name not in missing]
+    if written:
+        print(f"\nwritten: {out}/{', '.join(written)}")
 
 
 def new_folder(chosen: settings.Settings) -> Path:
@@ -76,8 +91,14 @@ def summary(result: Result) -> str:
     ]
     chosen = result.settings
     return report.table(
-        rows, (f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}", f"round {chosen.rounds}")
+        rows, (f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}", f"round {_rounds(result)}")
     )
+
+
+def _rounds(result: Result) -> str:
+    """Rounds done, and of how many where the run was stopped."""
+    asked = result.settings.rounds
+    return f"{result.round} of {asked}, stopped" if result.round < asked else f"{asked}"
 
 
 def _examples(result: Result) -> str:
@@ -110,6 +131,8 @@ def draw(path: Path, result: Result) -> None:
         ("training loss", "round", "", losses),
     ]
     title = f"{result.settings.algorithm_title}, {result.settings.dataset}, {result.settings.partition_name}"
+    if result.round < result.settings.rounds:
+        title += f", round {_rounds(result)}"
     report.draw_curves(path, panels, title)
 
 

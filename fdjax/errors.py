@@ -10,12 +10,12 @@ class InputError(ValueError):
     """Bad input. The message is one line: what was given, what was expected, what to do."""
 
 
-def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
+def unknown(kind: str, given: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a name outside `known`: it lists them, the nearest first if one is near."""
     known = sorted(known)
     if not known:
         return InputError(f"unknown {kind} {given!r}; there are none: leave it out")
-    near = difflib.get_close_matches(given, known, n=1)
+    near = difflib.get_close_matches(str(given), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return InputError(f"unknown {kind} {given!r}{hint}; known: {', '.join(known)}")
 

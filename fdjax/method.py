@@ -29,18 +29,24 @@ class HParam(NamedTuple):
     help: str = ""
     above: bool = False  # whether the value must be larger than `low`, and not only as large
     learning_rate: bool = False  # whether it is one, which the schedule "plateau" lowers
+    only: tuple[str, ...] = ()  # an option of the method, and those of its values that use it; all if there is none
 
     def check(self, name: str, value: Any) -> float:
         """The value as a number. Raises InputError if it is none, or out of range."""
         wanted = self.expected()
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"--{name}={value}: expected {wanted}") from None
+            number = math.nan if isinstance(value, str | bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
         fits = self.low < number if self.above else self.low <= number
         if not (fits and number <= self.high and math.isfinite(number)) or (self.integer and number != int(number)):
-            raise InputError(f"--{name}={value}: expected {wanted}")
+            raise InputError(f"--{name}={value!r}: expected {wanted}")
         return number
+
+    def described(self) -> str:
+        """What it is, and with which options it is used, in words."""
+        option, *values = self.only or ("",)
+        return f"{self.help} (of --{option}={' and '.join(values)})" if option else self.help
 
     def expected(self) -> str:
         """The range in words."""
@@ -61,9 +67,9 @@ def epochs(default: float | str = 1, help: str = "epochs over a client's own exa
     return HParam(default, low=1, high=_INT32_MAX, integer=True, help=help)
 
 
-def temperature(default: float | str, help: str) -> HParam:
+def temperature(default: float | str, help: str, only: tuple[str, ...] = ()) -> HParam:
     """The usual record of a temperature, which divides."""
-    return HParam(default, above=True, help=help)
+    return HParam(default, above=True, help=help, only=only)
 
 
 LOCAL_TRAINING = {  # what every method has

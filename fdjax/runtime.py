@@ -52,7 +52,9 @@ def work_around_xla_cpu() -> None:
 def use_all_cores() -> None:
     """One host device a core, unless a number is set: XLA:CPU runs small work on one thread.
 
-    Call it before the first use of a device.
+    Call it before the first use of a device; after it, nothing can be changed, and nothing is.
     """
+    if xla_bridge.backends_are_initialized():
+        return
     if jax.config.jax_num_cpu_devices < 0:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

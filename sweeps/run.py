@@ -9,6 +9,7 @@ of these commands, on any machines that reach the storage, share a study.
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,7 +79,9 @@ def open_study(plan: Study, url: str) -> optuna.Study:
                     "give the new one another --name"
                 )
     more: dict[str, Any] = {name: getattr(plan, name) for name in ("paper", "question", "runtime")}
-    more["command"] = " ".join(["python -m sweeps.run", *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))])
+    more["command"] = shlex.join(
+        ["python", "-m", "sweeps.run", *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]
+    )
     for name, value in (now | more | {"environment": report.environment()}).items():
         if name not in then:
             patiently(shared.set_user_attr, name, value)
@@ -191,7 +194,8 @@ class Runner:
     def _divergence(self, evaluations: dict[str, list[float]]) -> str:
         """In words, the objective or loss that is not finite at the last evaluation; empty if all are finite."""
         for name in (self.plan.objective, *(name for name in evaluations if name.endswith("_loss"))):
-            if not np.isfinite(evaluations[name][-1]):
+            accuracy = evaluations.get(name.replace("_loss", "_accuracy"), [0.0])[-1]  # NaN: there was nothing to test
+            if not np.isfinite(evaluations[name][-1]) and (name == self.plan.objective or np.isfinite(accuracy)):
                 return f"{name} is {evaluations[name][-1]} after round {evaluations['round'][-1]:.0f}"
         return ""
 
@@ -236,9 +240,10 @@ def main() -> None:
     url = given.storage or f"sqlite:///runs/sweeps/{plan.name}.db"
     size = given.batch or plan.batch or (_TPE_BATCH if plan.search == "tpe" else -(-plan.total // given.workers))
     shared = open_study(plan, url)
+    failed = []
     if given.workers > 1:
         try:
-            _spawn(given.workers, size)
+            failed = _spawn(given.workers, size)
         except KeyboardInterrupt:
             sys.exit(130)  # the workers say it
     else:
@@ -246,15 +251,28 @@ def main() -> None:
             work(plan, shared, size)
         except KeyboardInterrupt:
             sys.exit(_STOPPED)
+    _tell_states(plan, shared, url, failed)
+    more = ["--smoke"] * given.smoke + [f"--name={given.name}"] * bool(given.name)
+    print(
+        "tables and pictures:",
+        shlex.join(["python", "-m", "sweeps.report", f"--study={given.study}", *more, f"--storage={url}"]),
+    )
+
+
+def _tell_states(plan: Study, shared: optuna.Study, url: str, failed: Sequence[int] = ()) -> None:
+    """Print how many trials ended how. Raises InputError if workers failed, by these codes, and trials are left."""
     states = [t.state.name.lower() for t in shared.get_trials(deepcopy=False) if not given_up(t)]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted({*states}))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted({*states})) or "no trial"
     print(f"{plan.name}: {counts}, in {url}")
-    smoke, name = " --smoke" * given.smoke, f" --name={given.name}" if given.name else ""
-    print(f"tables and pictures: python -m sweeps.report --study={given.study}{smoke}{name} --storage={url}")
+    if failed:
+        text = f"workers ended early, with exit codes {', '.join(map(str, failed))}"
+        if sum(states.count(state) for state in ("complete", "pruned", "fail")) < plan.total:
+            raise InputError(f"{text}, and trials are left; run the same command again to go on")
+        tqdm.write(f"warning: {text}; the others ran all trials", file=sys.stderr)
 
 
-def _spawn(count: int, size: int) -> None:
-    """Workers on this machine, each with its share of the cores."""
+def _spawn(count: int, size: int) -> list[int]:
+    """Run workers on this machine, each with its share of the cores; returns the exit codes of those that failed."""
     cores = sorted(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "sweeps.run", *sys.argv[1:], "--workers=1", f"--batch={size}"]
     processes = []
@@ -270,8 +288,7 @@ def _spawn(count: int, size: int) -> None:
     finally:
         for process in processes:
             process.terminate()
-    if failed := [process.returncode for process in processes if process.returncode]:
-        raise InputError(f"{len(failed)} of {count} workers ended with code {failed[0]}; run it again to go on")
+    return [process.returncode for process in processes if process.returncode]
 
 
 if __name__ == "__main__":

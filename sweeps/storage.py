@@ -19,6 +19,7 @@ A replacement begins without intermediate values, so pruners do not see what a d
 
 import contextlib
 import os
+import random
 import socket
 import sys
 import threading
@@ -30,6 +31,7 @@ from typing import Any
 
 import optuna
 import psutil
+from filelock import FileLock
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -64,14 +66,19 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 def _open_database(url: str, tries: int = 5) -> optuna.storages.BaseStorage:
-    """The database, with Optuna's tables. Workers that create them at the same moment disturb one another."""
-    arguments = {"connect_args": {"timeout": _LOCKED}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    """The database, with Optuna's tables. Workers that create them at the same moment disturb one another.
+
+    Those of a SQLite file take turns by a lock beside it, which ends with its process; a server's try again.
+    """
+    path = url.partition("sqlite:///")[2].partition("?")[0]
+    arguments = {"connect_args": {"timeout": _LOCKED}} if path else {"pool_pre_ping": True}
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+        with FileLock(f"{path}.lock") if path and os.access(Path(path).parent, os.W_OK) else contextlib.nullcontext():
+            return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
     except SQLAlchemyError as error:
         if not tries or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
             raise
-    time.sleep(1.0)
+    time.sleep(random.uniform(0.5, 2.0))
     return _open_database(url, tries - 1)
 
 

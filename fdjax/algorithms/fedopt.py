@@ -20,15 +20,14 @@ given (the paper: v_{-1} >= tau^2). The paper has b1 = .9 and b2 = .99, but b1 =
 
 Sent: x_t down and x_i up, 4P bytes each way; D_t is the mean of the x_i less x_t. The server keeps m and v, 2P.
 
-`bias_correction` = on is what the authors' code (Keras' Adam, its Yogi alike) and Flower's FedAdam do, and not the
-paper: eta sqrt(1 - b2^t) / (1 - b1^t) in eta's place, t counting server steps from 1; both start v at 0 (`sqrt_v0`=0).
-`weighting` = examples weighs D_i by n_i. FedAvg is then momentum with b1 = 0 and eta = 1, to float32's rounding, as x_t
-is subtracted and added. The server momentum of FedDF's and FedNTD's code, m <- b1 m + (x_t - mean), x_{t+1} = x_t - m,
-is momentum with eta = 1; FedBE's has (1 - b1) D for D, so eta = 1 - b1. "Server adaptive" of FedDF's code is adam with
-b1 = 0, b2 = .99, tau = .01, v = 0.
+`bias_correction` = on is the authors' code (Keras' Adam, its Yogi alike) and Flower's FedAdam, not the paper: the rate
+eta sqrt(1 - b2^t) / (1 - b1^t), t = 1, 2, ...; both start v at 0 (`sqrt_v0`=0). `weighting` = examples weighs D_i by n_i.
+FedAvg is then momentum with b1 = 0, eta = 1, to float32's rounding, as x_t is subtracted and added. Server momentum in
+FedDF's and FedNTD's code, m <- b1 m + (x_t - mean), x_{t+1} = x_t - m, is momentum with eta = 1; FedBE's has (1 - b1) D
+for D, so eta = 1 - b1. "Server adaptive" of FedDF's code is adam with b1 = 0, b2 = .99, tau = .01, v = 0.
 
-Deviations: ClientOpt's state is fresh in each round, as in the paper, or kept (`--optimizer_state=kept`). Statistics of
-BatchNorm are no parameters: they become their mean. A round in which nobody counts is no step.
+Deviations: ClientOpt's state is fresh in each round or kept (`--optimizer_state=kept`). Statistics of BatchNorm are no
+parameters: they become their mean. A round in which nobody counts is no step.
 """
 
 import collections
@@ -47,7 +46,7 @@ from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, learning_rate
 from fdjax.types import Array, PyTree
 
-_BELOW_1 = 0.999999  # of decays
+_BELOW_1, _OF_RULE = 0.999999, ("server_rule", "adam", "yogi", "adagrad")
 
 ServerOpt = Callable[[Mapping[str, Any], Array], optax.GradientTransformation]
 # (hparams, round []) -> the server's optimiser; its `init` is given hparams of 0, so a first state depends on none
@@ -133,10 +132,10 @@ METHOD = Method(
     hparams={
         **LOCAL_TRAINING,
         "server_learning_rate": learning_rate(0.03, "learning rate of the server's step"),
-        "beta_m": HParam(0.9, high=_BELOW_1, help="beta_1: decay of the server's first moment, or its momentum"),
-        "beta_v": HParam(0.99, high=_BELOW_1, help="beta_2: decay of the server's second moment"),
-        "tau": HParam(1e-3, above=True, help="added to the root of the server's second moment"),
-        "sqrt_v0": HParam("tau", help="root of the server's second moment at first"),
+        "beta_m": HParam(0.9, high=_BELOW_1, help="decay of the first moment", only=(*_OF_RULE, "momentum")),
+        "beta_v": HParam(0.99, high=_BELOW_1, help="decay of the second moment", only=_OF_RULE[:3]),
+        "tau": HParam(1e-3, above=True, help="added to the root of the second moment", only=_OF_RULE),
+        "sqrt_v0": HParam("tau", help="root of the second moment at first", only=_OF_RULE),
     },
     options={
         "server_rule": ("adam", "yogi", "adagrad", "momentum", "optax"),

@@ -20,8 +20,8 @@ class Score(NamedTuple):
     count: jax.Array
 
     def mean(self) -> tuple[jax.Array, jax.Array]:
-        """Accuracy in [0, 1] and mean cross-entropy, 0 where there was nothing to test."""
-        count = jnp.maximum(self.count, 1)
+        """Accuracy in [0, 1] and mean cross-entropy, NaN where there was nothing to test."""
+        count = jnp.where(self.count > 0, self.count, jnp.nan)
         return self.correct / count, self.loss / count
 
 

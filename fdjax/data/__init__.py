@@ -1,5 +1,6 @@
 """Data sets on the host and how clients share them; nothing here touches a device."""
 
+from fdjax.data.checked import checked
 from fdjax.data.held_out import take_validation
 from fdjax.data.holdings import count_labels
 from fdjax.data.own_test import own_test_part
@@ -10,6 +11,6 @@ from fdjax.data.proxy import Proxy, take_proxy
 from fdjax.data.sources import SOURCES, load
 
 __all__ = [
-    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "count_labels", "draw_partition", "load", "own_test_part", "partition",
-    "take_proxy", "take_validation",
+    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "checked", "count_labels", "draw_partition", "load", "own_test_part",
+    "partition", "take_proxy", "take_validation",
 ]  # fmt: skip

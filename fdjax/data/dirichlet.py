@@ -4,6 +4,7 @@ Each function takes the class sizes N_c and returns the table `[C, K]` of how ma
 holds. A small alpha concentrates, a large one tends to IID proportions.
 """
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from fdjax.data.holdings import equal_parts
 from fdjax.data.options import at_least, concentration, positive
 from fdjax.errors import InputError
 
-ATTEMPTS = 10_000
+ATTEMPTS, SECONDS = 10_000, 5.0  # most draws of a table, and most seconds of this thread for them
 
 
 def cut(sizes: np.ndarray, proportions: np.ndarray) -> np.ndarray:
@@ -49,26 +50,34 @@ def repeated(
 ) -> np.ndarray:
     """The first table of `draw(alpha)` in which each client holds at least `least` of `total` examples.
 
-    Raises InputError after `ATTEMPTS` draws, saying for which larger alpha (called `name`) most draws succeed.
+    Raises InputError after `ATTEMPTS` draws or `SECONDS`, saying for which larger alpha (called `name`) most draws
+    succeed, if that is found in as many seconds.
     """
 
-    def tables(value: float, attempts: int) -> Iterator[np.ndarray]:
-        drawn = (draw(value) for _ in range(attempts))
-        return (table for table in drawn if table.sum(axis=1).min() >= least)
+    def tables(value: float, attempts: int, end: float) -> Iterator[np.ndarray | None]:
+        """A table a draw, or None for one that leaves a client too little."""
+        for _ in range(attempts):
+            table = draw(value)
+            yield table if table.sum(axis=1).min() >= least else None
+            if time.thread_time() > end:
+                return
 
     if least * num_clients > total:
         raise InputError(
             f"num_clients={num_clients}: {total} examples cannot give each client min_size={least}; "
             f"give num_clients <= {total // least} or a smaller min_size"
         )
-    table = next(tables(alpha, ATTEMPTS), None)
-    if table is not None:
-        return table
-    larger = (alpha * 2**i for i in range(1, 15))
-    works = next((value for value in larger if sum(1 for _ in tables(value, 10)) > 5), None)
+    draws = 0
+    for table in tables(alpha, ATTEMPTS, time.thread_time() + SECONDS):
+        if table is not None:
+            return table
+        draws += 1
+    end = time.thread_time() + SECONDS
+    larger = (alpha * 2**i for i in range(1, 15) if time.thread_time() < end)
+    works = next((value for value in larger if sum(t is not None for t in tables(value, 10, end)) > 5), None)
     advice = f"give {name}={works:.3g}, which works, or {relief}" if works else f"give {relief}"
     raise InputError(
-        f"{name}={alpha:g} with {num_clients} clients: in {ATTEMPTS} draws some client always had fewer than {least} "
+        f"{name}={alpha:g} with {num_clients} clients: in {draws} draws some client always had fewer than {least} "
         f"of {total} examples; {advice}"
     )
 

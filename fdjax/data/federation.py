@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fdjax.data.checked import checked
 from fdjax.errors import InputError
 from fdjax.types import Examples, Federation, Holdings, Source
 
@@ -38,7 +39,9 @@ def federate(
     draws the order of the test examples.
 
     Clients are dealt to cohorts in order of their ids: the first `cohort_sizes[0]` to the first, and so on.
+    Raises InputError for a source that is none (`data.checked`), and for sizes and proxy data that do not fit.
     """
+    checked(source)
     clients = len(train.count)
     if sum(cohort_sizes) != clients:
         raise InputError(f"cohorts of {cohort_sizes} clients, but the partition has {clients}; make the sizes add up")

@@ -31,6 +31,9 @@ SOURCES: dict[str, str] = {
     "synthetic": "synthetic(alpha, beta) of Li et al. 2020; alpha, beta, num_clients, iid, samples_per_client, seed",
 }
 
+WITHOUT_FILES = ("mnist_sample", "synthetic")
+PLAIN_FILES = ("idx", "cifar10_bin", "cifar100_bin")  # those that no other program has to prepare
+
 PathLike = str | os.PathLike
 
 
@@ -50,7 +53,7 @@ def load(name: str, *, data_dir: PathLike | None = None, cache_dir: PathLike | N
         return call("data set", name, _mnist_sample, **options)
     if name == "synthetic":
         return call("data set", name, synthetic, **options)
-    if name in ("idx", "cifar10_bin", "cifar100_bin"):
+    if name in PLAIN_FILES:
         if data_dir is None:
             raise InputError(f"{name} needs data_dir: give the folder that holds its files")
         reader = {"idx": files.read_idx, "cifar10_bin": files.read_cifar10, "cifar100_bin": files.read_cifar100}[name]

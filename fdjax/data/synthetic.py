@@ -1,12 +1,14 @@
 """The synthetic(alpha, beta) federation of Li et al. 2020, Federated Optimization in Heterogeneous Networks."""
 
 import numpy as np
+import psutil
 
 from fdjax.data.options import at_least
 from fdjax.errors import InputError
 from fdjax.types import Source
 
 FEATURES, CLASSES = 60, 10
+_MEAN_SIZE = 453  # 50 and the mean of lognormal(4, 2)
 
 
 def synthetic(
@@ -33,12 +35,8 @@ def synthetic(
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not np.isfinite(value) or value < 0:
             raise InputError(f"{name}={value!r}: expected a finite number of at least 0")
-    at_least("num_clients", num_clients, 1)
     rng = np.random.default_rng(at_least("seed", seed, 0))
-    if samples_per_client is None:
-        sizes = rng.lognormal(4, 2, num_clients).astype(int) + 50
-    else:
-        sizes = np.full(num_clients, at_least("samples_per_client", samples_per_client, 2))
+    sizes = _sizes(rng, num_clients, samples_per_client)
     train_sizes = (0.9 * sizes).astype(int)
     test_sizes = sizes - train_sizes
     train_x, train_y = np.empty((train_sizes.sum(), FEATURES), np.float32), np.empty(train_sizes.sum(), np.int32)
@@ -67,3 +65,20 @@ def synthetic(
         train_owner=np.repeat(np.arange(num_clients, dtype=np.int32), train_sizes),
         test_owner=np.repeat(np.arange(num_clients, dtype=np.int32), test_sizes),
     )
+
+
+def _sizes(rng: np.random.Generator, num_clients: int, samples_per_client: int | None) -> np.ndarray:
+    """Examples of each device. Raises InputError if they do not fit into memory."""
+    each = _MEAN_SIZE if samples_per_client is None else at_least("samples_per_client", samples_per_client, 2)
+    needed, free = (
+        at_least("num_clients", num_clients, 1) * each * (FEATURES + 1) * 4,
+        psutil.virtual_memory().available,
+    )
+    if needed > free:
+        raise InputError(
+            f"synthetic of num_clients={num_clients} with {each} examples each, in the mean, takes {needed / 1e9:.3g} "
+            f"GB, and {free / 1e9:.3g} GB are free; give fewer num_clients, or samples_per_client"
+        )
+    if samples_per_client is None:
+        return rng.lognormal(4, 2, num_clients).astype(int) + 50
+    return np.full(num_clients, samples_per_client)

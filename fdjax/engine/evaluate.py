@@ -66,7 +66,7 @@ def evaluate(
     hparams: HParams,
     examples: Array | int | None = None,
 ) -> tuple[Scalars, dict[str, jax.Array]]:
-    """Scalars by name, and values of each client [C].
+    """Scalars by name, and values of each client [C]; NaN where there was nothing to test.
 
     Central: the central model on the test set, or the ensemble where the clients' models are tested. Local: the mean
     over clients of their own model on the first `examples` (None: all) of the test set in its random order, and how
@@ -263,23 +263,27 @@ def _ensemble(votes: Any, part: _Part) -> tuple[jax.Array, jax.Array]:
 
 
 def _across_clients(own: testing.Score, tested: Array, examples: Array) -> dict[str, jax.Array]:
-    """Statistics over the clients that have a test part.
+    """Statistics over the clients that have a test part; NaN if there are none.
 
     Three means, of each client alike, weighted by its training examples (n_k), and by its test examples (so of all test
     examples alike); the worst client, the 10 % quantile and the standard deviation.
     """
     accuracy, loss = own.mean()
-    count = jnp.maximum(jnp.sum(tested), 1)
+    count = _or_nan(jnp.sum(tested))
     mean = jnp.sum(jnp.where(tested, accuracy, 0)) / count
     weight = jnp.where(tested, examples, 0).astype(jnp.float32)
     masked = jnp.where(tested, accuracy, jnp.nan)
-    any_tested = jnp.any(tested)
     return {
         "own_accuracy": mean,
-        "own_accuracy_weighted": jnp.vdot(accuracy, weight) / jnp.maximum(jnp.sum(weight), 1),
-        "own_accuracy_by_test_size": jnp.sum(own.correct) / jnp.maximum(jnp.sum(own.count), 1),
+        "own_accuracy_weighted": jnp.vdot(jnp.where(tested, accuracy, 0), weight) / _or_nan(jnp.sum(weight)),
+        "own_accuracy_by_test_size": jnp.sum(own.correct) / _or_nan(jnp.sum(own.count)),
         "own_loss": jnp.sum(jnp.where(tested, loss, 0)) / count,
-        "worst_client": jnp.where(any_tested, jnp.nanmin(masked), 0),
-        "quantile_10": jnp.where(any_tested, jnp.nanquantile(masked, 0.1), 0),
+        "worst_client": jnp.nanmin(masked),
+        "quantile_10": jnp.nanquantile(masked, 0.1),
         "client_std": jnp.sqrt(jnp.sum(jnp.where(tested, (accuracy - mean) ** 2, 0)) / count),
     }
+
+
+def _or_nan(count: jax.Array) -> jax.Array:
+    """What a mean divides by; NaN where it is of nothing."""
+    return jnp.where(count > 0, count, jnp.nan)

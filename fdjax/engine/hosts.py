@@ -96,6 +96,14 @@ def any_of(here: bool) -> bool:
         return bool(np.any(multihost_utils.process_allgather(np.array([here]))))
 
 
+def first_says(number: int) -> int:
+    """The first host's number, on all of them."""
+    if jax.process_count() == 1:
+        return number
+    with _others():
+        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 @contextlib.contextmanager
 def all_or_none():
     """A block without exchange between hosts that ends in InputError on all of them if it does on one."""

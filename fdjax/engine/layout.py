@@ -115,7 +115,8 @@ class NonFinite(NamedTuple):
 class Report(NamedTuple):
     """What a round (or the set-up) reports; stacked [R, ...] over the rounds of a superstep."""
 
-    metrics: dict[str, jax.Array]  # by name: means over participants weighted by n_k, and the server's
+    metrics: dict[str, jax.Array]
+    # by name: means over participants weighted by n_k, and the server's; NaN where nobody with an example took part
     sent: tuple[tuple[Sent, ...], ...]  # exchange by exchange, cohort by cohort
     nonfinite: NonFinite
 

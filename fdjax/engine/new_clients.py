@@ -71,4 +71,6 @@ def fine_tune(
 
 
 def _mean(values: jax.Array, counts: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(counts > 0, values, 0)) / jnp.maximum(jnp.sum(counts), 1)
+    """NaN where none counts."""
+    total = jnp.sum(counts)
+    return jnp.sum(jnp.where(counts > 0, values, 0)) / jnp.where(total > 0, total, jnp.nan)

@@ -123,7 +123,7 @@ def exchange_step(
     new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
     anybody = jnp.sum(jnp.concatenate(weights)) > 0
     server = _where(anybody, new, server)
-    server_metrics = _where(anybody, server_metrics, jax.tree.map(jnp.zeros_like, server_metrics))
+    server_metrics = _where(anybody, server_metrics, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), server_metrics))
     report = _report(algorithm, exchange, rows, kept, standing)
     check_names(algorithm, (report.metrics, server_metrics))
     report = report._replace(metrics=report.metrics | server_metrics)
@@ -202,7 +202,7 @@ def _summary(
 def _report(
     algorithm: Algorithm, exchange: Exchange, rows: Sequence[Row], kept: Sequence[_Kept], standing: Sequence[_Standing]
 ) -> Report:
-    """The clients' metrics averaged, what was sent, and who was not finite first."""
+    """The clients' metrics averaged (NaN where nobody counts), what was sent, and who was not finite first."""
     names = [", ".join(sorted(k.metrics)) for k in kept]
     if len({*names}) > 1:
         raise InputError(
@@ -211,7 +211,8 @@ def _report(
         )
     metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *(k.metrics for k in kept))
     weight = jnp.concatenate([cohort.weight for cohort in standing])
-    total = jnp.maximum(jnp.sum(weight), 1)
+    total = jnp.sum(weight)
+    total = jnp.where(total > 0, total, jnp.nan)
     bad, client = jnp.concatenate([k.nonfinite for k in kept]), jnp.concatenate([row.client for row in rows])
     first = jnp.argmax(bad >= 0)
     return Report(

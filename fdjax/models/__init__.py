@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -66,6 +67,8 @@ def build(name: str, input_shape: Sequence[int], num_classes: int, **options: An
       InputError: no such model or option, fewer than two classes, or an input that the net cannot take.
     """
     allowed = options_of(name)
+    if isinstance(input_shape, Integral) or not all(isinstance(size, Integral) and size > 0 for size in input_shape):
+        raise InputError(f"model {name!r}: input_shape={input_shape!r}; expected one example's, (H, W, c) or (F,)")
     if num_classes < 2:
         raise InputError(f"model {name!r} needs num_classes >= 2; got {num_classes}")
     for option in options:

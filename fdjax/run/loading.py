@@ -20,9 +20,22 @@ class Loaded(NamedTuple):
 
 
 def load(settings: Settings) -> Loaded:
-    """The data set, who holds what of it, and the proxy data. Raises InputError for settings that no data fit."""
+    """The data set, who holds what of it, and the proxy data.
+
+    Raises InputError for settings that no data fit, and for data that do not fit into the host's memory.
+    """
+    try:
+        return _load(settings)
+    except MemoryError as error:
+        raise InputError(
+            f"--dataset={settings.dataset} does not fit into memory here ({error}); give fewer clients or examples"
+        ) from None
+
+
+def _load(settings: Settings) -> Loaded:
     of_source, of_partition = _options(settings)
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
+    source = data.checked(source)
     if not settings.standardize:
         source = source._replace(mean=(0.0,), std=(1.0,))
     source = _fraction(source, settings.train_fraction, settings.data_seed)

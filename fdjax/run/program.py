@@ -2,17 +2,22 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import jax
 from absl import app, flags, logging
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
+from fdjax.run.checkpoint import check_resumable, runs_at
+from fdjax.run.parsing import parse_flags
 from fdjax.run.runner import InterruptedRun
+from fdjax.run.saving import unsaved
 from fdjax.runtime import use_all_cores
 
 
@@ -62,8 +67,34 @@ def _silent():
         yield
 
 
+class _Unbreakable:
+    """A stream whose reader may end, as `head` does, without ending the program: what follows goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._unless_broken(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._unless_broken(self._stream.flush)
+
+    def _unless_broken(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
 def start(main: Callable[[], None]) -> None:
-    """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130."""
+    """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130.
+
+    Where `main` ends well, but something that was asked for could not be saved, the exit code is 1.
+    """
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -75,22 +106,29 @@ def start(main: Callable[[], None]) -> None:
         if resume and given.overwrite:
             sys.exit(_complain("--resume and --overwrite exclude each other; give one of them"))
         if resume and not given.out:
-            sys.exit(_complain("--resume needs the --out of the run that is to go on"))
+            could = runs_at(Path("runs"))
+            runs = f", {'one of ' if ',' in could else ''}{could}" if could else ""
+            sys.exit(_complain(f"--resume needs the --out of the run that is to go on{runs}"))
         use_all_cores()
         keep_compiled_code(given.compile_cache)
         try:
             if "coordinator" in given:
                 hosts.join(given.coordinator, given.num_processes, given.process_id)
+            elif resume:  # of several runs, some of which may not have begun
+                check_resumable(Path(given.out).expanduser())
             with contextlib.nullcontext() if hosts.is_first() else _silent():
                 main()
         except InputError as error:
             where = [note for note in getattr(error, "__notes__", []) if not note.startswith("---")]  # not JAX's own
             sys.exit(_complain("\n".join([str(error), *where])))
         except InterruptedRun as stop:
-            kept = f"; the same command with --out={stop.out} --resume (and no --overwrite) goes on" if stop.out else ""
+            out = "" if stop.out is None else shlex.quote(f"--out={stop.out}")
+            kept = f"; the same command with {out} --resume (and no --overwrite) goes on" if out else ""
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))
         except KeyboardInterrupt:
             sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))
+        if unsaved():
+            sys.exit(1)
 
     flags.DEFINE_string(
         "compile_cache",
@@ -102,7 +140,8 @@ def start(main: Callable[[], None]) -> None:
         if module.startswith(("fdjax.", "benchmarks.", "sweeps.")):
             for flag in defined:  # so that --help lists them as this program's own
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(guarded)
+    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    app.run(guarded, flags_parser=parse_flags)
 
 
 def _complain(message: str, code: int = 2) -> int:

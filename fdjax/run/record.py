@@ -6,20 +6,25 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from fdjax.data import count_labels
 from fdjax.engine.layout import NonFinite, Report
+from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
+from fdjax.run.trained_model import Trained, TrainedModel
 
 _COUNTED = ("bytes_up", "bytes_down", "nonfinite_clients", "participants", "senders")
 # of rounds, beside the metrics of the method
+_MOST_LABELS = 1_000_000  # counts of labels that a result holds
 
 
 Record = dict[str, Any]  # histories by name under "rounds", "evaluations" ..., see `empty_record`
@@ -30,16 +35,45 @@ class Result(NamedTuple):
 
     settings: Settings
     rounds: dict[str, list[float]]
-    # of every round: metrics of training, cumulative bytes_up and bytes_down, those of the set-up among them, and how
-    # many `participants` received and how many of them, the `senders`, sent
+    # of every round: metrics of training (NaN where nobody trained), cumulative bytes_up and bytes_down, those of the
+    # set-up among them, and how many `participants` received and how many of them, the `senders`, sent
     evaluations: dict[str, list[float]]
     # of every evaluation; "round" says after how many rounds, the first after none, and "local_examples" on how many
     # examples of the test set personal models (and an ensemble of them) were tested
-    clients: dict[str, list[float]]  # of every client in order of ids, at the last evaluation
+    clients: dict[str, list[float]]
+    # of every client in order of ids, at the last evaluation; NaN for one that has no test example
     traffic: Traffic
     seconds: float  # wall, all parts of a resumed run together
     compile_seconds: float  # of which compilation
     setup: dict[str, float]  # bytes_up and bytes_down of the set-up, and its metrics; {} for a method without one
+    holdings: Mapping[str, list[Any]] = MappingProxyType({})
+    # of every client in order of ids: what the means over clients are made of, see `holdings_of`
+    trained: Trained | None = None  # the models, where they are kept
+
+    @property
+    def round(self) -> int:
+        """Rounds done, which are fewer than the settings' if the run was stopped."""
+        return len(self.rounds["bytes_up"])
+
+    @property
+    def central(self) -> TrainedModel:
+        """The central model as it was trained; of a method that tests an ensemble, that. Raises InputError without one.
+
+        result = fdjax.run(algorithm="fedavg", model="2nn", rounds=20)
+        logits = result.central.predict(images)  # [N, K] of inputs in the form of the data set
+        """
+        return self._models().central()
+
+    def personal(self, client: int) -> TrainedModel:
+        """The model of one client, by its id. Raises InputError for a method whose clients have none of their own."""
+        return self._models().personal(client)
+
+    def _models(self) -> Trained:
+        if self.trained is None:
+            raise InputError(
+                "this result keeps no models, as those of a batch of trials do not; give its settings to fdjax.run"
+            )
+        return self.trained
 
     @property
     def final(self) -> dict[str, float]:
@@ -100,7 +134,7 @@ class Recording:
             before = evaluations.get(name, [])
             evaluations[name] = before + [math.nan] * (size - 1 - len(before)) + [value]
 
-    def result(self, times: Mapping[str, float]) -> Result:
+    def result(self, times: Mapping[str, float], trained: Trained | None = None) -> Result:
         """The result of the run as far as it went: bytes add up, from those of the set-up on."""
         rounds, setup = dict(self.record["rounds"]), self.record["setup"]
         for name in ("bytes_up", "bytes_down"):
@@ -114,6 +148,8 @@ class Recording:
             seconds=times["seconds"],
             compile_seconds=times["compile_seconds"],
             setup=setup,
+            holdings=holdings_of(self._experiment),
+            trained=trained,
         )
 
     def _metrics(self, report: Report) -> dict[str, Any]:
@@ -152,7 +188,8 @@ class Recording:
         evaluations = self.record["evaluations"]
         kind = kind_of(evaluations)
         losses = evaluations[f"{kind}_loss"]
-        if not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
+        tested = np.isfinite(evaluations[f"{kind}_accuracy"][-1])
+        if tested and not np.isfinite(losses[-1]) and (len(losses) == 1 or np.isfinite(losses[-2])):
             done = evaluations["round"][-1]
             self._warn(f"the {kind} loss is {losses[-1]} at round {done}: the run diverged; lower the learning rates")
 
@@ -163,6 +200,25 @@ class Recording:
 def kind_of(names: Collection[str]) -> str:
     """What of an evaluation stands for all of it: the first of these that is tested."""
     return next(kind for kind in ("central", "local", "own", "validation") if f"{kind}_accuracy" in names)
+
+
+def holdings_of(experiment: Experiment) -> dict[str, list[Any]]:
+    """Of each client in order of ids: `n_k`, its training examples, `test_examples` of its own test part, whether it
+    `never_trains`, and `labels` [K], how many of its training examples have each (left out of a very large federation).
+
+    The means over clients can be made of these: the uniform one is over clients with test examples that may train, the
+    others weigh them by n_k or by test examples, and local ones are over clients that may train and have something to.
+    """
+    federation, classes = experiment.federation, experiment.source.num_classes
+    in_order_of_ids = np.argsort(np.asarray(federation.client))
+    held: dict[str, list[Any]] = {
+        "n_k": np.asarray(experiment.holdings.count).tolist(),
+        "test_examples": np.asarray(federation.test_holdings.count)[in_order_of_ids].tolist(),
+        "never_trains": never_train(experiment.layout)[in_order_of_ids].tolist(),
+    }
+    if len(in_order_of_ids) * classes <= _MOST_LABELS:
+        held["labels"] = count_labels(experiment.holdings, experiment.source.train_y, classes).tolist()
+    return held
 
 
 def _sent(sizes: tuple[tuple[Sizes, ...], ...], report: Report) -> dict[str, Any]:

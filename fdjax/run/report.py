@@ -17,31 +17,41 @@ from tabulate import tabulate
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
+from fdjax.run.checkpoint import FOLDER
+from fdjax.run.lock import locked
 from fdjax.run.record import Result
+from fdjax.run.saving import saving
 from fdjax.run.settings import FOLDERS
 
 _VERSIONS = ("fdjax", "jax", "jaxlib", "flax", "optax", "numpy", "optuna")
 
 
-def prepare(out: str | os.PathLike, *, overwrite: bool = False) -> Path:
+def prepare(out: str | os.PathLike, *, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder `out`, created if it does not exist; with `overwrite`, without the checkpoints that it holds.
 
-    Raises InputError if nothing can be written there.
+    With `resume` it is not created, so that a folder that was misspelt leaves nothing behind.
+    Raises InputError if nothing can be written there, or if what is to be overwritten is in use.
     """
     folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        if overwrite and hosts.is_first():
-            for checkpoints in (folder / "checkpoints", *folder.glob("runs/*/checkpoints")):
-                if checkpoints.is_dir():
-                    shutil.rmtree(checkpoints)
-    except OSError as error:
-        raise InputError(f"cannot write to --out={out}: {error.strerror}; choose another folder") from None
-    hosts.wait()
+    with hosts.all_or_none():
+        if not resume or folder.is_dir():
+            try:
+                _make_room(folder, overwrite=overwrite)
+            except OSError as error:
+                raise InputError(f"cannot write to --out={out}: {error.strerror}; choose another folder") from None
     return folder
+
+
+def _make_room(folder: Path, *, overwrite: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+    if overwrite and hosts.is_first():
+        for checkpoints in (folder / FOLDER, *folder.glob(f"runs/*/{FOLDER}")):
+            if checkpoints.is_dir():
+                with locked(checkpoints.parent):
+                    shutil.rmtree(checkpoints)
 
 
 def environment() -> dict[str, Any]:
@@ -102,15 +112,20 @@ def bytes_until(result: Result, round: int) -> float:
 
 
 def result_dict(result: Result) -> dict[str, Any]:
-    """A result as plain JSON values; folders, which mean nothing on another machine, left out."""
+    """A result as plain JSON values; folders, which mean nothing on another machine, left out.
+
+    The means over clients of `final` can be made again from `clients` and `holdings`, see `record.holdings_of`.
+    """
     return {
         "settings": {name: value for name, value in result.settings.public().items() if name not in FOLDERS},
         **({"files": result.settings.files} if result.settings.files else {}),  # of a user's own
+        "round": result.round,  # fewer than settings.rounds if the run was stopped
         "final": result.final,
         "setup": result.setup,
         "rounds": result.rounds,
         "evaluations": result.evaluations,
         "clients": result.clients,
+        "holdings": dict(result.holdings),
         "bytes_per_participant": {way: bytes_of_one_client(result, way) for way in ("up", "down")},
         "participants": result.traffic.participants,
         "seconds": result.seconds,
@@ -132,11 +147,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one; of several hosts, the first does."""
+    """Write a file by way of a temporary one; of several hosts, the first does. What cannot be written is told."""
     if hosts.is_first():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        with saving(path) as temporary:
+            temporary.write_text(text)
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
@@ -145,7 +159,9 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
 
 
 def percent(mean: float, std: float | None = None) -> str:
-    """A fraction as a percentage, with its standard deviation if there is one."""
+    """A fraction as a percentage, with its standard deviation if there is one; "n/a" where nothing was tested."""
+    if math.isnan(mean):
+        return "n/a"
     return f"{100 * mean:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "")
 
 
@@ -164,7 +180,10 @@ Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
 
 
 def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: bool = False) -> None:
-    """Draw panels side by side; with `log_x` their x axes are logarithmic, and begin above 0."""
+    """Draw panels side by side; with `log_x` their x axes are logarithmic, and begin above 0.
+
+    A picture that cannot be written is told.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,6 +209,14 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib, and close it; one that cannot be written is told."""
+    import matplotlib.pyplot as plt
+
     if hosts.is_first():
-        figure.savefig(path, dpi=120)
+        with saving(path) as temporary:
+            figure.savefig(temporary, dpi=120)
     plt.close(figure)

@@ -5,8 +5,7 @@ import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,31 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fdjax import own
 from fdjax.engine import compiling, hosts, plan
 from fdjax.engine.layout import State, first_rounds
-from fdjax.engine.storage import Storage
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
-from fdjax.run.checkpoint import Checkpoints
+from fdjax.run.checkpoint import check_resumable
 from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, with_plan
-from fdjax.run.record import Clock, Record, Recording, Result, clock, kind_of
+from fdjax.run.lock import locked
+from fdjax.run.record import Record, Recording, Result, clock, kind_of
+from fdjax.run.saves import Saves
 from fdjax.run.settings import FOLDERS, Settings, make
+from fdjax.run.trained_model import Trained, leave_devices
 from fdjax.run.training import hparams_now
 
 __all__ = ["InterruptedRun", "Result", "run", "start"]
 
-_SAVE_SECONDS = 30
-
 
 class InterruptedRun(Exception):  # noqa: N818
-    """A run was asked to stop and did, after `round` rounds, with a checkpoint in `out` (None: nothing was kept)."""
+    """A run was asked to stop and did, after `round` rounds, with a checkpoint in `out` (None: nothing was kept).
 
-    def __init__(self, round: int, out: Path | None):
-        super().__init__(round, out)
-        self.round, self.out = round, out
+    `result` is what there is by then, as a run of so many rounds would give it.
+    """
+
+    def __init__(self, round: int, out: Path | None, result: Result | None = None):
+        super().__init__(round, out, result)
+        self.round, self.out, self.result = round, out, result
 
 
 def start(
@@ -69,18 +70,21 @@ def run(
 ) -> Result:
     """Simulate the rounds of checked settings.
 
-    With `out`, checkpoints are kept in that folder; with `resume`, the run goes on from the latest of them.
-    `checkpoint_every` is in rounds; 0 saves about every 30 seconds. The last round is always saved.
+    With `out`, checkpoints are kept in that folder, which is this run's alone meanwhile; with `resume`, the run goes
+    on from the latest of them that is whole. `checkpoint_every` is in rounds; 0 saves about every 30 seconds. The last
+    round is always saved. A save that fails is told, and costs nothing but itself.
 
     Raises InputError for settings that cannot work or that differ from the checkpoint's, before anything compiles, and
-    InterruptedRun after the first SIGINT or SIGTERM.
+    InterruptedRun, which has the result so far, after the first SIGINT or SIGTERM.
     """
     public = settings.public()
     with contextlib.ExitStack() as stack:
         time_spent = stack.enter_context(clock())
         hosts.check_agreement(public | {"resume": resume, "out": str(out)}, FOLDERS)
-        saves = stack.enter_context(contextlib.closing(_Saves(out, checkpoint_every, public, time_spent)))
-        saves.check(settings, resume)
+        _take(stack, out, resume)
+        saves = stack.enter_context(contextlib.closing(Saves(out, checkpoint_every, settings, time_spent)))
+        saves.check(resume)
+        leave_devices()
         experiment, traffic, needed = _compile(build(settings))
         progress = progress and hosts.is_first()
         if progress:
@@ -100,8 +104,27 @@ def run(
                 disable=not progress,
             )
         )
-        _run_rounds(experiment, state, recording, saves, bar)
-        return recording.result(time_spent.stamp(recording.record))
+
+        def result(experiment: Experiment, state: State) -> Result:
+            folder = out if saves.round == int(state.round) else None
+            return recording.result(time_spent.stamp(recording.record), Trained(experiment, state, folder=folder))
+
+        return _run_rounds(experiment, state, recording, saves, bar, result)
+
+
+def _take(stack: contextlib.ExitStack, out: Path | None, resume: bool) -> None:
+    """Hold the folder while `stack` is open. Raises InputError, on all hosts, if it is in use or nothing resumes."""
+    with hosts.all_or_none():
+        if resume and out is None:
+            raise InputError("resume=True needs the folder of the run that is to go on; give out as well")
+        if out is not None and resume:
+            check_resumable(out)
+        if out is not None and hosts.is_first():
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+            stack.enter_context(locked(out))
 
 
 def _begun(experiment: Experiment, recording: Recording) -> State:
@@ -119,8 +142,15 @@ def _evaluate(experiment: Experiment, state: State, examples: int) -> tuple[Any,
     return experiment.simulation.evaluate(state, experiment.federation, experiment.hparams, np.int32(examples))
 
 
-def _run_rounds(experiment: Experiment, state: State, recording: Recording, saves: "_Saves", bar: tqdm) -> None:
-    """Run and record the rounds that are left."""
+def _run_rounds(
+    experiment: Experiment,
+    state: State,
+    recording: Recording,
+    saves: Saves,
+    bar: tqdm,
+    result: Callable[[Experiment, State], Result],
+) -> Result:
+    """Run and record the rounds that are left; `result` makes the result of what they end in."""
     rounds, eval_every = experiment.settings.rounds, experiment.settings.eval_every
     simulation, federation, tests = experiment.simulation, experiment.federation, experiment.tests
     most, done = _longest(experiment.settings), saves.round
@@ -141,74 +171,15 @@ def _run_rounds(experiment: Experiment, state: State, recording: Recording, save
             stopping = hosts.any_of(bool(signals))
             saves.save_if_due(state, recording.record, done, at_once=stopping or done == rounds)
             if stopping and done < rounds:
-                raise InterruptedRun(done, saves.folder)
+                kept = saves.folder if saves.round else None
+                raise InterruptedRun(done, kept, result(experiment, state))
+    return result(experiment, state)
 
 
 def _show(bar: tqdm, record: Record, rounds: int) -> None:
     kind = kind_of(record["evaluations"])
     bar.set_postfix_str(f"{kind} {100 * record['evaluations'][f'{kind}_accuracy'][-1]:.2f} %")
     bar.update(rounds)
-
-
-class _Saves:
-    """The saves of a run: whether there is one to go on from, and when to make the next. None without a folder."""
-
-    def __init__(self, folder: Path | None, every: int, public: dict[str, Any], time_spent: Clock):
-        self.folder, self.round = folder, 0  # rounds done at the last save
-        self.record: Record | None = None  # of the save from which the run goes on, if there is one
-        self.storages: tuple[Storage, ...] = ()  # where states of clients lie
-        self._stored: list[Storage] | None = None  # where they lay at that save
-        self._every, self._public, self._time_spent = every, public, time_spent
-        self._checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
-        self._saved_at = time.perf_counter()
-
-    def check(self, settings: Settings, resume: bool) -> None:
-        """Find the last save. Raises InputError if the folder holds a run that these settings cannot continue."""
-        latest = self._checkpoints.latest() if self._checkpoints else None
-        if self._checkpoints is None or latest is None:
-            return
-        if not resume:
-            raise InputError(
-                f"{self.folder} holds {latest} rounds already; use --resume to go on, --overwrite to begin anew or "
-                "another --out"
-            )
-        record = self._checkpoints.record()
-        then, now = record.pop("settings"), self._public
-        stored = record.pop("storages", None)
-        self._stored = None if stored is None else [Storage(*each) for each in stored]
-        differing = sorted(n for n in {*then, *now} - settings.resumable if then.get(n) != now.get(n))
-        if differing:
-            name, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
-            changed = own.changed(then.get(name), now.get(name))
-            raise InputError(
-                f"{self.folder} was run with {name}={then.get(name)}, not {now.get(name)}{changed}{more}; "
-                "use the settings of the run that you resume, or another --out"
-            )
-        if latest > settings.rounds:
-            raise InputError(f"{self.folder} is at round {latest} already; give --rounds={latest} or more")
-        self.round, self.record = latest, record
-
-    def restore(self, like: State) -> State:
-        """The state of the last save, with the shapes and the placement of `like`."""
-        assert self._checkpoints is not None
-        self._saved_at = time.perf_counter()
-        return self._checkpoints.restore(like, self._stored, self.storages)
-
-    def save_if_due(self, state: State, record: Record, done: int, *, at_once: bool) -> None:
-        """Save if enough rounds or seconds have passed on any host, or `at_once`."""
-        if self._checkpoints is None:
-            return
-        rounds, seconds = done - self.round, time.perf_counter() - self._saved_at
-        due = rounds >= self._every if self._every else seconds > _SAVE_SECONDS
-        if hosts.any_of(due) or at_once:
-            more = {"settings": self._public, "storages": [list(storage) for storage in self.storages]}
-            self._checkpoints.save(state, self._time_spent.stamp(record) | more)
-            self._saved_at, self.round = time.perf_counter(), done
-
-    def close(self) -> None:
-        """Release what the checkpoints hold."""
-        if self._checkpoints is not None:
-            self._checkpoints.close()
 
 
 def _longest(settings: Settings) -> int:

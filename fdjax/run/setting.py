@@ -2,8 +2,12 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
 
 from fdjax import own
 from fdjax.errors import InputError, unknown
@@ -85,3 +89,18 @@ def setting_field(default: Any, help: str, kind: type | None = None, role: Role 
     """A field of a dataclass of settings, with its record; one whose default is None may be None."""
     record = Setting(help, kind or type(default), role, default is None, **more)
     return dataclasses.field(default=default, metadata={"setting": record})
+
+
+def plain(value: Any) -> Any:
+    """Scalars of NumPy and JAX as Python's and paths as text, so that settings can be compared and written as JSON."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
+    """Of a dict or of pairs of a name and a value: the pairs in order."""
+    try:
+        return tuple(sorted((name, plain(value)) for name, value in dict(given or {}).items()))
+    except (TypeError, ValueError):
+        raise InputError(f"{name}={given!r}: expected a dict of values by name, or pairs of both") from None

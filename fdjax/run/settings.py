@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from fdjax import data, own
@@ -26,7 +25,8 @@ from fdjax.models import own as nets
 from fdjax.run import methods
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
 from fdjax.run.participation import ParticipationSettings, check_participation
-from fdjax.run.setting import Role, Setting, setting_field
+from fdjax.run.setting import Role, Setting, pairs, plain, setting_field
+from fdjax.run.unused import check_unused
 
 LOCAL_EVALS = MappingProxyType(
     {
@@ -178,9 +178,14 @@ class Settings(OptimizerSettings, ParticipationSettings):
     @property
     def files(self) -> dict[str, str]:
         """The files that a user's own method and nets came from, by the values of the settings that name them."""
-        names = {self.model, *(name for name, _ in cohorts_of(self.models))} if self.models else {self.model}
+        names = {self.model, *(name for name, _ in self.cohorts)}
         found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
         return {own.recorded(name): file for name, file in sorted(found.items()) if file}
+
+    @property
+    def cohorts(self) -> tuple[tuple[str, int], ...]:
+        """(model, clients) of each cohort that `models` names; none if all clients have `model`."""
+        return cohorts_of(self.models) if self.models is not None else ()
 
     @property
     def partition_name(self) -> str:
@@ -233,16 +238,18 @@ class Settings(OptimizerSettings, ParticipationSettings):
         if self.models is not None:
             self._check_models(self.models)
         check_participation(self)
+        check_unused(self)
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 
     def _resolved(self) -> "Settings":
-        """The same with plain values for a user's own files and values."""
-        given = {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.resolve}
-        plain = {n: SETTINGS[n].resolve(v) for n, v in given.items() if v is not None}  # pyright: ignore
-        return dataclasses.replace(self, **plain)
+        """The same with plain values: for scalars of arrays, for paths, for a user's own files and values."""
+        given = {name: plain(getattr(self, name)) for name in FLAGS}
+        own_names = {n: FLAGS[n].resolve(v) for n, v in given.items() if v is not None and FLAGS[n].resolve}  # pyright: ignore
+        both = {name: pairs(name, getattr(self, name)) for name in ("hparams", "options")}
+        return dataclasses.replace(self, **given | own_names | both)
 
     def _check_models(self, models: str) -> None:
-        names = [name for name, _ in cohorts_of(models)]
+        names = [name for name, _ in self.cohorts]
         if self.method.one_architecture and names != [self.model]:
             raise InputError(
                 f"--models={models}: clients of {self.method.name} have no model of their own, only "
@@ -283,7 +290,7 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
     The latter two may also be given as dicts. Raises InputError for a name that nothing has and for bad values.
     """
     fields: dict[str, Any] = {}
-    hparams, options = dict(hparams or {}), dict(options or {})
+    hparams, options = (dict(pairs(name, g)) for name, g in (("hparams", hparams), ("options", options)))
     algorithm = methods.resolve(named.get("algorithm", Settings.algorithm), SETTINGS)
     named, its = named | {"algorithm": algorithm}, methods.of(algorithm)
     for name, value in named.items():
@@ -297,9 +304,7 @@ def make(hparams: Mapping[str, Any] | None = None, options: Mapping[str, Any] | 
             near = difflib.get_close_matches(name, [*FLAGS, *_names_of_options(), *_names_of_hparams()], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise InputError(f"unknown setting {name!r}{hint}; python -m fdjax --help lists them all")
-    for name, given in (("hparams", hparams), ("options", options)):
-        fields[name] = tuple(sorted((name, _plain(value)) for name, value in given.items()))
-    return Settings(**{name: _plain(value) for name, value in fields.items()}).check()
+    return Settings(**fields, hparams=tuple(hparams.items()), options=tuple(options.items())).check()
 
 
 def described(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,11 +318,6 @@ def contents(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
     texts = [(name, value) for name, value in named if name in SETTINGS and isinstance(value, str)]
     found = {value: SETTINGS[n].resolve(value) for n, value in texts if SETTINGS[n].resolve}  # pyright: ignore
     return {given: own.recorded(held) for given, held in sorted(found.items()) if held != given and own.is_own(held)}
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, so that settings can be compared and written as JSON."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _names_of_hparams() -> set[str]:
@@ -360,7 +360,7 @@ def define_flags(skip: Collection[str] = (), **defaults: Any) -> None:
     for name, users in hparams.items():
         if name not in skip:
             text = "; ".join(
-                f"{', '.join(methods)} (default {record.default}){f': {record.help}' if record.help else ''}"
+                f"{', '.join(methods)} (default {record.default}){f': {record.described()}' if record.help else ''}"
                 for record, methods in users.items()
             )
             flags.DEFINE_float(name, defaults.get(name), f"hyperparameter of {text}")

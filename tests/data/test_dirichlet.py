@@ -192,6 +192,16 @@ def test_a_hopeless_alpha_ends_in_an_error_that_names_one_that_works(variant, mo
     partition(variant, labels, 10, 1, num_classes=3, **{name: float(works[1])})
 
 
+def test_the_search_for_a_partition_ends_after_seconds_of_work(monkeypatch):
+    """5,000 clients took 31 s to be given up, whatever a draw costs."""
+    draws = []
+    monkeypatch.setattr(dirichlet, "SECONDS", 0.0)
+    monkeypatch.setattr(dirichlet, "capped", lambda *args: draws.append(args) or np.zeros((5000, 3), int))
+    with pytest.raises(InputError, match="in 1 draws some client always had fewer than 10 of 60000"):
+        partition("dirichlet_a", np.arange(60000) % 3, 5000, 0, num_classes=3, alpha=0.1)
+    assert len(draws) == 1
+
+
 def test_an_empty_class_is_no_obstacle():
     labels = np.arange(1000) % 4
     for variant in VARIANTS:

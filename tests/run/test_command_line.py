@@ -84,6 +84,20 @@ BAD = [
     ({"model": "cnn1"}, {}, "model 'cnn1' on inputs (60,)"),
     ({"augment": "rotate_crop"}, {}, "--augment=rotate_crop needs images"),
     ({"devices": 99}, {}, "--devices=99, but there are 4; give at most as many"),
+    # What is given and would not be used.
+    ({"data_dir": "/data"}, {}, "--data_dir=/data: --dataset=synthetic reads no files; give a data set that does"),
+    ({"dataset": "mnist_sample", "data_dir": "/data"}, {}, "--data_dir=/data: --dataset=mnist_sample reads no files"),
+    ({"dataset": "idx", "cache_dir": "/data"}, {}, "--cache_dir=/data: only data sets that tfds prepared are decoded"),
+    ({"proxy": "noise"}, {}, "--proxy=noise: fedavg uses no proxy data, and only held_out takes examples from it"),
+    ({"proxy_size": 50}, {}, "--proxy_size=50: there are no proxy data; give --proxy too, or leave it out"),
+    ({"proxy": "held_out", "proxy_per_round": 5}, {}, "--proxy_per_round=5: fedavg uses no proxy data; leave it out"),
+    ({"distill_batch_size": 5}, {}, "--distill_batch_size=5: fedavg uses no proxy data; leave it out"),
+    ({"padding": "SAME"}, {}, "--padding=SAME: model 'mclr' has no padding; leave it out, or choose of cnn1, "),
+    ({"straggler_work": "drop"}, {}, "--straggler_work=drop: there are no stragglers; give --stragglers too, or leave"),
+    ({"fine_tune_epochs": 3}, {}, "--fine_tune_epochs=3: there are no new clients; give --new_clients too, or leave"),
+    ({"lifting": "vmap", "chunk": 2}, {}, "--chunk=2: --lifting=vmap takes no chunks; leave it out, or give --lifting"),
+    ({}, {"local_steps": 5, "local_epochs": 2}, "--local_steps=5 and --local_epochs=2: steps are in place of epochs"),
+    ({"algorithm": "dsfl", "proxy": "noise"}, {"era_beta": 3.0}, "--era_beta=3: dsfl uses it with --aggregation=enh"),
 ]  # fmt: skip
 
 

@@ -48,10 +48,12 @@ def test_what_a_resumed_run_may_change():
 
 
 def test_names_are_settings_hparams_and_options_of_the_method():
-    flat = settings.make(algorithm="dsfl", proxy="noise", era_temperature=0.2, aggregation="sa", rounds=3)
-    nested = settings.make({"era_temperature": 0.2}, {"aggregation": "sa"}, algorithm="dsfl", proxy="noise", rounds=3)
+    flat = settings.make(algorithm="dsfl", proxy="noise", era_temperature=0.2, aggregation="era_logits", rounds=3)
+    nested = settings.make(
+        {"era_temperature": 0.2}, {"aggregation": "era_logits"}, algorithm="dsfl", proxy="noise", rounds=3
+    )
     assert flat == nested
-    assert flat.public()["aggregation"] == "sa"
+    assert flat.public()["aggregation"] == "era_logits"
     assert settings.make(rounds=np.int64(3), participation=np.float64(0.5)) == settings.make(
         rounds=3, participation=0.5
     )

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from sweep_cases import TINY, finish
 
 from benchmarks import sweep_kills
+from fdjax.errors import InputError
 from sweeps import run, storage
 
 
@@ -240,7 +241,53 @@ def test_workers_may_create_a_database_at_the_same_moment(url, monkeypatch):
     monkeypatch.setattr(storage.time, "sleep", slept.append)
     monkeypatch.setattr(optuna.storages, "RDBStorage", Disturbed)
     assert optuna.get_all_study_names(storage.open_storage(url)) == []
-    assert slept == [1.0, 1.0]
+    assert len(slept) == 2
+
+
+_AT_ONCE = """
+import os, sys, optuna
+from sweeps.storage import open_storage
+ready, go = os.pipe()
+children = []
+for _ in range(32):
+    if not (child := os.fork()):
+        os.close(go)
+        os.read(ready, 1)
+        try:
+            shared = optuna.create_study(study_name="a", storage=open_storage(sys.argv[1]), load_if_exists=True)
+            shared.set_user_attr(f"beat {os.getpid()}", 1)
+        except BaseException as error:
+            sys.stderr.write(f"{error!r}\\n")
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+os.close(go)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+
+
+def test_workers_that_begin_at_once_on_a_new_study_all_end_well(tmp_path):
+    """Without turns and second tries, 31 of these 32 die of tables that another one has just made."""
+    url = f"sqlite:///{tmp_path}/new.db"
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", _AT_ONCE, url], capture_output=True, text=True)
+    assert found.stdout.split("\n")[0] == str([0] * 32), found.stderr
+    shared = optuna.load_study(study_name="a", storage=storage.open_storage(url))
+    assert len(shared.user_attrs) == 32
+
+
+@pytest.mark.usefixtures("instant")
+def test_workers_that_fail_are_an_error_only_while_trials_are_left(url, capsys):
+    """What the others completed is told in any case."""
+    plan = TINY.check()
+    shared = run.open_study(plan, url)
+    with pytest.raises(InputError, match="workers ended early, with exit codes -9, 1, and trials are left"):
+        run._tell_states(plan, shared, url, [-9, 1])
+    assert "tiny: no trial" in capsys.readouterr().out
+    finish(TINY, url)
+    run._tell_states(plan, shared, url, [-9])
+    told = capsys.readouterr()
+    assert "tiny: 8 complete" in told.out
+    assert "workers ended early, with exit codes -9;" in told.err
 
 
 def test_killed_workers_cost_no_trial_and_double_none(tmp_path):

@@ -1,0 +1,37 @@
+"""What could not be saved: said in one line each, and remembered, so that the program's exit status tells."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+_unsaved: list[str] = []
+
+
+def unsaved() -> tuple[str, ...]:
+    """What was asked for and could not be saved by this process."""
+    return tuple(_unsaved)
+
+
+def tell_unsaved(what: str, reason: str) -> None:
+    """Say that something that was asked for is not saved, and remember it."""
+    _unsaved.append(what)
+    tqdm.write(f"error: {what} cannot be written: {reason}; make room there or choose another folder", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[Path]:
+    """A block that writes the temporary file that it is given, which then takes the place of `path`.
+
+    If it cannot be written that is told, `path` stays as it was, and the program goes on.
+    """
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        tell_unsaved(str(path), error.strerror or str(error))

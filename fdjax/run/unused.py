@@ -1,0 +1,111 @@
+"""Settings that were given and that a run would not use: each is refused, because its user believes that it does."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fdjax import models, own
+from fdjax.data import sources
+from fdjax.errors import InputError
+
+_LEAVE_OUT = "leave it out"
+
+
+def _no_files(settings: Any) -> str:
+    """A source of the package itself, which no folder holds."""
+    if _read_from_files(settings):
+        return ""
+    real = ", ".join(name for name in ("mnist", "fashion_mnist", "cifar10", "idx") if name in sources.SOURCES)
+    return f"--dataset={settings.dataset} reads no files; give a data set that does (such as {real}), or {_LEAVE_OUT}"
+
+
+def _no_cache(settings: Any) -> str:
+    if any(name not in sources.PLAIN_FILES for name in _read_from_files(settings)):
+        return ""
+    return f"only data sets that tfds prepared are decoded and kept, not --dataset={settings.dataset}; {_LEAVE_OUT}"
+
+
+def _read_from_files(settings: Any) -> list[str]:
+    """Those of the run's data sets that have files."""
+    return [n for n in (settings.dataset, settings.proxy) if n in sources.SOURCES and n not in sources.WITHOUT_FILES]
+
+
+def _no_proxy(settings: Any) -> str:
+    return f"there are no proxy data; give --proxy too, or {_LEAVE_OUT}" if settings.proxy is None else ""
+
+
+def _no_use_of_proxy(settings: Any) -> str:
+    if settings.method.proxy is None:
+        return f"{settings.method.name} uses no proxy data; {_LEAVE_OUT}"
+    return _no_proxy(settings)
+
+
+def _nothing_lost_by_proxy(settings: Any) -> str:
+    """Proxy data that are held out of training change what every method learns from; others mean nothing to most."""
+    if settings.method.proxy or settings.proxy == "held_out":
+        return ""
+    return f"{settings.method.name} uses no proxy data, and only held_out takes examples from it; {_LEAVE_OUT}"
+
+
+def _no_padding(settings: Any) -> str:
+    names = {settings.model, *(name for name, _ in settings.cohorts)}
+    if any(not own.is_own(name) and "padding" in models.options_of(name) for name in names):
+        return ""
+    able = ", ".join(name for name in models.MODELS if "padding" in models.options_of(name))
+    return f"model {settings.model_title!r} has no padding; {_LEAVE_OUT}, or choose of {able}"
+
+
+def _no_stragglers(settings: Any) -> str:
+    return "" if settings.stragglers else f"there are no stragglers; give --stragglers too, or {_LEAVE_OUT}"
+
+
+def _no_new_clients(settings: Any) -> str:
+    return "" if settings.new_clients else f"there are no new clients; give --new_clients too, or {_LEAVE_OUT}"
+
+
+def _no_chunks(settings: Any) -> str:
+    if settings.lifting not in ("vmap", "loop"):
+        return ""
+    return f"--lifting={settings.lifting} takes no chunks; {_LEAVE_OUT}, or give --lifting=chunk"
+
+
+_WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
+    {
+        "data_dir": _no_files,
+        "cache_dir": _no_cache,
+        "proxy": _nothing_lost_by_proxy,
+        "proxy_size": _no_proxy,
+        "proxy_per_round": _no_use_of_proxy,
+        "distill_batch_size": _no_use_of_proxy,
+        "padding": _no_padding,
+        "straggler_work": _no_stragglers,
+        "fine_tune_epochs": _no_new_clients,
+        "chunk": _no_chunks,
+    }
+)  # why settings like these do not use a setting; an empty text if they do
+
+
+def check_unused(settings: Any) -> None:
+    """Raises InputError for a setting, or a hyperparameter, that is not at its default and that the run does not use.
+
+    `settings` are `Settings` whose fields have been checked one by one.
+    """
+    for name, why_not in _WHY_NOT.items():
+        value = getattr(settings, name)
+        if value != getattr(type(settings), name) and (reason := why_not(settings)):
+            raise InputError(f"--{name}={value}: {reason}")
+    method, options = settings.method, settings.method.choices(dict(settings.options))
+    given = method.values(dict(settings.hparams))
+    for name, record in method.hparams.items():
+        option, *values = record.only or ("",)
+        default = given[record.default] if isinstance(record.default, str) else record.default
+        if option and given[name] != default and options[option] not in values:
+            raise InputError(
+                f"--{name}={given[name]:g}: {method.name} uses it with --{option}={' or '.join(values)} alone, not "
+                f"{options[option]}; {_LEAVE_OUT}"
+            )
+    if given.get("local_steps") and given["local_epochs"] != method.hparams["local_epochs"].default:
+        raise InputError(
+            f"--local_steps={given['local_steps']:g} and --local_epochs={given['local_epochs']:g}: steps are in place "
+            "of epochs; give one of them"
+        )
