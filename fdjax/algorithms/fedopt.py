@@ -21,7 +21,7 @@ given (the paper: v_{-1} >= tau^2). The paper has b1 = .9 and b2 = .99, but b1 =
 Sent: x_t down and x_i up, 4P bytes each way; D_t is the mean of the x_i less x_t. The server keeps m and v, 2P.
 
 `bias_correction` = on is the authors' code (Keras' Adam, its Yogi alike) and Flower's FedAdam, not the paper: the rate
-eta sqrt(1 - b2^t) / (1 - b1^t), t = 1, 2, ...; both start v at 0 (`sqrt_v0`=0). `weighting` = examples weighs D_i by n_i.
+eta sqrt(1 - b2^t) / (1 - b1^t), t = 1, 2, ...; both start v at 0 (`sqrt_v0`=0). `weighting` = examples: D_i by n_i;
 FedAvg is then momentum with b1 = 0, eta = 1, to float32's rounding, as x_t is subtracted and added. Server momentum in
 FedDF's and FedNTD's code, m <- b1 m + (x_t - mean), x_{t+1} = x_t - m, is momentum with eta = 1; FedBE's has (1 - b1) D
 for D, so eta = 1 - b1. "Server adaptive" of FedDF's code is adam with b1 = 0, b2 = .99, tau = .01, v = 0.

@@ -134,6 +134,10 @@ def test_any_server_optimizer_from_flags():
     [
         ({"bias_correction": "on", "server_rule": "adagrad"}, "--bias_correction=on: --server_rule=adagrad has none; "),
         ({"server_optimizer": "lion"}, "--server_optimizer=lion is for --server_rule=optax of fedopt; give that too"),
+        (
+            {"server_rule": "momentum", "beta_v": 0.5},
+            "--beta_v=0.5: fedopt uses it with --server_rule=adam or yogi alone",
+        ),
         ({"tau": 0.0}, "--tau=0.0: expected a finite number above 0"),
         ({"beta_m": 1.0}, "--beta_m=1.0: expected a number from 0 to 0.999999"),
         ({"server_rule": "sgd"}, "unknown server_rule 'sgd'"),
