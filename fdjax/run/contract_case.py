@@ -42,6 +42,8 @@ class Case:
         usual = {n: value for n, value in QUICK.items() if n in self.method.hparams}
         if self.method.split:  # clients have the first part, the server a net on what comes out of it
             fields = {"models": f"2nn:{CLIENTS}"} | fields
+        if self.method.proxy is None:  # the same federation, without what such a method would not use
+            fields = {"proxy_per_round": 0} | fields
         self._settings = make(usual | hparams, options, algorithm=name, **_FIELDS | fields)
         self._built: dict[Settings, Experiment] = {}
         self._federations: dict[tuple[int, ...], Federation] = {}
