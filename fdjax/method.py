@@ -111,6 +111,7 @@ class Task(NamedTuple):
     proxy_size: int = 0  # M, 0 without proxy data
     proxy_per_round: int = 0  # of them used in one round
     options: Mapping[str, str] = MappingProxyType({})  # the method's choices by name
+    inputs: tuple[int, ...] = ()  # shape of one example
 
     @property
     def clients(self) -> int:
@@ -139,11 +140,11 @@ class Method(NamedTuple):
     split: bool = False  # whether the central model takes what the first block of the clients' models gives
     parts: bool = False  # whether it uses `features` and `head` of models, or their `blocks`
     pooled: bool = False  # whether one client holds what all would hold
-    averages: bool = (
-        False  # whether params of the central model are all that is exchanged, so that clients can keep some
-    )
+    averages: bool = False  # whether it exchanges params of the central model, so that clients can keep some; if more
+    # than these are sent, they are the entry "params" of a dict
     keeps_models: bool = False  # whether clients' own models never leave them, so that their statistics stay too
     stages: tuple[str, ...] = ()  # what it trains by beside `task.training`: "distill", "server", or both
+    stages_for: tuple[str, str] | None = None  # an option and its value without which it does not
     keeps_optimizer: bool = (
         False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise
     )

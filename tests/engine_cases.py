@@ -91,6 +91,7 @@ def task(batch_size=4, cohorts=(("mclr", 7),), options=(), per_round=PER_ROUND, 
         proxy_size=PROXIES,
         proxy_per_round=per_round,
         options=dict(options),
+        inputs=shape,
     )
 
 

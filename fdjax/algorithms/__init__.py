@@ -12,9 +12,12 @@ from fdjax.algorithms import (
     feddf,
     feddistill,
     fedgems,
+    fedgen,
     fedgkt,
     fedmd,
+    fedopt,
     fedprox,
+    fedssd,
 )
 from fdjax.method import Method
 
@@ -23,7 +26,22 @@ ALGORITHMS: dict[str, Method] = {
     for method in (
         *(
             module.METHOD
-            for module in (fedavg, fedprox, feddistill, cfd, feddf, fedgems, fedgkt, fd, fedmd, cronus, dsfl)
+            for module in (
+                fedavg,
+                fedopt,
+                fedprox,
+                fedssd,
+                feddistill,
+                cfd,
+                feddf,
+                fedgems,
+                fedgen,
+                fedgkt,
+                fd,
+                fedmd,
+                cronus,
+                dsfl,
+            )
         ),
         *baselines.METHODS,
     )

@@ -23,6 +23,17 @@ def is_statistic(path: str) -> bool:
     return STATISTICS in path.split("/")
 
 
+def paths_read(function: Callable[..., Any], params: PyTree, *inputs: Any) -> set[str]:
+    """The paths of those of `params` that `function(params, *inputs)` makes use of, such as a head's. Shapes do."""
+    trace = jax.make_jaxpr(function)(params, *inputs).jaxpr
+    needed = {id(variable) for variable in trace.outvars}
+    for equation in reversed(trace.eqns):
+        if any(id(variable) in needed for variable in equation.outvars):
+            needed |= {id(variable) for variable in equation.invars}
+    leaves = jax.tree.leaves_with_path(params)
+    return {path_of(keys) for (keys, _), v in zip(leaves, trace.invars, strict=False) if id(v) in needed}
+
+
 def paths(patterns: str) -> Paths:
     """The paths that comma-separated patterns mean, e.g. "Dense_0/*,*bias"; one that begins with ! takes paths away.
 

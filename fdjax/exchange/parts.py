@@ -49,14 +49,26 @@ def _parts(model: Model, exchanged: Paths, trained: Paths | None) -> _Parts:
     return _Parts(order, jax.tree.structure(shapes), sent, {*order} - sent - frozen, frozen)
 
 
-def _only(params: PyTree, wanted: set[str]) -> Leaves:
+def only(params: PyTree, wanted: set[str]) -> Leaves:
+    """The leaves at `wanted` paths."""
     return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params) if path_of(keys) in wanted}
+
+
+def _params_in(tree: PyTree) -> PyTree:
+    """The params in what a method sends: all of it, or what a dict has as "params"."""
+    return tree["params"] if isinstance(tree, dict) and "params" in tree else tree
+
+
+def _with_params(tree: PyTree, params: PyTree) -> PyTree:
+    """The same with other params."""
+    return {**tree, "params": params} if _params_in(tree) is not tree else params
 
 
 def exchanging(algorithm: Algorithm, model: Model, exchanged: Paths, trained: Paths | None = None) -> Algorithm:
     """The algorithm that exchanges the params at paths `exchanged` alone, of a method whose `Method.averages` is set.
 
-    The others start from the same first params. Those that are trained become each client's own (LG-FedAvg, FedPer,
+    Where it sends more than params, these are the entry "params" of a dict, both ways, and the rest is sent as it is.
+    The other params start from the same first ones. Those that are trained become each client's own (LG-FedAvg, FedPer,
     FedBN), and then there is no central model to test. Those that are not trained are known from the start, which is
     not counted (LoRA adapters on a frozen net). Bytes, averages and optimisers' states at the server follow.
 
@@ -66,7 +78,8 @@ def exchanging(algorithm: Algorithm, model: Model, exchanged: Paths, trained: Pa
     wrapped = functools.partial(_exchanging, parts=parts)
 
     def params_of(ctx: Context, server: Server, own: Leaves) -> PyTree:
-        return parts.whole(algorithm.round[0].broadcast(ctx, server.state).shared, own, server.frozen)
+        sent = _params_in(algorithm.round[0].broadcast(ctx, server.state).shared)
+        return parts.whole(sent, own, server.frozen)
 
     def central(ctx, server, x):
         return ctx.model.apply(params_of(ctx, server, {}), x)
@@ -76,9 +89,9 @@ def exchanging(algorithm: Algorithm, model: Model, exchanged: Paths, trained: Pa
 
     return algorithm._replace(
         init_server=lambda ctx, params: Server(
-            algorithm.init_server(ctx, _only(params, parts.sent)), _only(params, parts.frozen)
+            algorithm.init_server(ctx, only(params, parts.sent)), only(params, parts.frozen)
         ),
-        init_client=lambda ctx, params: Client(algorithm.init_client(ctx, params), _only(params, parts.own)),
+        init_client=lambda ctx, params: Client(algorithm.init_client(ctx, params), only(params, parts.own)),
         round=tuple(map(wrapped, algorithm.round)),
         setup=tuple(map(wrapped, algorithm.setup)),
         central=None if parts.own else central,
@@ -98,10 +111,12 @@ def _exchanging(exchange: Exchange, parts: _Parts) -> Exchange:
     @functools.wraps(exchange.client)
     def client(ctx, received, client, data):
         known, frozen = received.known
-        params = parts.whole(received.shared, client.own, frozen)
-        state, upload, metrics = exchange.client(ctx, Received(params, received.own, known), client.state, data)
-        new = Client(state, _only(upload.tree, parts.own))
-        return new, upload._replace(tree=_only(upload.tree, parts.sent)), metrics
+        params = parts.whole(_params_in(received.shared), client.own, frozen)
+        whole = Received(_with_params(received.shared, params), received.own, known)
+        state, upload, metrics = exchange.client(ctx, whole, client.state, data)
+        trained = _params_in(upload.tree)
+        sent = _with_params(upload.tree, only(trained, parts.sent))
+        return Client(state, only(trained, parts.own)), upload._replace(tree=sent), metrics
 
     @functools.wraps(exchange.server)
     def server(ctx, server, summary):

@@ -321,6 +321,7 @@ def _task(settings: Settings, shapes: Shapes) -> Task:
         proxy_size=shapes.proxy,
         proxy_per_round=min(settings.proxy_per_round or shapes.proxy, shapes.proxy),
         options=dict(settings.options),
+        inputs=shapes.inputs,
     )
 
 

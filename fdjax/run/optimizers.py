@@ -34,7 +34,7 @@ _OF_SCHEDULES = {
 STAGES = ("", "distill_", "server_")
 _OF_STAGE = {
     "distill_": "training on proxy data by these flags",
-    "server_": "training of the server's net on uploads",
+    "server_": "training of the server's net, on uploads or by their mean",
 }
 _ARGUMENTS = {"momentum": "momentum", "nesterov": "nesterov", "beta1": "b1", "beta2": "b2", "epsilon": "eps"}
 # Settings of an optimiser, and what optax calls them.
@@ -126,12 +126,7 @@ def check_optimizers(settings: Any) -> None:
     """Raises InputError for an optimiser's flag that it does not have, and for schedules that cannot work."""
     for stage in STAGES:
         chosen = optimizer_of(settings, stage)
-        unused = [n for n in _FLAGS if stage and getattr(settings, stage + n) is not None]
-        if unused and stage.removesuffix("_") not in settings.method.stages:
-            value = getattr(settings, stage + unused[0])
-            raise InputError(
-                f"--{stage}{unused[0]}={value}: {settings.method.name} has no {_OF_STAGE[stage]}; leave it out"
-            )
+        _check_that_it_trains(settings, stage)
         takes = inspect.signature(getattr(optax, chosen.optimizer)).parameters
         for name, argument in _ARGUMENTS.items():
             given = getattr(settings, stage + name)
@@ -142,6 +137,19 @@ def check_optimizers(settings: Any) -> None:
         if chosen.nesterov and "momentum" in takes and not chosen.momentum:
             raise InputError(f"--{stage}nesterov needs --{stage}momentum above 0")
         _check_schedule(settings, stage, chosen)
+
+
+def _check_that_it_trains(settings: Any, stage: str) -> None:
+    """Raises InputError for a flag of a stage by which the method, with these options, does not train."""
+    method, given = settings.method, [n for n in _FLAGS if stage and getattr(settings, stage + n) is not None]
+    if not given:
+        return
+    flag = f"--{stage}{given[0]}={getattr(settings, stage + given[0])}"
+    if stage.removesuffix("_") not in method.stages:
+        raise InputError(f"{flag}: {method.name} has no {_OF_STAGE[stage]}; leave it out")
+    option, needed = method.stages_for or ("", "")
+    if option and method.choices(dict(settings.options))[option] != needed:
+        raise InputError(f"{flag} is for --{option}={needed} of {method.name}; give that too, or leave it out")
 
 
 def _check_schedule(settings: Any, stage: str, chosen: Optimizer) -> None:

@@ -50,6 +50,12 @@ def _no_use_of_proxy(settings: Any) -> str:
     return _no_proxy(settings)
 
 
+def _no_training_on_proxy(settings: Any) -> str:
+    if "distill" in settings.method.stages or settings.method.distill_batch_size:
+        return _no_proxy(settings)
+    return f"{settings.method.name} trains nothing on proxy data in batches of their own; {_LEAVE_OUT}"
+
+
 def _nothing_lost_by_proxy(settings: Any) -> str:
     """Proxy data that are held out of training change what every method learns from; others mean nothing to most."""
     if settings.method.proxy or settings.proxy == "held_out":
@@ -87,7 +93,7 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "proxy_dir": _no_proxy_files,
         "proxy_size": _no_proxy,
         "proxy_per_round": _no_use_of_proxy,
-        "distill_batch_size": _no_use_of_proxy,
+        "distill_batch_size": _no_training_on_proxy,
         "padding": _no_padding,
         "straggler_work": _no_stragglers,
         "fine_tune_epochs": _no_new_clients,

@@ -30,6 +30,7 @@ CHOSEN = {"feddf": {"model_selection": "kl"}}
 FEW = {
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
+    "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
     "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
 }
 

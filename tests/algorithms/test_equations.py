@@ -114,13 +114,16 @@ def test_fedavg_with_an_objective_of_ones_own():
 
 CENTRAL = {  # where a method's server keeps the central model's parameters
     "fedavg": lambda server: server,
+    "fedopt": lambda server: server["params"],
     "fedprox": lambda server: server,
+    "fedssd": lambda server: server,
     "feddistill": lambda server: server,
     "centralized": lambda server: server,
     "feddf": lambda server: server[0],
     "cfd": lambda server: server["params"],
     "dsfl": lambda server: server.params,
     "fedgems": lambda server: server["params"],
+    "fedgen": lambda server: server["params"],
 }
 
 
