@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,15 @@ class Checkpoints:
         assert self._manager is not None
         step, reason = int(state.round), ""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        try:
-            self._manager.save(step, args=args, force=True)
-            self._manager.wait_until_finished()
-            if hosts.is_first():
-                checksums.write(self._of(step))
-        except Exception as error:  # of orbax, tensorstore or the operating system, whatever the cause
-            reason = _reason(error)
-            _wait_for_threads()
+        with _without_traces():
+            try:
+                self._manager.save(step, args=args, force=True)
+                self._manager.wait_until_finished()
+                if hosts.is_first():
+                    checksums.write(self._of(step))
+            except Exception as error:  # of orbax, tensorstore or the operating system, whatever the cause
+                reason = _reason(error)
+                _wait_for_threads()
         if hosts.any_of(bool(reason)):
             self._discard(step)
             raise UnsavedError(reason or "another host cannot write its part")
@@ -218,6 +220,22 @@ def _not_of_orbax(record: Any) -> bool:
     return "orbax" not in record.pathname
 
 
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Without what tensorstore prints of writes that end after the first one has failed, when nobody listens."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = before
+
+
 def _wait_for_threads() -> None:
     """Until nothing of a save that failed is written any more."""
     end = time.monotonic() + _WAIT_SECONDS
@@ -232,6 +250,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
+    if "Barrier timed out" in text:
+        return "another host did not write its part"
     found = re.search(r"([^:\[\]]+) \[os_error_code", text)
     return found[1].strip() if found else f"{type(error).__name__}: {text[:200]}"
 
