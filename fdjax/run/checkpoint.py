@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class Checkpoints:
                 self._make_room()
             handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-            logging.get_absl_logger().addFilter(_not_of_orbax)
+            for logger in _loggers():
+                logger.addFilter(_not_of_orbax)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -169,7 +171,8 @@ class Checkpoints:
         """Release orbax's threads."""
         if self._manager is not None:
             self._manager.close()
-            logging.get_absl_logger().removeFilter(_not_of_orbax)
+            for logger in _loggers():
+                logger.removeFilter(_not_of_orbax)
 
 
 def storages_of(record: dict[str, Any]) -> list[Storage] | None:
@@ -215,25 +218,30 @@ def _changed(path: Path) -> float:
     return 0.0
 
 
+def _loggers() -> tuple[Any, ...]:
+    """To which orbax, and asyncio of what orbax gave up, log."""
+    return logging.get_absl_logger(), getLogger("asyncio")
+
+
 def _not_of_orbax(record: Any) -> bool:
     """A filter against the tracebacks that orbax logs: what fails is raised too, and told in one line."""
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
 
 @contextlib.contextmanager
 def _without_traces() -> Iterator[None]:
     """Without what tensorstore prints of writes that end after the first one has failed, when nobody listens."""
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(kind: Any, error: Any, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            before(kind, error, trace)
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
     try:
         yield
     finally:
-        sys.excepthook = before
+        sys.unraisablehook = before
 
 
 def _wait_for_threads() -> None:
