@@ -4,6 +4,7 @@ A checkpoint is whole if its files have the checksums beside them, which are wri
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,7 @@ class Checkpoints:
                 self._make_room()
             handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-            for logger in _loggers():
-                logger.addFilter(_not_of_orbax)
+            _silence()
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -113,15 +113,14 @@ class Checkpoints:
         assert self._manager is not None
         step, reason = int(state.round), ""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        with _without_traces():
-            try:
-                self._manager.save(step, args=args, force=True)
-                self._manager.wait_until_finished()
-                if hosts.is_first():
-                    checksums.write(self._of(step))
-            except Exception as error:  # of orbax, tensorstore or the operating system, whatever the cause
-                reason = _reason(error)
-                _wait_for_threads()
+        try:
+            self._manager.save(step, args=args, force=True)
+            self._manager.wait_until_finished()
+            if hosts.is_first():
+                checksums.write(self._of(step))
+        except Exception as error:  # of orbax, tensorstore or the operating system, whatever the cause
+            reason = _reason(error)
+            _wait_for_threads()
         if hosts.any_of(bool(reason)):
             self._discard(step)
             raise UnsavedError(reason or "another host cannot write its part")
@@ -171,8 +170,6 @@ class Checkpoints:
         """Release orbax's threads."""
         if self._manager is not None:
             self._manager.close()
-            for logger in _loggers():
-                logger.removeFilter(_not_of_orbax)
 
 
 def storages_of(record: dict[str, Any]) -> list[Storage] | None:
@@ -218,19 +215,14 @@ def _changed(path: Path) -> float:
     return 0.0
 
 
-def _loggers() -> tuple[Any, ...]:
-    """To which orbax, and asyncio of what orbax gave up, log."""
-    return logging.get_absl_logger(), getLogger("asyncio")
+@functools.cache
+def _silence() -> None:
+    """From here on, nothing of the tracebacks of a save that fails: it raises too, and is told in one line.
 
-
-def _not_of_orbax(record: Any) -> bool:
-    """A filter against the tracebacks that orbax logs: what fails is raised too, and told in one line."""
-    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
-
-
-@contextlib.contextmanager
-def _without_traces() -> Iterator[None]:
-    """Without what tensorstore prints of writes that end after the first one has failed, when nobody listens."""
+    Some come when it is over: of writes that end after the first one has failed, when nobody listens any more.
+    """
+    for logger in (logging.get_absl_logger(), getLogger("asyncio")):
+        logger.addFilter(_not_of_orbax)
     before = sys.unraisablehook
 
     def hook(raised: Any) -> None:
@@ -238,10 +230,11 @@ def _without_traces() -> Iterator[None]:
             before(raised)
 
     sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+
+
+def _not_of_orbax(record: Any) -> bool:
+    """A filter of what orbax logs, and asyncio of its tasks."""
+    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
 
 def _wait_for_threads() -> None:
