@@ -31,7 +31,7 @@ def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Res
                 resume = flags.FLAGS.resume and bool(steps(folder / FOLDER))  # others begin where they were not reached
                 result = run(settings, folder, resume=resume, checkpoint_every=flags.FLAGS.checkpoint_every)
             except InterruptedRun as stop:
-                raise InterruptedRun(stop.round, out, stop.result) from None
+                raise InterruptedRun(stop.round, out, *stop.results) from None
             results.setdefault(name, []).append(result)
     return results
 
@@ -65,8 +65,7 @@ def check_rounds(needed: Sequence[int]) -> None:
 
 def at_round(results: Sequence[Result], metric: str, round: int) -> tuple[float, float | None]:
     """Mean and (of two seeds or more) sample std of a metric after `round` rounds."""
-    values = [r.evaluations[metric][r.evaluations["round"].index(round)] for r in results]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return report.spread([r.evaluations[metric][r.evaluations["round"].index(round)] for r in results])
 
 
 def bytes_a_round(result: Result) -> float:

@@ -189,7 +189,7 @@ def _mean(values: list[float | None]) -> str:
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return ""
-    return report.percent(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None)
+    return report.percent(*report.spread(known))
 
 
 def _verdicts(results: Runs) -> list[str]:

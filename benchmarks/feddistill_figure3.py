@@ -64,9 +64,8 @@ def _table(results: dict[str, list[Result]]) -> str:
             ("own_accuracy", "own model, own test data"),
         ):
             tail = [np.mean(r.evaluations[metric][1:][-10:]) for r in runs]  # the first is before any training
-            spread = np.std(tail, ddof=1) if len(tail) > 1 else None
             lines.append(
-                (label, text, *(cases.cell(runs, metric, r) for r in early), report.percent(np.mean(tail), spread))
+                (label, text, *(cases.cell(runs, metric, r) for r in early), report.percent(*report.spread(tail)))
             )
     headers = ("", "accuracy, %", *(f"round {r}" for r in early), "mean of last 10 evaluations")
     own = "FedAvg's own model is the central one; FedDistill's is the personal teacher."

@@ -93,8 +93,7 @@ def _table(results: dict[str, list[Result]]) -> str:
             runs = _of(results, row, share)
             last = [np.mean(r.evaluations["central_accuracy"][-10:]) for r in runs]
             losses = [np.mean(r.evaluations["central_loss"][-10:]) for r in runs]
-            line += [report.percent(np.mean(last), np.std(last, ddof=1) if len(last) > 1 else None),
-                     f"{np.mean(losses):.3f}"]  # fmt: skip
+            line += [report.percent(*report.spread(last)), f"{np.mean(losses):.3f}"]
         lines.append(line)
     headers = ("", *(text for share in SHARES for text in (f"{share:.0%} stragglers: accuracy, %", "loss")))
     note = (

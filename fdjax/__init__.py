@@ -7,6 +7,7 @@ A method is written for one client; the engine runs it for thousands in one comp
     result = fdjax.run(algorithm="feddistill", dataset="synthetic", model="mclr", temperature=2.0, rounds=20)
     result.final["central_accuracy"]
     result.central.predict(x)  # logits; result.personal(3) is the model of client 3
+    fdjax.run_seeds([0, 1, 2], algorithm="feddistill")  # three results, of one compiled batch
     fdjax.load("runs/x")  # the result of a run in a folder
 
 Everything below is loaded at its first use, so that importing fdjax stays quick.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fdjax.run.contract_check import BrokenContractError, check_method
     from fdjax.run.runner import InterruptedRun, Result
     from fdjax.run.runner import start as run
+    from fdjax.run.seeds import start as run_seeds
     from fdjax.run.settings import Settings
     from fdjax.run.settings import make as settings
     from fdjax.run.stored import load
@@ -46,7 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "Exchange", "HParam", "InputError",
     "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
-    "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models", "reductions", "run", "settings",
+    "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models", "reductions", "run",
+    "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -64,13 +67,14 @@ _ATTRIBUTES = {
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
     "InputError": "fdjax.errors",
     "load": "fdjax.run.stored",
+    "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
     **dict.fromkeys(
         ("ENSEMBLE", "Algorithm", "Broadcast", "Context", "Exchange", "Received", "Reduction", "Stack", "Upload"),
         "fdjax.contract",
     ),
 }
-_OTHER_NAMES = {"settings": "make"}  # where a name is another one in its module
+_OTHER_NAMES = {"settings": "make", "run_seeds": "start"}  # where a name is another one in its module
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ Ctrl-C, of the rounds until then. Every setting is a flag below; --flagfile read
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -17,6 +18,8 @@ from fdjax.errors import InputError
 from fdjax.run import loading, program, report, settings
 from fdjax.run.runner import InterruptedRun, Result, run
 from fdjax.run.saving import saving, unsaved
+from fdjax.run.seeds import run_seeds
+from fdjax.run.summary import draw, summary
 
 
 def main() -> None:
@@ -25,27 +28,35 @@ def main() -> None:
     chosen = settings.from_flags()
     if given.coordinator and not given.out:
         raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
+    if given.seeds and given.resume:
+        raise InputError("--seeds keeps no checkpoints to resume; leave --resume out, or run seed by seed")
+    numbers = [int(text) if text.strip().isdecimal() else text for text in given.seeds or ()]  # the others are refused
     out = report.prepare(given.out or new_folder(chosen), overwrite=given.overwrite, resume=given.resume)
     if given.draw_partition:
         source, holdings, _ = loading.load(chosen)
         with saving(out / "partition.png") as path:
             data.draw_partition(holdings, source.train_y, source.num_classes, path, chosen.partition_name)
     try:
-        result = run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)
+        if numbers:
+            results = run_seeds(chosen, numbers)
+        else:
+            results = [run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)]
     except InterruptedRun as stop:
-        if stop.result is not None:
-            leave(out, stop.result)
+        if stop.results:
+            leave(out, stop.results)
         raise
-    leave(out, result)
+    leave(out, results)
 
 
-def leave(out: Path, result: Result) -> None:
+def leave(out: Path, results: Sequence[Result]) -> None:
     """Print the table and write the files; what cannot be written is told."""
-    before, text = unsaved(), summary(result)
+    before, text = unsaved(), summary(results)
     print(text, flush=True)
+    told = [report.result_dict(result) for result in results]
+    named = {"result": told[0]} if len(told) == 1 else {"results": told}
     report.write_text(out / "table.md", text + "\n")
-    report.write_json(out / "results.json", report.environment() | {"result": report.result_dict(result)})
-    draw(out / "curves.png", result)
+    report.write_json(out / "results.json", report.environment() | named)
+    draw(out / "curves.png", results)
     missing = {Path(what).name for what in unsaved()[len(before) :]}
     written = [name for name in ("table.md", "results.json", "curves.png") if name not in missing]
     if written:
@@ -58,86 +69,9 @@ def new_folder(chosen: settings.Settings) -> Path:
     return Path("runs") / f"{when}-{chosen.method.name}-{dataset}-{chosen.partition_name}-{os.getpid()}"
 
 
-def summary(result: Result) -> str:
-    """The last evaluation, bytes and seconds as a table."""
-    final, tested = result.final, result.evaluations.get("local_examples", [])
-    names = {
-        "central_accuracy": "central accuracy, %",
-        "local_accuracy": f"mean local accuracy, {_examples(result)} test examples, %",
-        "own_accuracy": "mean accuracy on clients' own test parts, uniform, %",
-        "own_accuracy_weighted": "the same, weighted by n_k, %",
-        "own_accuracy_by_test_size": "the same, weighted by test examples, %",
-        "worst_client": "worst client, own test part, %",
-        "quantile_10": "10 % quantile of clients, %",
-        "client_std": "std across clients, %",
-        "new_accuracy": "new clients as they are, own test part, %",
-        "new_accuracy_tuned": "new clients after fine-tuning, own test part, %",
-        "validation_accuracy": "accuracy on the validation split, %",
-    }
-    between = ", ".join(f"{n:,.0f}" for n in sorted({*tested[:-1]})) if len({*tested}) > 1 else ""
-    rows = [(text, report.percent(final[name])) for name, text in names.items() if name in final]
-    rows += [
-        *((f"{kind} loss", f"{final[f'{kind}_loss']:.4f}") for kind in ("central", "local") if f"{kind}_loss" in final),
-        *([("test examples for local accuracy at evaluations before", between)] if between else []),
-        ("bytes up, of one client a round", _of_one_client(result, "up")),
-        ("bytes down, to one client a round", _of_one_client(result, "down")),
-        *(
-            (f"bytes {way} of the set-up, all clients", report.byte_size(result.setup[f"bytes_{way}"]))
-            for way in ("up", "down")
-            if result.setup.get(f"bytes_{way}")
-        ),
-        ("bytes of the whole run", report.byte_size(result.rounds["bytes_up"][-1] + result.rounds["bytes_down"][-1])),
-        ("seconds, of which compilation", f"{result.seconds:.1f}, {result.compile_seconds:.1f}"),
-    ]
-    chosen = result.settings
-    return report.table(
-        rows, (f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}", f"round {_rounds(result)}")
-    )
-
-
-def _rounds(result: Result) -> str:
-    """Rounds done, and of how many where the run was stopped."""
-    asked = result.settings.rounds
-    return f"{result.round} of {asked}, stopped" if result.round < asked else f"{asked}"
-
-
-def _examples(result: Result) -> str:
-    """On how many examples personal models were tested at the last evaluation."""
-    return f"{result.final.get('local_examples', 0):,.0f}"
-
-
-def _of_one_client(result: Result, way: str) -> str:
-    """Bytes of each cohort's clients, or their mean."""
-    sent = report.bytes_of_one_client(result, way)
-    if isinstance(sent, tuple):
-        return ", ".join(map(report.byte_size, sent))
-    return f"{report.byte_size(sent)} in the mean"
-
-
-def draw(path: Path, result: Result) -> None:
-    """Accuracy over rounds and over bytes."""
-    evaluations = result.evaluations
-    shown = ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client", "validation_accuracy")
-    names = [name for name in shown[:-1] if name in evaluations] or [shown[-1]]
-    curves = [(n.replace("_", " "), evaluations["round"], [100 * v for v in evaluations[n]]) for n in names]
-    sent = [report.bytes_until(result, int(r)) / 1e6 for r in evaluations["round"]]
-    over_bytes = [(label, sent, values) for label, _, values in curves[:1]]
-    losses = [
-        (n.replace("_", " "), list(range(1, len(v) + 1)), v) for n, v in result.rounds.items() if n.endswith("loss")
-    ]
-    panels: list[report.Panel] = [
-        ("accuracy", "round", "%", curves),
-        ("communication", "MB up and down", "%", over_bytes),
-        ("training loss", "round", "", losses),
-    ]
-    title = f"{result.settings.algorithm_title}, {result.settings.dataset}, {result.settings.partition_name}"
-    if result.round < result.settings.rounds:
-        title += f", round {_rounds(result)}"
-    report.draw_curves(path, panels, title)
-
-
 if __name__ == "__main__":
     flags.DEFINE_boolean("draw_partition", False, "also draw who holds which labels, as partition.png")
+    flags.DEFINE_list("seeds", None, "several seeds, such as 0,1,2, as one batch, in place of --seed: mean and std")
     settings.define_flags()
     program.define_output_flags(None)
     program.define_host_flags()

@@ -4,6 +4,7 @@ Every file in `fdjax/algorithms` holds such a record, `METHOD`; flags, checks, s
 """
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class HParam(NamedTuple):
             number = math.nan
         fits = self.low < number if self.above else self.low <= number
         if not (fits and number <= self.high and math.isfinite(number)) or (self.integer and number != int(number)):
-            raise InputError(f"--{name}={value!r}: expected {wanted}")
+            raise InputError(f"--{name}={reprlib.repr(value)}: expected {wanted}")
         return number
 
     def described(self) -> str:

@@ -185,11 +185,6 @@ def sent(row: Row) -> np.ndarray:
     return np.asarray([(trial.user_attrs.get("bytes") or [np.nan])[-1] for trial in row.trials], float)
 
 
-def spread(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean and, of two seeds or more, sample std."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 class Curve(NamedTuple):
     """The objective of a configuration over rounds: mean and, of two seeds or more, sample std over the seeds."""
 
@@ -220,7 +215,7 @@ def word(value: Any) -> str:
 
 def shown(results: Outcome, values: np.ndarray) -> str:
     """Mean ± std, as a percentage if the objective is a fraction."""
-    mean, std = spread(values)
+    mean, std = report.spread(values)
     if results.percent:
         return report.percent(mean, std)
     return f"{mean:.4g}" if std is None else f"{mean:.4g} ± {std:.2g}"
@@ -269,7 +264,7 @@ def records(results: Outcome) -> list[dict[str, Any]]:
         line: dict[str, Any] = {name: row.params.get(name, "") for name in results.names}
         line |= {"seeds": len(row.trials), "pruned": row.pruned}
         for name, values in measured.items():
-            mean, std = spread(values)
+            mean, std = report.spread(values)
             line |= {f"{name}_mean": mean if np.isfinite(mean) else "", f"{name}_std": "" if std is None else std}
         bytes_sent = float(np.mean(sent(row)))
         lines.append(

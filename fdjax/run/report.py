@@ -158,6 +158,11 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     return tabulate(list(rows), headers, tablefmt="pipe", disable_numparse=True)
 
 
+def spread(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
+    """Mean and, of two values or more, sample standard deviation."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def percent(mean: float, std: float | None = None) -> str:
     """A fraction as a percentage, with its standard deviation if there is one; "n/a" where nothing was tested."""
     if math.isnan(mean):

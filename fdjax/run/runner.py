@@ -32,12 +32,17 @@ __all__ = ["InterruptedRun", "Result", "run", "start"]
 class InterruptedRun(Exception):  # noqa: N818
     """A run was asked to stop and did, after `round` rounds, with a checkpoint in `out` (None: nothing was kept).
 
-    `result` is what there is by then, as a run of so many rounds would give it.
+    `results` are what there is by then, as runs of so many rounds would give it: of one run, or of each seed so far.
     """
 
-    def __init__(self, round: int, out: Path | None, result: Result | None = None):
-        super().__init__(round, out, result)
-        self.round, self.out, self.result = round, out, result
+    def __init__(self, round: int, out: Path | None, *results: Result):
+        super().__init__(round, out, *results)
+        self.round, self.out, self.results = round, out, results
+
+    @property
+    def result(self) -> Result | None:
+        """That of one run."""
+        return self.results[0] if self.results else None
 
 
 def start(
@@ -53,11 +58,26 @@ def start(
 
     These are names of settings, and of hyperparameters and options of the method. All else is as in `run`.
     """
-    if settings is not None and named:
-        raise InputError(f"run takes Settings or names of settings, but got both; leave out {', '.join(named)}")
-    checked = make(**named) if settings is None else settings.check()
+    checked = chosen("run", settings, named)
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise InputError(f"out={out!r}: expected the path of a folder, or None to keep nothing")
+    if not isinstance(resume, bool):
+        raise InputError(f"resume={resume!r}: expected True or False")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 0:
+        raise InputError(f"checkpoint_every={checkpoint_every!r}: expected rounds, a whole number of at least 0")
+    if checkpoint_every and out is None:
+        raise InputError(f"checkpoint_every={checkpoint_every} needs a folder for the checkpoints; give out as well")
     folder = None if out is None else Path(out).expanduser()
     return run(checked, folder, resume=resume, checkpoint_every=checkpoint_every, progress=progress)
+
+
+def chosen(function: str, settings: Any, named: dict[str, Any]) -> Settings:
+    """Checked settings, as they are or by their names. Raises InputError for both, and for what are none."""
+    if settings is not None and named:
+        raise InputError(f"{function} takes Settings or names of settings, but got both; leave out {', '.join(named)}")
+    if settings is not None and not isinstance(settings, Settings):
+        raise InputError(f"{function} takes Settings, not {settings!r}; give settings by name, e.g. rounds=3")
+    return make(**named) if settings is None else settings.check()
 
 
 def run(
@@ -155,7 +175,7 @@ def _run_rounds(
     simulation, federation, tests = experiment.simulation, experiment.federation, experiment.tests
     most, done = _longest(experiment.settings), saves.round
     _show(bar, recording.record, 0)
-    with _stop_signals() as signals:
+    with stop_signals() as signals:
         while done < rounds:
             length = min(eval_every, rounds - done)
             if experiment.settings.schedule == "plateau":
@@ -226,7 +246,7 @@ def _compile(experiment: Experiment) -> tuple[Experiment, Traffic, str]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM fills; the second one ends the process at once."""
     received: list[int] = []
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +44,7 @@ class Setting(NamedTuple):
         if value is None and self.optional:
             return
         if not self._is_of_kind(value) or not self._is_in_range(value):
-            raise InputError(f"--{name}={value!r}: expected {self.expected()}")
+            raise InputError(f"--{name}={reprlib.repr(value)}: expected {self.expected()}")
         if self.choices and value not in self.choices and not (self.resolve and own.is_own(value)):
             raise unknown(self.noun or name, str(value), self.choices)
 

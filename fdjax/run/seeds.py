@@ -1,0 +1,76 @@
+"""One setting with several seeds: runs as trials of one compiled batch, and their results side by side."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from fdjax.errors import InputError
+from fdjax.run import batch
+from fdjax.run.experiment import Experiment
+from fdjax.run.record import Result, clock
+from fdjax.run.runner import InterruptedRun, chosen, stop_signals
+from fdjax.run.settings import Settings
+
+
+def start(
+    seeds: Sequence[int], settings: Settings | None = None, *, progress: bool = True, **named: Any
+) -> list[Result]:
+    """`run_seeds` as users call it: with `Settings`, or with the names of what is to be set, as `fdjax.run` is."""
+    return run_seeds(chosen("run_seeds", settings, named), seeds, progress=progress)
+
+
+def run_seeds(settings: Settings, seeds: Sequence[int], *, progress: bool = True) -> list[Result]:
+    """The results of checked settings with each of the seeds, in their order.
+
+    A seed draws the first weights, participants and shuffles, and the partition too unless `partition_seed` is set.
+    Runs whose data have the same sizes are one batch; others are compiled apart. No checkpoints are kept. Seconds are
+    those of all seeds together.
+
+    Raises InputError for seeds that are none or not different and for settings that no batch can have, and
+    InterruptedRun, with the results so far, after the first SIGINT or SIGTERM.
+    """
+    if isinstance(seeds, str) or not len(seeds) or len({*seeds}) < len(seeds):
+        raise InputError(f"seeds={seeds!r}: expected whole numbers, each another one, e.g. 0,1,2")
+    if settings.lifting != "auto":
+        raise InputError(f"--lifting={settings.lifting}: of several seeds, each device runs some; leave it out")
+    if jax.process_count() > 1:
+        raise InputError("several seeds are a batch on one host's devices; give them to one host, or one seed to all")
+    with clock() as time_spent:
+        trials = batch.experiments([dataclasses.replace(settings, seed=seed).check() for seed in seeds])
+        results = _run(settings, trials, progress)
+        times = time_spent.stamp({})
+    by_seed = {r.settings.seed: r._replace(**times) for r in results}
+    if sum(r.round for r in results) < settings.rounds * len(seeds):
+        raise InterruptedRun(min(r.round for r in results), None, *by_seed.values())
+    return [by_seed[seed] for seed in seeds]
+
+
+def _run(settings: Settings, trials: Sequence[Experiment], progress: bool) -> list[Result]:
+    """The results of those that began before a signal to stop, group by group of one signature."""
+    groups: dict[Any, list[Experiment]] = {}
+    for trial in trials:
+        groups.setdefault(trial.signature, []).append(trial)
+    results: list[Result] = []
+    with (
+        stop_signals() as signals,
+        tqdm(total=settings.rounds * len(trials), desc=settings.method.name, unit="round", disable=not progress) as bar,
+    ):
+        for group in groups.values():
+            compiled = batch.batch(group, len(group), devices=settings.devices)
+            if progress:
+                tqdm.write(compiled.why, file=sys.stderr)
+            ended = len(results) * settings.rounds
+
+            def watch(done, records, ended=ended):
+                bar.update(ended + done * len(records) - bar.n)
+                return [*records] if signals else []
+
+            results += compiled.run(group, watch)
+            bar.update(len(results) * settings.rounds - bar.n)
+            if signals:
+                break
+    return results

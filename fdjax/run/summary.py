@@ -1,0 +1,114 @@
+"""What a run, or the same with several seeds, gave: as a table and as curves."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fdjax.run import report
+from fdjax.run.record import Result
+
+_NAMES = {
+    "central_accuracy": "central accuracy, %",
+    "local_accuracy": "mean local accuracy, {examples} test examples, %",
+    "own_accuracy": "mean accuracy on clients' own test parts, uniform, %",
+    "own_accuracy_weighted": "the same, weighted by n_k, %",
+    "own_accuracy_by_test_size": "the same, weighted by test examples, %",
+    "worst_client": "worst client, own test part, %",
+    "quantile_10": "10 % quantile of clients, %",
+    "client_std": "std across clients, %",
+    "new_accuracy": "new clients as they are, own test part, %",
+    "new_accuracy_tuned": "new clients after fine-tuning, own test part, %",
+    "validation_accuracy": "accuracy on the validation split, %",
+}
+_DRAWN = ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client", "validation_accuracy")
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The last evaluation, bytes and seconds as a table; of several seeds, means and sample standard deviations."""
+    first, final = results[0], results[0].final
+    tested = first.evaluations.get("local_examples", [])
+    between = ", ".join(f"{n:,.0f}" for n in sorted({*tested[:-1]})) if len({*tested}) > 1 else ""
+    examples = f"{final.get('local_examples', 0):,.0f}"
+    losses = [f"{kind}_loss" for kind in ("central", "local") if f"{kind}_loss" in final]
+    setup = [way for way in ("up", "down") if first.setup.get(f"bytes_{way}")]
+    rows = [
+        *((text.format(examples=examples), _percent(results, n)) for n, text in _NAMES.items() if n in final),
+        *((name.replace("_", " "), _loss(results, name)) for name in losses),
+        *([("test examples for local accuracy at evaluations before", between)] if between else []),
+        *_trained_on(results),
+        ("bytes up, of one client a round", _of_one_client(first, "up")),
+        ("bytes down, to one client a round", _of_one_client(first, "down")),
+        *((f"bytes {way} of the set-up, all clients", report.byte_size(first.setup[f"bytes_{way}"])) for way in setup),
+        ("bytes of the whole run", report.byte_size(_mean(results, lambda r: report.bytes_until(r, r.round)))),
+        ("seconds, of which compilation", f"{first.seconds:.1f}, {first.compile_seconds:.1f}"),
+    ]
+    seeds = ", ".join(str(result.settings.seed) for result in results)
+    more = f"; mean ± std, seeds {seeds}" if len(results) > 1 else ""
+    return report.table(rows, (_title(first), f"round {_rounds(first)}{more}"))
+
+
+def _title(result: Result) -> str:
+    chosen = result.settings
+    return f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}"
+
+
+def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
+    return float(np.mean([of(result) for result in results]))
+
+
+def _percent(results: Sequence[Result], name: str) -> str:
+    return report.percent(*report.spread([result.final[name] for result in results]))
+
+
+def _loss(results: Sequence[Result], name: str) -> str:
+    mean, std = report.spread([result.final[name] for result in results])
+    return f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "")
+
+
+def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """How many examples clients trained on, and what became of the proxy data."""
+    settings, held = results[0].settings, [np.sum(result.holdings["n_k"]) for result in results]
+    rows = [("training examples of all clients", f"{np.mean(held):,.0f}")]
+    if settings.proxy is None:
+        return rows
+    use = "" if settings.method.proxy else f", which {settings.method.name} does not use"
+    return [*rows, ("proxy examples, of no client", f"{settings.proxy_size:,} ({settings.proxy}{use})")]
+
+
+def _rounds(result: Result) -> str:
+    """Rounds done, and of how many where the run was stopped."""
+    asked = result.settings.rounds
+    return f"{result.round} of {asked}, stopped" if result.round < asked else f"{asked}"
+
+
+def _of_one_client(result: Result, way: str) -> str:
+    """Bytes of each cohort's clients, or their mean."""
+    sent = report.bytes_of_one_client(result, way)
+    if isinstance(sent, tuple):
+        return ", ".join(map(report.byte_size, sent))
+    return f"{report.byte_size(sent)} in the mean"
+
+
+def draw(path: Path, results: Sequence[Result]) -> None:
+    """Accuracy over rounds and over bytes, training losses; of several seeds, means in bands of their std."""
+    first = results[0]
+    rounds = range(1, first.round + 1)
+    evaluated = first.evaluations["round"]
+    names = [name for name in _DRAWN[:-1] if name in first.evaluations] or [_DRAWN[-1]]
+    curves = [_curve(n, evaluated, [100 * np.asarray(r.evaluations[n]) for r in results]) for n in names]
+    sent = [_mean(results, lambda r, at=int(at): report.bytes_until(r, at)) / 1e6 for at in evaluated]
+    over_bytes: list[report.Curve] = [(label, sent, *values) for label, _, *values in curves[:1]]  # pyright: ignore
+    losses = [_curve(n, list(rounds), [np.asarray(r.rounds[n]) for r in results]) for n in first.rounds if "loss" in n]
+    panels: list[report.Panel] = [
+        ("accuracy", "round", "%", curves),
+        ("communication", "MB up and down", "%", over_bytes),
+        ("training loss", "round", "", losses),
+    ]
+    stopped = f", round {_rounds(first)}" if first.round < first.settings.rounds else ""
+    report.draw_curves(path, panels, _title(first) + stopped)
+
+
+def _curve(name: str, x: Sequence[float], y: Sequence[np.ndarray]) -> report.Curve:
+    label, mean = name.replace("_", " "), np.mean(y, axis=0).tolist()
+    return (label, x, mean, np.std(y, axis=0, ddof=1).tolist()) if len(y) > 1 else (label, x, mean)
