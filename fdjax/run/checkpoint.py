@@ -4,13 +4,16 @@ A checkpoint is whole if its files have the checksums beside them, which are wri
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,7 @@ class Checkpoints:
                 self._make_room()
             handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-            logging.get_absl_logger().addFilter(_not_of_orbax)
+            _silence()
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -167,7 +170,6 @@ class Checkpoints:
         """Release orbax's threads."""
         if self._manager is not None:
             self._manager.close()
-            logging.get_absl_logger().removeFilter(_not_of_orbax)
 
 
 def storages_of(record: dict[str, Any]) -> list[Storage] | None:
@@ -213,9 +215,26 @@ def _changed(path: Path) -> float:
     return 0.0
 
 
+@functools.cache
+def _silence() -> None:
+    """From here on, nothing of the tracebacks of a save that fails: it raises too, and is told in one line.
+
+    Some come when it is over: of writes that end after the first one has failed, when nobody listens any more.
+    """
+    for logger in (logging.get_absl_logger(), getLogger("asyncio")):
+        logger.addFilter(_not_of_orbax)
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
+
+
 def _not_of_orbax(record: Any) -> bool:
-    """A filter against the tracebacks that orbax logs: what fails is raised too, and told in one line."""
-    return "orbax" not in record.pathname
+    """A filter of what orbax logs, and asyncio of its tasks."""
+    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
 
 def _wait_for_threads() -> None:
@@ -232,6 +251,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
+    if "Barrier timed out" in text:
+        return "another host did not write its part"
     found = re.search(r"([^:\[\]]+) \[os_error_code", text)
     return found[1].strip() if found else f"{type(error).__name__}: {text[:200]}"
 

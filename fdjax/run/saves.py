@@ -91,11 +91,9 @@ class Saves:
                 return
 
     def _tell(self, done: int, reason: str, *, final: bool) -> None:
-        if not hosts.is_first():
-            return
-        if final:
+        if final:  # on every host, whose exit codes tell
             tell_unsaved(f"the checkpoint after round {done} in {self.folder}", reason)
-        elif not self._failing:
+        elif not self._failing and hosts.is_first():
             tqdm.write(
                 f"warning: the checkpoint after round {done} cannot be written to {self.folder}: {reason}; the run "
                 "goes on, and tries again",

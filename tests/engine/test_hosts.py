@@ -11,8 +11,10 @@ import numpy as np
 import programs
 import pytest
 
+import fdjax
 from fdjax.engine import hosts
 from fdjax.errors import InputError
+from fdjax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -71,6 +73,18 @@ def test_two_processes_are_one_simulation(tmp_path, resumed):
     assert expected.keys() == found.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+    check_checkpoint(tmp_path / "two", found["clients/local_accuracy"])
+
+
+def check_checkpoint(out, accuracies):
+    """One process reads what both have written, and finds damage of what the second one wrote."""
+    loaded, source = fdjax.load(out), fdjax.data.load("synthetic", num_clients=7, samples_per_client=20, seed=3)
+    for client, accuracy in enumerate(accuracies):
+        labels = loaded.personal(client).predict(source.test_x).argmax(1)
+        np.testing.assert_allclose(np.mean(labels == source.test_y), accuracy, atol=1e-6)
+    data = next((out / "checkpoints/4/state/ocdbt.process_1").rglob("d/*"))
+    data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+    assert Checkpoints(out / "checkpoints").latest() == 2
 
 
 def test_every_feature_of_the_engine_in_two_processes(tmp_path):

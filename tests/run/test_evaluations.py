@@ -32,7 +32,7 @@ def test_personal_models_are_tested_in_full_at_the_end(result):
     assert result.evaluations["local_examples"] == [100, 100, 100, 1000]
     told = json.loads(json.dumps(report.result_dict(result)))
     assert told["evaluations"]["local_examples"] == [100, 100, 100, 1000]
-    table = command.summary(result)
+    table = command.summary([result])
     assert "mean local accuracy, 1,000 test examples, %" in table
     assert "local accuracy at evaluations before" in table
     for text in ("own test parts, uniform", "weighted by n_k", "weighted by test examples"):
@@ -93,7 +93,7 @@ def test_without_a_test_of_the_central_model():
     ran = runner.run(make(algorithm="fedavg", central_eval=False, rounds=1), progress=True)
     assert "central_accuracy" not in ran.final
     assert "own_accuracy" in ran.final
-    assert "central" not in command.summary(ran)
+    assert "central" not in command.summary([ran])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_run_without_any_test_is_refused(fields, message):
 def test_a_validation_split_is_test_enough():
     ran = runner.run(make(local_eval="none", validation_fraction=0.2, rounds=1), progress=True)
     assert {name for name in ran.final if name.endswith("accuracy")} == {"validation_accuracy"}
-    command.summary(ran)
+    command.summary([ran])
 
 
 def test_seconds_of_compilation_in_two_threads_count_once():

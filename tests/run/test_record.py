@@ -76,7 +76,7 @@ def test_the_set_up_is_counted_and_told(tmp_path, capsys):
     written = report.result_dict(result)
     assert written["setup"] == result.setup
     assert written["bytes_per_participant"] == {"up": float(P + 3), "down": (P,)}
-    table = command.summary(result)
+    table = command.summary([result])
     assert "| bytes up of the set-up, all clients" in table
     assert "bytes down of the set-up" not in table
     assert capsys.readouterr().err == ""

@@ -158,11 +158,11 @@ def test_another_configuration_is_refused_before_anything_is_built(undisturbed, 
 
 
 def test_a_run_may_go_on_elsewhere(undisturbed, monkeypatch):
-    """For more rounds, with files in other folders, on other devices."""
+    """For more rounds, on other devices, with another limit of memory."""
     out, _ = undisturbed
     monkeypatch.setattr(runner, "build", lambda chosen: pytest.fail(f"goes on with {chosen.devices} devices"))
     with pytest.raises(pytest.fail.Exception, match="goes on with 2 devices"):
-        run(small(rounds=9, devices=2, cache_dir="/elsewhere"), out, resume=True)
+        run(small(rounds=9, devices=2, memory_limit=8.0), out, resume=True)
 
 
 def test_a_run_that_goes_on_on_other_devices_is_the_same_to_the_bit(tmp_path):
@@ -292,7 +292,7 @@ def test_what_is_coded_is_told_in_the_mean():
 
 def test_a_run_leaves_table_results_and_curves(whole):
     out, stdout = whole
-    assert {path.name for path in out.iterdir()} == {"table.md", "results.json", "curves.png", "checkpoints"}
+    assert {p.name for p in out.iterdir()} == {"table.md", "results.json", "curves.png", "checkpoints", ".lock"}
     table = (out / "table.md").read_text()
     assert table.strip() in stdout
     assert "feddistill, synthetic, natural" in table

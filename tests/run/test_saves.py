@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_written_is_told_and_the_others_are_there(tmp_path
     result = run(small(1))
     (tmp_path / name).mkdir()
     (tmp_path / name / "in the way").touch()
-    leave(tmp_path, result)
+    leave(tmp_path, [result])
     said = capfd.readouterr()
     assert "central accuracy" in said.out
     assert said.err.startswith(f"error: {tmp_path / name} cannot be written: Is a directory; make room there or")
@@ -301,7 +301,7 @@ def test_a_stop_leaves_what_there_is(undisturbed, tmp_path, monkeypatch, capsys)
     assert result.evaluations["round"] == [0, 1, 2]
     expected = {name: values[:2] for name, values in undisturbed[1].rounds.items()}
     assert result.rounds == expected
-    leave(tmp_path, result)
+    leave(tmp_path, [result])
     assert "round 2 of 4, stopped" in (tmp_path / "table.md").read_text()
     content = json.loads((tmp_path / "results.json").read_text())["result"]
     assert (content["round"], content["settings"]["rounds"]) == (2, 4)

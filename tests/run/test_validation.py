@@ -131,7 +131,7 @@ def _personal(algorithm, state, federation, cohorts, x):
 def test_a_run_records_it():
     result = runner.run(settings.make(validation_fraction=0.25, **SMALL), progress=False)
     assert len(result.evaluations["validation_accuracy"]) == len(result.evaluations["validation_loss"]) == 3
-    assert "accuracy on the validation split, %" in command.summary(result)
+    assert "accuracy on the validation split, %" in command.summary([result])
 
 
 @pytest.mark.parametrize(
