@@ -47,7 +47,7 @@ class HParam(NamedTuple):
     def described(self) -> str:
         """What it is, and with which options it is used, in words."""
         option, *values = self.only or ("",)
-        return f"{self.help} (of --{option}={' and '.join(values)})" if option else self.help
+        return f"{self.help} ({option} {', '.join(values)})" if option else self.help
 
     def expected(self) -> str:
         """The range in words."""
