@@ -14,7 +14,7 @@ from fdjax.errors import InputError
 from fdjax.run import methods, report
 from fdjax.run.checkpoint import FOLDER, steps
 from fdjax.run.runner import InterruptedRun, Result, run
-from fdjax.run.settings import Settings
+from fdjax.run.settings import FOLDERS, Settings
 
 
 def run_seeds(cases: dict[str, list[Settings]], out: Path) -> dict[str, list[Result]]:
@@ -108,5 +108,5 @@ def write(
 def _given_flags() -> list[str]:
     """The flags of the command line without folders, which mean nothing elsewhere."""
     ours = flags.FLAGS.get_key_flags_for_module(__import__("sys").argv[0])
-    folders = ("out", "data_dir", "fashion_dir", "cache_dir", "compile_cache", "writers", "resume", "overwrite")
+    folders = ("out", "fashion_dir", "compile_cache", "resume", "overwrite", *FOLDERS)
     return [f.serialize() for f in ours if f.present and f.name not in folders]

@@ -19,12 +19,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from fdjax.errors import InputError
 from fdjax.run import program, report
+from fdjax.run.settings import FOLDERS
 from sweeps import figures, outcome, page, study
 from sweeps.outcome import Outcome
 from sweeps.storage import open_storage
 
 PRINTED = 20  # configurations
-_FOLDERS = ("data_dir", "cache_dir", "writers")  # of settings, which mean nothing on another machine
 
 
 def main() -> None:
@@ -122,10 +122,10 @@ def _settings(results: Outcome) -> dict[str, Any]:
     fixed, space = described["fixed"], described["space"]
     searched = {n: optuna.distributions.json_to_distribution(json.dumps(d)) for n, d in space.items()}
     used = [trial.user_attrs.get("settings") or {} for trial in results.finished]
-    left = {n: v for n, v in used[0].items() if n not in {*fixed, *space, *_FOLDERS} and v is not None}
+    left = {n: v for n, v in used[0].items() if n not in {*fixed, *space, *FOLDERS} and v is not None}
     common = {n: v for n, v in left.items() if all(other.get(n) == v for other in used)}
     return {
-        **{n: v for n, v in fixed.items() if n not in _FOLDERS},
+        **{n: v for n, v in fixed.items() if n not in FOLDERS},
         **{f"{name} (searched)": _range(distribution) for name, distribution in searched.items()},
         "objective": f"{results.objective}, {'maximize' if results.maximize else 'minimize'}",
         "search": described["search"],

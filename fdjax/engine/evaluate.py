@@ -276,7 +276,7 @@ def _across_clients(own: testing.Score, tested: Array, examples: Array) -> dict[
     return {
         "own_accuracy": mean,
         "own_accuracy_weighted": jnp.vdot(jnp.where(tested, accuracy, 0), weight) / _or_nan(jnp.sum(weight)),
-        "own_accuracy_by_test_size": jnp.sum(own.correct) / _or_nan(jnp.sum(own.count)),
+        "own_accuracy_by_test_size": jnp.vdot(own.correct, tested) / _or_nan(jnp.vdot(own.count, tested)),
         "own_loss": jnp.sum(jnp.where(tested, loss, 0)) / count,
         "worst_client": jnp.nanmin(masked),
         "quantile_10": jnp.nanquantile(masked, 0.1),

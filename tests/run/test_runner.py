@@ -24,6 +24,7 @@ from fdjax.run import experiment, report, runner, settings
 from fdjax.run.checkpoint import Checkpoints
 from fdjax.run.record import Recording
 from fdjax.run.report import write_json
+from fdjax.run.settings import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -304,7 +305,7 @@ def test_a_run_leaves_table_results_and_curves(whole):
     found = content["result"]
     assert found["setup"] == {}
     every = small(rounds=MANY).public()  # the flags of the file, and every default; folders stay on their machine
-    assert found["settings"] == {k: v for k, v in every.items() if k not in ("data_dir", "cache_dir", "writers")}
+    assert found["settings"] == {k: v for k, v in every.items() if k not in FOLDERS}
     assert found["participants"] == [2]
     assert found["bytes_per_participant"] == {"up": [4 * 610], "down": [4 * 610]}
     assert found["rounds"]["bytes_up"][:2] == [2 * 4 * 610, 2 * 2 * 4 * 610]

@@ -28,7 +28,7 @@ def means(clients, holdings):
         "own_accuracy": own[counts].mean(),
         "own_loss": np.asarray(clients["own_loss"], float)[counts].mean(),
         "own_accuracy_weighted": np.average(own[counts], weights=n_k[counts]),
-        "own_accuracy_by_test_size": np.average(own[tests > 0], weights=tests[tests > 0]),
+        "own_accuracy_by_test_size": np.average(own[counts], weights=tests[counts]),
         "worst_client": own[counts].min(),
         "quantile_10": np.quantile(own[counts], 0.1),
         "client_std": own[counts].std(),
