@@ -36,6 +36,8 @@ from fdjax.run.checkpoint import Checkpoints
 from fdjax.run.runner import InterruptedRun, Result
 
 REFERENCE = "fedavg"
+OURS = {"fedgen": {"generated_weight": 1.0, "latent_weight": 1.0}}
+# In place of defaults: FedGen's weights of 10 are its code's at a fifth of this learning rate, and diverge at this one.
 
 
 def main() -> None:
@@ -84,7 +86,15 @@ def _settings(name: str) -> settings.Settings:
     models: dict[str, Any] = {}
     if methods.of(name).split:
         models = {"models": f"{given.model}:{given.num_clients}", "model": given.server_model}
-    return settings.from_flags(algorithm=name, local_eval="full", **models, **cases.without_others(name))
+    ours = {n: value for n, value in OURS.get(name, {}).items() if not flags.FLAGS[n].present}
+    return settings.from_flags(algorithm=name, local_eval="full", **models, **cases.without_others(name) | ours)
+
+
+def _exceptions(results: dict[str, list[Result]]) -> str:
+    """The hyperparameters that are not, in words."""
+    used = {name: runs[0].settings.public() for name, runs in results.items()}
+    found = [f"{name}'s {n} = {used[name][n]:g}" for name in used for n in OURS.get(name, {})]
+    return f", but for {', '.join(found)}" if found else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -169,7 +179,7 @@ def _notes(results: dict[str, list[Result]]) -> str:
         f"Accuracy in % on the full test set after {used.rounds} rounds, one seed. {used.dataset}, {used.num_clients} "
         f"clients, {used.partition_name}{alpha}, {100 * used.participation:g} % of them in a round; {given.model}, "
         f"B = {used.batch_size}, learning rate {public['learning_rate']:g}, local epochs {public['local_epochs']:g}; "
-        f"other settings are each method's defaults. {used.proxy_size:,} examples ({used.proxy}) are proxy data, which "
+        f"other settings are each method's defaults{_exceptions(results)}. {used.proxy_size:,} examples ({used.proxy}) are proxy data, which "
         "no client of any method trains on as its own.",
         "Bytes are of one client and round; those of the set-up, which some methods have, of one client, both ways. "
         "Mean of clients: each client's own model, or the central one where it has none, on the full test set; on own "
