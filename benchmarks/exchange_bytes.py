@@ -179,7 +179,8 @@ def _notes(results: dict[str, list[Result]]) -> str:
         f"Accuracy in % on the full test set after {used.rounds} rounds, one seed. {used.dataset}, {used.num_clients} "
         f"clients, {used.partition_name}{alpha}, {100 * used.participation:g} % of them in a round; {given.model}, "
         f"B = {used.batch_size}, learning rate {public['learning_rate']:g}, local epochs {public['local_epochs']:g}; "
-        f"other settings are each method's defaults{_exceptions(results)}. {used.proxy_size:,} examples ({used.proxy}) are proxy data, which "
+        f"other settings are each method's defaults{_exceptions(results)}. {used.proxy_size:,} examples "
+        f"({used.proxy}) are proxy data, which "
         "no client of any method trains on as its own.",
         "Bytes are of one client and round; those of the set-up, which some methods have, of one client, both ways. "
         "Mean of clients: each client's own model, or the central one where it has none, on the full test set; on own "

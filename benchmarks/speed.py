@@ -271,7 +271,7 @@ def run_suite(name: str, peers: list[Peer]) -> tuple[list[Verdict], bool]:
     text = "\n\n".join(filter(None, (verdict_table(verdicts) if verdicts else "", details, footer(about))))
     print(f"\n{text}\n", flush=True)
     out = report.prepare(pathlib.Path(FLAGS.out) / f"speed_{name}")
-    (out / "table.md").write_text(f"# benchmarks.speed: {name}\n\n{text}\n")
+    report.write_text(out / "table.md", f"# benchmarks.speed: {name}\n\n{text}\n")
     told = [verdict._asdict() | {"met": verdict.met} for verdict in verdicts]
     report.write_json(out / "results.json", about | {"suite": name, "verdicts": told, "results": results})
     draw(out / "ratios.png", verdicts)

@@ -27,6 +27,8 @@ def draw(results: Outcome, out: Path) -> tuple[list[Figure], list[str]]:
     figures, missing = [], []
     for draw_kind in (_heatmap, _curves, _importance, _history):
         for drawn in draw_kind(results, out):
+            if isinstance(drawn, Figure) and not drawn.path.is_file():
+                drawn = f"No {drawn.path.name}: it could not be written."
             (missing if isinstance(drawn, str) else figures).append(drawn)
     return figures, missing
 
@@ -41,8 +43,7 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    report.save_figure(path, figure)
     return path
 
 

@@ -17,6 +17,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from fdjax.errors import InputError
+from fdjax.run import saving
 from sweeps import figures, outcome
 from sweeps import report as program
 from sweeps.storage import open_storage
@@ -203,6 +204,19 @@ def test_everything_is_written_and_the_page_needs_no_other_file(tmp_path, capsys
     np.testing.assert_allclose(
         [float(line["last_mean"]), float(line["last_std"])], [np.mean(last), np.std(last, ddof=1)]
     )
+
+
+def test_a_picture_that_cannot_be_written_costs_nothing_but_itself(tmp_path, capsys, monkeypatch):
+    """It was a traceback, and no page."""
+    monkeypatch.setattr(saving, "_unsaved", [])
+    (tmp_path / "heatmap.png").mkdir()
+    program.write(read(study(), grid(study())), tmp_path, "")
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {tmp_path}/heatmap.png cannot be written: Is a directory")
+    assert "No heatmap.png: it could not be written." in told.out
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "No heatmap.png: it could not be written." in page
 
 
 def test_twenty_configurations_are_printed_and_all_are_in_the_files(tmp_path, capsys):
