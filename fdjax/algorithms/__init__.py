@@ -8,6 +8,7 @@ from fdjax.algorithms import (
     cronus,
     dsfl,
     fd,
+    fedad,
     fedavg,
     feddf,
     feddistill,
@@ -41,6 +42,7 @@ ALGORITHMS: dict[str, Method] = {
                 fedmd,
                 cronus,
                 dsfl,
+                fedad,
             )
         ),
         *baselines.METHODS,

@@ -28,6 +28,7 @@ UNUSED = {
 CHOSEN = {"feddf": {"model_selection": "kl"}}
 # Hundreds of steps amplify rounding, and so does a net that diverges.
 FEW = {
+    "fedad": {"distill_epochs": 2},
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
     "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
