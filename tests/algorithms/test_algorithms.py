@@ -21,6 +21,7 @@ from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 # Pinned to NumPy elsewhere: of another option, or what cuts a training that is too short here to be cut.
 UNUSED = {
     "dsfl": ("era_beta",),
+    "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
     "fedmd": ("pretrain_patience", "private_patience"),
 }
@@ -28,6 +29,7 @@ UNUSED = {
 CHOSEN = {"feddf": {"model_selection": "kl"}}
 # Hundreds of steps amplify rounding, and so does a net that diverges.
 FEW = {
+    "faug": {"generator_steps": 3, "generator_learning_rate": 0.001},
     "fedad": {"distill_epochs": 2},
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},

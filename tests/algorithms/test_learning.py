@@ -48,7 +48,7 @@ DRIFT = {
 
 
 def test_every_method_is_measured():
-    assert {*BETTER, "fd", "local"} == {*ALGORITHMS}
+    assert {*BETTER, "fd", "faug", "local"} == {*ALGORITHMS}
 
 
 @pytest.mark.parametrize("algorithm", BETTER)
@@ -70,6 +70,15 @@ def test_fd_beats_training_alone_where_labels_are_scarce():
     assert lead.min() > 0.003, lead
     assert lead.mean() > 0.01, lead
     assert share.max() < 0.85, share
+
+
+@pytest.mark.exhaustive  # a minute and a half of the CPU, most of it the generator's
+def test_faug_beats_training_alone_where_labels_are_scarce():
+    """Measured 74.8, 73.2, 73.8 % against 71.9, 72.6, 72.2 alone, and 71.7, 70.7, 74.3 of FD without it."""
+    faug, fd, local = (final("local_accuracy", name, **SCARCE | {"rounds": 10}) for name in ("faug", "fd", "local"))
+    assert (faug - local).min() > 0, (faug, local)
+    assert (faug - local).mean() > 0.008, (faug, local)
+    assert (faug - fd).mean() > 0.005, (faug, fd)
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "feddistill"])
