@@ -27,7 +27,8 @@ Float inputs, which have no bounds, have a G without the last tanh, and seeds of
 
 With ten devices of FD's setting (`test_learning.py`, 10 rounds of a 2nn) FD + FAug has 74.8, 73.2, 73.8 %, FD 71.7,
 70.7, 74.3 and training alone 71.9, 72.6, 72.2; with five devices, so half the seeds, nothing is gained. The paper's 11
-to 16 points may rest on its oversampling, which a few seeds do not replace. FL + FAug is level with FedAvg (91.2 %, one seed).
+to 16 points may rest on its oversampling, which a few seeds do not replace. FL + FAug is level with FedAvg: both have
+91.2 %, of one seed.
 """
 
 import math
