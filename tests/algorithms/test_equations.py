@@ -124,6 +124,7 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
     "dsfl": lambda server: server.params,
     "fedgems": lambda server: server["params"],
     "fedgen": lambda server: server["params"],
+    "fedma": lambda server: server["params"],
 }
 
 
