@@ -34,7 +34,7 @@ CHOSEN = {
     "cfd": {"local_epochs": 5, "distill_epochs": 3},
     "fedgems": {"distill_epochs": 2, "server_epochs": 2},
     "fedgen": {"generated_weight": 1.0, "latent_weight": 1.0, "generator_learning_rate": 0.003},
-    "fedma": {"local_epochs": 5},
+    "fedma": {"local_epochs": 5, "sweeps": 1},
     "fedgkt": {"learning_rate": 0.03, "server_epochs": 5},  # 0.1 diverges for one seed, with a 2nn as the server's
 }
 MODELS = {"fedgkt": {"models": "2nn:10", "model": "mclr"}, "fedma": {"rounds": 1}}
