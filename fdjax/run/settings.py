@@ -58,7 +58,7 @@ class Settings(OptimizerSettings, ParticipationSettings):
     )
     labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
     writers: str | None = _data(
-        None, "npz with the writers of mnist's images (train_writer, test_writer)", str, folder=True
+        None, "npz with the writers of mnist's images (train_writer, test_writer)", str, resumable=True, folder=True
     )
 
     partition: str | None = _data(
@@ -394,4 +394,6 @@ def from_flags(**overrides: Any) -> Settings:
     """
     names = [name for name in (*FLAGS, *_names_of_options(), *_names_of_hparams()) if name in flags.FLAGS]
     given = {name: flags.FLAGS[name].value for name in names} | overrides
-    return make(**{name: value for name, value in given.items() if value is not None or name in FLAGS})
+    made = make(**{name: value for name, value in given.items() if value is not None or name in FLAGS})
+    check_unused(made, [name for name in names if flags.FLAGS[name].present and name not in overrides])
+    return made
