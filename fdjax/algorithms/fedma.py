@@ -20,7 +20,8 @@ for each of the client's units its place; from the second round on also the unit
 Ours: nets begin with draws of their own; a client that was not in the last round takes back the units that most nets
 have; a class that nobody in a round holds has the mean of all; the prior's mean is 0 for biases too (the code: 0.1);
 the capacity is exact (the code: 700 units and one). `centre` = mean averages what is matched, which gives copies of one
-net that net; the code's `centre` = posterior pulls it to 0. Optimisers start afresh in each exchange.
+net that net; the code's `centre` = posterior pulls it to 0. Optimisers start afresh in each exchange. In one round of
+`test_learning.py`, Dirichlet(0.5): 0.858, 0.808, 0.798; the plain mean of nets that started apart 0.127, 0.412, 0.288.
 """
 
 import jax

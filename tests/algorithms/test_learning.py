@@ -24,7 +24,7 @@ BETTER = {
     "cfd": ("central", 0.2, (0.382, 0.281, 0.354)),
     "fedgems": ("local", 0.45, (0.588, 0.578, 0.545)),
     "fedgen": ("central", 0.3, (0.386, 0.483, 0.451)),
-    "fedma": ("central", 0.05, (0.104, 0.157, 0.112)),
+    "fedma": ("central", 0.05, (0.090, 0.172, 0.111)),
     "fedgkt": ("local", 0.01, (0.137, 0.037, 0.086)),
 }
 CHOSEN = {
@@ -91,7 +91,7 @@ def average_of_nets_that_started_apart(hparams, **fields):
 
 
 def test_fedma_makes_one_net_of_nets_that_started_apart():
-    """One shot, all of the sample by Dirichlet(0.5), five epochs: FIGURES.
+    """One shot, all of the sample by Dirichlet(0.5), five epochs: 0.858, 0.808 and 0.798.
 
     Their average has 0.127, 0.412 and 0.288; FedAvg's one round from a common start 0.686, 0.737 and 0.643.
     """
