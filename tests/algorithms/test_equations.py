@@ -125,6 +125,7 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
     "fedad": lambda server: server.params,
     "fedgems": lambda server: server["params"],
     "fedgen": lambda server: server["params"],
+    "fedma": lambda server: server["params"],
 }
 
 
