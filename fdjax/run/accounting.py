@@ -6,6 +6,10 @@ apart:
 - client, all clients or Poisson sampling: one has a client that the other has not. What is summed changes by S at most.
 - client, a fixed number of participants: one client's data are others, so that sum changes by 2 S at most, and the
   multiplier is half of z. Sampling amplifies by the theorem for samples without replacement.
+- example: one example of one client is another. Every step of DP-SGD draws B of the client's n examples without
+  replacement, so z is halved and amplified as above; clients hold different examples, so the run's epsilon is that of
+  the client who has spent most, as if it had taken part in every round. That bound is wide. `poisson` is the usual
+  approximation in its place: q = B / n, z whole, one example more or less.
 - local: one client's data are others, 2 S again, and nobody's participation hides it.
 
 That sampling amplifies needs it to be secret: who sees the traffic of a client has the epsilon of no sampling.
@@ -21,7 +25,9 @@ import numpy as np
 from fdjax.contract import Algorithm
 from fdjax.errors import InputError
 
-_ADD, _REPLACE = "one client more or less", "one client's data replaced"
+_ADD, _REPLACE, _EXAMPLE = "one client more or less", "one client's data replaced", "one example replaced"
+_AS_IF = "one example more or less, as if batches were Poisson samples"
+_WORST = 4  # of the least numbers of steps: with more of them, the share of the examples in a step falls faster
 
 
 class Ledger(NamedTuple):
@@ -32,10 +38,19 @@ class Ledger(NamedTuple):
     fixed: tuple[int, int] | None  # clients, and how many of them take part, where that number is fixed
     releases: int  # of a round
     in_setup: int  # of all clients, before the first one
+    samples: tuple[tuple[int, int, int], ...] = ()  # example: a client's examples, those of a step, steps of a round
+    poisson: bool = False  # example: as if batches were Poisson samples
+
+    @property
+    def apart(self) -> tuple["Ledger", ...]:
+        """A ledger for each of the clients who may have spent most."""
+        return tuple(self._replace(samples=(sample,)) for sample in self.samples) or (self,)
 
     @property
     def relation(self) -> str:
         """The relation between neighbouring federations, in words."""
+        if self.level == "example":
+            return _AS_IF if self.poisson else _EXAMPLE
         return _ADD if self.level == "client" and self.fixed is None else _REPLACE
 
     def events(self, noise_multiplier: float, rounds: int) -> Any:
@@ -46,6 +61,15 @@ class Ledger(NamedTuple):
         before = [dp.GaussianDpEvent(self._multiplier(noise_multiplier, self.in_setup))] if self.in_setup else []
         if not noise_multiplier:
             return dp.NonPrivateDpEvent() if before or (rounds and self.releases) else dp.NoOpDpEvent()
+        if self.level == "example":
+            held, batch, steps = self.samples[0]
+            if batch < held:
+                once = (
+                    dp.PoissonSampledDpEvent(batch / held, once)
+                    if self.poisson
+                    else dp.SampledWithoutReplacementDpEvent(held, batch, once)
+                )
+            return dp.SelfComposedDpEvent(once, steps * rounds) if steps * rounds else dp.NoOpDpEvent()
         if self.level == "client" and self.fixed is not None:
             once = dp.SampledWithoutReplacementDpEvent(*self.fixed, once)
         elif self.level == "client" and self.rate < 1:
@@ -54,16 +78,22 @@ class Ledger(NamedTuple):
         return dp.ComposedDpEvent([*before, *([dp.SelfComposedDpEvent(once, rounds)] if rounds else [])])
 
     def _multiplier(self, noise_multiplier: float, releases: int) -> float:
-        sensitivity = 1 if self.relation == _ADD else 2
+        sensitivity = 1 if self.relation in (_ADD, _AS_IF) else 2
         return noise_multiplier / sensitivity / math.sqrt(max(releases, 1))
 
 
 def ledger_of(
-    settings: Any, algorithm: Algorithm, places: tuple[int, ...], may_train: tuple[int, ...]
+    settings: Any, algorithm: Algorithm, places: tuple[int, ...], may_train: tuple[int, ...], held: np.ndarray
 ) -> Ledger | None:
-    """The ledger of a run, None without privacy. Raises InputError for a method that shares nothing."""
+    """The ledger of a run whose clients hold so many examples, `held` [C]; None without privacy.
+
+    Raises InputError for a method that shares nothing.
+    """
     if settings.privacy == "none":
         return None
+    by_poisson = settings.batch_accounting == "poisson"
+    if settings.privacy == "example":
+        return Ledger("example", 1.0, None, settings.method.example_fits, 0, _samples(settings, held), by_poisson)
     releases, in_setup = (sum(len(e.releases) for e in exchanges) for exchanges in (algorithm.round, algorithm.setup))
     if not releases + in_setup:
         raise InputError(f"--privacy={settings.privacy}: {algorithm.name} sends nothing that could tell; leave it out")
@@ -74,6 +104,19 @@ def ledger_of(
     return Ledger(settings.privacy, settings.participation if poisson else 1.0, fixed, releases, in_setup)
 
 
+def _samples(settings: Any, held: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """(examples, those of a step, steps of a round) of those who spend most: the least n_k for a number of steps."""
+    hparams = settings.method.values(dict(settings.hparams))
+    batch_size = settings.batch_size or int(np.max(held))
+    least: dict[int, int] = {}
+    for n in sorted({int(n) for n in held if n}):
+        steps = max(n // batch_size, 1) if settings.drop_last else -(-n // batch_size)
+        least.setdefault(steps, n)
+    given = int(hparams.get("local_steps", 0)), int(hparams["local_epochs"])
+    found = sorted(least.items())[:_WORST]
+    return tuple((n, min(batch_size, n), given[0] or given[1] * steps) for steps, n in found)
+
+
 def noise_of(settings: Any, ledger: Ledger | None) -> float:
     """The noise multiplier: as given, or the least one that keeps to `target_epsilon`.
 
@@ -81,7 +124,10 @@ def noise_of(settings: Any, ledger: Ledger | None) -> float:
     """
     if ledger is None or settings.target_epsilon is None:
         return settings.noise_multiplier
-    return _calibrated(ledger, settings.rounds, settings.accountant, settings.target_epsilon, settings.delta)
+    return max(
+        _calibrated(each, settings.rounds, settings.accountant, settings.target_epsilon, settings.delta)
+        for each in ledger.apart
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -109,6 +155,9 @@ def epsilons(ledger: Ledger, noise_multiplier: float, rounds: int, accountant: s
     """Epsilon after each of the rounds; infinite without noise."""
     if not noise_multiplier:
         return (math.inf,) * rounds
+    if len(ledger.apart) > 1:
+        each = [epsilons(one, noise_multiplier, rounds, accountant, delta) for one in ledger.apart]
+        return tuple(map(max, zip(*each, strict=True)))
     with _quietly():
         if accountant == "pld":
             return tuple(
@@ -143,7 +192,7 @@ def accounted(
         "accountant": settings.accountant,
         "noise_multiplier": noise,
         "clip": math.inf if settings.clip is None else settings.clip,
-        "events": repr(ledger.events(noise, done)),
+        "events": [repr(each.events(noise, done)) for each in ledger.apart],
     }
 
 
@@ -152,7 +201,7 @@ def _accountant(ledger: Ledger, name: str) -> Any:
 
     relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     # A Gaussian of known sensitivity is the same under either relation; samples of a fixed size know the other alone.
-    if ledger.level == "client" and ledger.fixed is not None:
+    if (ledger.level == "example" and not ledger.poisson) or (ledger.level == "client" and ledger.fixed is not None):
         relation = dp.NeighboringRelation.REPLACE_ONE
     if name == "pld":
         from dp_accounting.pld import PLDAccountant

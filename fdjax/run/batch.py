@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fdjax.engine.new_clients import never_train
 from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import HParam
+from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
@@ -45,7 +47,10 @@ def experiments(settings: Sequence[Settings]) -> list[Experiment]:
         )
         if same_data not in built:
             built[same_data] = _sharing_arrays(build(same_data), next(iter(built.values()), None))
-        mine = built[same_data]._replace(settings=each, hparams=hparams_of(each, built[same_data].ledger))
+        ready = built[same_data]
+        held = np.asarray(ready.holdings.count)[~never_train(ready.layout)[np.argsort(ready.federation.client)]]
+        ledger = ledger_of(each, ready.algorithm, ready.shapes.participants, ready.shapes.may_train, held)
+        mine = ready._replace(settings=each, hparams=hparams_of(each, ledger), ledger=ledger)
         trials.append(mine._replace(tests=tests_of(mine)))
     return trials
 

@@ -115,7 +115,8 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     _check_that_something_is_tested(settings, bound.algorithm)
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
-    ledger = ledger_of(settings, bound.algorithm, shapes.participants, shapes.may_train)
+    held = np.asarray(holdings.count)[~who.never_train]
+    ledger = ledger_of(settings, bound.algorithm, shapes.participants, shapes.may_train, held)
     hparams = jax.device_put(hparams_of(settings, ledger), replicated(mesh))
     federation = federate(
         source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),

@@ -11,7 +11,14 @@ LEVELS = MappingProxyType(
     {
         "none": "nothing",
         "client": "all that a client has, against who sees what the server sends: uploads clipped, their sum noised",
+        "example": "each example of a client, against all others: DP-SGD, gradients clipped one by one and noised",
         "local": "all that a client has, against the server too: every client noises its own uploads",
+    }
+)
+BATCHES = MappingProxyType(
+    {
+        "fixed": "as they are, of a fixed size, drawn anew in every step: a bound that holds, and is wide",
+        "poisson": "as if each example came to a batch by itself, as is usual: an approximation",
     }
 )
 ACCOUNTANTS = MappingProxyType(
@@ -39,6 +46,9 @@ class PrivacySettings:
         None, "epsilon after the last round, for which the noise_multiplier is computed before the first", float,
         role="traced", low=0, above=True,
     )  # fmt: skip
+    batch_accounting: str = _setting(
+        "fixed", "privacy example: how batches are accounted for", choices=BATCHES, role="run", resumable=True
+    )
     accountant: str = _setting("rdp", "how epsilon is computed", choices=ACCOUNTANTS, role="run", resumable=True)
 
 
@@ -55,19 +65,33 @@ def check_privacy(settings: Any) -> None:
         raise InputError(
             f"--target_epsilon={target:g} and --noise_multiplier={noise:g}: the one follows from the other; give one"
         )
+    if settings.privacy == "example" and not settings.method.example_fits:
+        raise InputError(
+            f"--privacy=example: not all that {settings.method.name} shares of a client's examples is learned by one "
+            "fit on them; use fedavg, fedprox, fedopt or dsfl, or another --privacy"
+        )
     if settings.clip is None and (noise or target is not None):
         given = f"--noise_multiplier={noise:g}" if noise else f"--target_epsilon={target:g}"
         raise InputError(f"{given} without --clip: no noise hides what is not clipped; give --clip, such as 1")
-    if sampling.startswith("examples"):
+    if sampling.startswith("examples") and settings.privacy != "example":
         raise InputError(
             f"--privacy={settings.privacy} with --sampling={sampling}: who is drawn tells who holds much; use poisson "
             "or uniform"
+        )
+    if settings.accountant == "pld" and settings.privacy == "example" and settings.batch_accounting == "fixed":
+        raise InputError(
+            "--accountant=pld knows no batches of a fixed size; use --accountant=rdp, or --batch_accounting=poisson"
         )
     if settings.accountant == "pld" and settings.privacy == "client" and _fixed_size(settings):
         raise InputError(
             "--accountant=pld knows no sampling of so many clients without replacement; use --accountant=rdp, or "
             "--sampling=poisson"
         )
+
+
+def decides_noise(settings: Any) -> set[str]:
+    """What may not be another when a run goes on, because the noise is computed from it."""
+    return set() if settings.target_epsilon is None else {"rounds", "delta", "accountant", "batch_accounting"}
 
 
 def _fixed_size(settings: Any) -> bool:

@@ -25,7 +25,7 @@ from fdjax.models import own as nets
 from fdjax.run import methods
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
 from fdjax.run.participation import ParticipationSettings, check_participation
-from fdjax.run.privacy import PrivacySettings, check_privacy
+from fdjax.run.privacy import PrivacySettings, check_privacy, decides_noise
 from fdjax.run.setting import Role, Setting, pairs, plain, setting_field
 from fdjax.run.unused import check_unused
 
@@ -211,9 +211,8 @@ class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
     @property
     def resumable(self) -> frozenset[str]:
         """The settings that may be others when a run goes on. Rounds decide a cosine schedule, and noise."""
-        return frozenset(name for name, s in SETTINGS.items() if s.resumable) - (
-            {"rounds"} if ends_with_rounds(self) or self.target_epsilon else set()
-        )
+        others = frozenset(name for name, s in SETTINGS.items() if s.resumable)
+        return others - ({"rounds"} if ends_with_rounds(self) else set()) - decides_noise(self)
 
     def static(self, largest_client: int) -> "Settings":
         """What a compiled round depends on: the static settings, all others being at their defaults.

@@ -33,6 +33,7 @@ def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, T
             label_smoothing=settings.label_smoothing,
             drop_last=settings.drop_last,
             trained=paths(settings.trained) if settings.trained else None,
+            private=settings.privacy == "example" and not stage,
             name=(STAGES[chosen.index(optimizer)] or "client_").removesuffix("_"),
         )
         for stage, optimizer, size in zip(STAGES, chosen, sizes, strict=True)
@@ -71,6 +72,8 @@ def method_of(settings: Settings, task: Task, participants: float, may_train: in
         for model in {*task.models, task.model} if getattr(settings, flag) else ():
             check_patterns(flag, getattr(settings, flag), jax.eval_shape(model.init, jax.random.key(0)))
     algorithm = settings.method.algorithm(task)
+    if settings.privacy == "example" and any(_has_statistics(model) for model in task.models):
+        raise InputError("--privacy=example: statistics of BatchNorm are of all examples of a batch; give --norm=group")
     exchanged = _exchanged(settings, task)
     if exchanged is not None:
         algorithm = exchanging(algorithm, task.model, exchanged, task.training.trained)

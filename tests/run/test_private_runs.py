@@ -145,3 +145,49 @@ def test_bad_input_is_one_line(given, message):
 def test_importing_fdjax_does_not_import_the_accountant():
     code = "import sys, fdjax; print('dp_accounting' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+EXAMPLES = TINY | {"privacy": "example", "clip": 1.0, "noise_multiplier": 2.0, "batch_size": 8, "local_epochs": 2}
+
+
+def test_examples_are_accounted_for_by_hand(quiet):
+    """2 epochs in each of 3 rounds, in steps of 8 of a client's examples."""
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+
+    result = fdjax.run(**EXAMPLES)
+    held = set(result.holdings["n_k"])
+    assert len(held) == 1
+    (n,) = held
+    steps = 3 * 2 * -(-n // 8)
+    event = dp.SampledWithoutReplacementDpEvent(n, 8, dp.GaussianDpEvent(1.0))
+    accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
+    assert result.privacy["epsilon"] == pytest.approx(accountant.compose(event, steps).get_epsilon(1e-5), rel=1e-9)
+    assert result.privacy["relation"] == "one example replaced"
+    usual = fdjax.run(**EXAMPLES, batch_accounting="poisson")
+    event = dp.PoissonSampledDpEvent(8 / n, dp.GaussianDpEvent(2.0))
+    assert usual.privacy["epsilon"] == pytest.approx(RdpAccountant().compose(event, steps).get_epsilon(1e-5), rel=1e-9)
+    assert "as if batches were Poisson samples" in summary([usual])
+
+
+def test_the_client_who_spends_most_counts():
+    alone = [
+        epsilons(Ledger("example", 1.0, None, 1, 0, (s,)), 2.0, 2, "rdp", 1e-5)[-1] for s in ((9, 8, 4), (8, 8, 2))
+    ]
+    both = epsilons(Ledger("example", 1.0, None, 1, 0, ((8, 8, 2), (9, 8, 4))), 2.0, 2, "rdp", 1e-5)[-1]
+    assert both == max(alone)
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"algorithm": "fd"}, "not all that fd shares of a client's examples is learned by one fit on them"),
+        ({"accountant": "pld"}, "--accountant=pld knows no batches of a fixed size"),
+        ({"privacy": "client", "batch_accounting": "poisson"}, "no batches are private; give --privacy=example"),
+    ],
+)
+def test_what_cannot_be_private_by_example(given, message):
+    with pytest.raises(InputError) as error:
+        fdjax.run(**EXAMPLES | given)
+    assert message in str(error.value)
