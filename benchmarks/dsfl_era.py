@@ -140,6 +140,7 @@ def _settings(method: str, place: dict[str, Any], seed: int) -> settings.Setting
     else:
         understood = ALGORITHMS[algorithm].hparams
         preset |= {name: None for name in ALGORITHMS["dsfl"].hparams if name not in understood}
+        preset |= {"proxy_per_round": 0, "distill_batch_size": 0}  # its clients lack the same examples, and that is all
     return settings.from_flags(algorithm=algorithm, seed=seed, **place | preset)
 
 

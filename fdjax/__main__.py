@@ -16,6 +16,8 @@ from absl import flags
 from fdjax import data
 from fdjax.errors import InputError
 from fdjax.run import loading, program, report, settings
+from fdjax.run.checkpoint import FOLDER, steps
+from fdjax.run.lock import locked
 from fdjax.run.runner import InterruptedRun, Result, run
 from fdjax.run.saving import saving, unsaved
 from fdjax.run.seeds import run_seeds
@@ -28,17 +30,17 @@ def main() -> None:
     chosen = settings.from_flags()
     if given.coordinator and not given.out:
         raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
-    if given.seeds and given.resume:
-        raise InputError("--seeds keeps no checkpoints to resume; leave --resume out, or run seed by seed")
-    numbers = [int(text) if text.strip().isdecimal() else text for text in given.seeds or ()]  # the others are refused
+    if given.seeds is not None:
+        _check_seeds()
     out = report.prepare(given.out or new_folder(chosen), overwrite=given.overwrite, resume=given.resume)
     if given.draw_partition:
         source, holdings, _ = loading.load(chosen)
         with saving(out / "partition.png") as path:
             data.draw_partition(holdings, source.train_y, source.num_classes, path, chosen.partition_name)
     try:
-        if numbers:
-            results = run_seeds(chosen, numbers)
+        if given.seeds is not None:
+            with locked(out):
+                results = run_seeds(chosen, [int(text) for text in given.seeds])
         else:
             results = [run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)]
     except InterruptedRun as stop:
@@ -48,15 +50,32 @@ def main() -> None:
     leave(out, results)
 
 
+def _check_seeds() -> None:
+    """Raises InputError for --seeds that are no numbers, and beside what they do not go with."""
+    given = flags.FLAGS
+    if not given.seeds or not all(text.strip().isdecimal() for text in given.seeds):
+        raise InputError(f"--seeds={','.join(given.seeds)}: expected whole numbers, such as 0,1,2")
+    for name in ("seed", "resume", "checkpoint_every"):
+        if given[name].present:
+            raise InputError(f"--seeds and --{name} exclude each other: seeds are one batch, without checkpoints")
+    if given.out and not given.overwrite and (rounds := steps(Path(given.out).expanduser() / FOLDER)):
+        raise InputError(
+            f"{given.out} holds {max(rounds)} rounds of a run; use --overwrite to begin anew, or another --out"
+        )
+
+
 def leave(out: Path, results: Sequence[Result]) -> None:
     """Print the table and write the files; what cannot be written is told."""
-    before, text = unsaved(), summary(results)
+    shown = [result for result in results if result.round == results[0].round]  # of seeds that were stopped, the first
+    before, text = unsaved(), summary(shown)
+    if stopped := [f"{r.settings.seed} (round {r.round})" for r in results if r not in shown]:
+        text += f"\n\nLeft out, as they were stopped before: seeds {', '.join(stopped)}."
     print(text, flush=True)
     told = [report.result_dict(result) for result in results]
     named = {"result": told[0]} if len(told) == 1 else {"results": told}
     report.write_text(out / "table.md", text + "\n")
     report.write_json(out / "results.json", report.environment() | named)
-    draw(out / "curves.png", results)
+    draw(out / "curves.png", shown)
     missing = {Path(what).name for what in unsaved()[len(before) :]}
     written = [name for name in ("table.md", "results.json", "curves.png") if name not in missing]
     if written:

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,23 @@ def _open_database(url: str, tries: int = 5) -> optuna.storages.BaseStorage:
     path = url.partition("sqlite:///")[2].partition("?")[0]
     arguments = {"connect_args": {"timeout": _LOCKED}} if path else {"pool_pre_ping": True}
     try:
-        with FileLock(f"{path}.lock") if path and os.access(Path(path).parent, os.W_OK) else contextlib.nullcontext():
+        with _turn(path):
             return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
     except SQLAlchemyError as error:
         if not tries or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
             raise
     time.sleep(random.uniform(0.5, 2.0))
     return _open_database(url, tries - 1)
+
+
+@contextlib.contextmanager
+def _turn(path: str) -> Iterator[None]:
+    """One worker at a time, where there is a file and its folder can be written to and knows locks."""
+    with contextlib.ExitStack() as stack:
+        if path and os.access(Path(path).parent, os.W_OK):
+            with contextlib.suppress(OSError, NotImplementedError):
+                stack.enter_context(FileLock(f"{path}.lock"))
+        yield
 
 
 def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -58,7 +58,7 @@ def fedgen(task: Task) -> Algorithm:
 
     def train(ctx, received, state, data):
         start, known, labels = (received.shared[name] for name in ("params", "generator", "labels"))
-        fading = jnp.where(ctx.round > 0, ctx.hparams["fade"] ** ctx.round, 0.0)
+        fading = jnp.where((ctx.round > 0) & jnp.any(labels), ctx.hparams["fade"] ** ctx.round, 0.0)
 
         def objective(params, x, y, key):
             def of_generated(noise, y):

@@ -44,13 +44,15 @@ def partition(
     seed: int,
     *,
     owner: np.ndarray | None = None,
+    owners: int | None = None,
     num_classes: int,
     **options,
 ) -> Holdings:
     """The holdings of C = num_clients clients of the examples with labels [N]; no example is held twice.
 
     `name` is one of `PARTITIONS`; `owner` [N] is each example's natural client, which `writer` and `natural` need, and
-    with which they take num_clients=None for as many clients as there are owners. Raises InputError for an unknown
+    with which they take num_clients=None for as many clients as there are owners; of `owners` natural clients, if that
+    is given, some may have no example. Raises InputError for an unknown
     name or option, an option out of range, more clients than examples, or labels outside [0, num_classes).
     """
     if name not in PARTITIONS:
@@ -64,7 +66,14 @@ def partition(
         if np.shape(owner) != labels.shape:
             raise InputError(f"owner has shape {np.shape(owner)}, expected {labels.shape}, one per label")
         ids, owner = np.unique(owner, return_inverse=True)
+        if name == "natural" and owners is not None:  # then ids are theirs, and some may have no example here
+            ids, owner = np.arange(owners), ids[owner]
         num_clients = len(ids) if num_clients is None else at_least("num_clients", num_clients, 1)
+        if name == "natural" and num_clients != len(ids):
+            raise InputError(
+                f"num_clients={num_clients}, but the data set has {len(ids)} clients of its own; give {len(ids)} or "
+                "none"
+            )
         client = call(
             "partition", name, {"writer": _writer, "natural": _natural}[name], rng, owner, num_clients, **options
         )
@@ -247,12 +256,7 @@ def _writer(rng: np.random.Generator, owner: np.ndarray, num_clients: int, *, me
 
 def _natural(rng: np.random.Generator, owner: np.ndarray, num_clients: int) -> np.ndarray:
     """Client k holds all of the k-th owner's examples."""
-    del rng
-    owners = int(owner.max(initial=-1)) + 1
-    if num_clients != owners:
-        raise InputError(
-            f"num_clients={num_clients}, but the data set has {owners} clients of its own; give {owners} or none"
-        )
+    del rng, num_clients
     return owner
 
 

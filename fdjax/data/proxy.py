@@ -6,6 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from fdjax.data.held_out import hold_out
+from fdjax.data.labels import of_labels
 from fdjax.data.sources import SOURCES, load
 from fdjax.errors import InputError, unknown
 from fdjax.types import Source
@@ -28,13 +29,14 @@ class Proxy(NamedTuple):
 
 
 def take_proxy(
-    source: Source, kind: str, size: int, seed: int, *, join_labels: bool = False, **where
+    source: Source, kind: str, size: int, seed: int, *, labels: str | None = None, join_labels: bool = False, **where
 ) -> tuple[Source, Proxy]:
     """`size` proxy examples of `kind`, one of KINDS or a data set's name, and the source without those it gave up.
 
     Labels of another data set count if they name the same (`Source.label_space`). Otherwise, with `join_labels`, they
-    come after the source's own: label l is K + l; without it they are left out. `where`: data_dir and cache_dir, for
-    `load`. Raises InputError for an unknown kind, more examples than there are, and another input shape.
+    come after the source's own: label l is K + l; without it they are left out. Of a source that is the part `labels`
+    of a data set (`of_labels`), another one with all of these labels is cut to the same part. `where`: data_dir and
+    cache_dir, for `load`. Raises InputError for an unknown kind, more examples than there are, and another input shape.
     """
     rng = np.random.default_rng([seed, 1])
     shape, image = source.train_x.shape[1:], source.train_x.dtype == np.uint8
@@ -57,6 +59,10 @@ def take_proxy(
     if kind not in SOURCES:
         raise unknown("proxy data", kind, {**KINDS, **SOURCES})
     other = load(kind, **where)
+    if labels is not None and source.label_space.startswith(
+        f"{other.label_space}: "
+    ):  # the same part of the same labels
+        other = of_labels(other, labels)
     if other.train_x.shape[1:] != shape or other.train_x.dtype != source.train_x.dtype:
         raise InputError(
             f"--proxy={kind} has inputs {other.train_x.shape[1:]}, but {source.name} has {shape}; "
@@ -66,7 +72,7 @@ def take_proxy(
         raise InputError(f"--proxy_size={size}, but {kind} has {len(other.train_y)} training examples; give fewer")
     chosen = np.sort(rng.choice(len(other.train_y), size, replace=False))
     x, y = other.train_x[chosen], other.train_y[chosen]
-    if other.label_space == source.label_space:
+    if other.label_space == source.label_space and other.num_classes == source.num_classes:
         return source, Proxy(x, y, True)
     if join_labels:
         return source, Proxy(x, y + np.int32(source.num_classes), True, other.num_classes)

@@ -65,7 +65,8 @@ def load(name: str, *, data_dir: PathLike | None = None, cache_dir: PathLike | N
         reader = {"idx": files.read_idx, "cifar10_bin": files.read_cifar10, "cifar100_bin": files.read_cifar100}[name]
         arrays = call("data set", name, reader, data_dir, **options)
         label = f"idx:{data_dir.resolve().name}" if name == "idx" else name
-        return _source(label, arrays | channel_statistics(arrays["train_x"]))
+        source = _source(label, arrays | channel_statistics(arrays["train_x"]))
+        return source._replace(labels=f"idx:{data_dir.resolve()}") if name == "idx" else source
     if name == "mnist":
         return call("data set", name, _mnist, data_dir, cache_dir, **options)
     return call("data set", name, lambda: _prepared(name, data_dir, cache_dir), **options)

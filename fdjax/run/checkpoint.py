@@ -82,6 +82,7 @@ class Checkpoints:
         )
         try:
             with hosts.all_or_none():
+                self.make_folder()
                 self._make_room()
             handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -89,9 +90,15 @@ class Checkpoints:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _make_room(self) -> None:
+    def make_folder(self) -> None:
+        """Raises InputError if there can be no such folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _make_room(self) -> None:
+        try:
             if hosts.is_first():
                 for path in (*map(self._of, self.damaged), *self.folder.glob("*.orbax-checkpoint-tmp")):
                     shutil.rmtree(path)

@@ -41,6 +41,7 @@ def _load(settings: Settings) -> Loaded:
     of_source, of_partition = _options(settings)
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
+    owners = None if source.train_owner is None else int(source.train_owner.max()) + 1
     if settings.labels is not None:
         source = data.of_labels(source, settings.labels)
     if not settings.standardize:
@@ -54,6 +55,7 @@ def _load(settings: Settings) -> Loaded:
         _clients(settings),
         settings.data_seed,
         owner=source.train_owner,
+        owners=owners,  # also those of which nothing is left, so that natural clients stay who they are
         num_classes=source.num_classes,
         **of_partition,
     )
@@ -111,6 +113,7 @@ def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy 
         settings.proxy,
         settings.proxy_size,
         settings.data_seed,
+        labels=settings.labels,
         join_labels=settings.method.joins_labels,
         data_dir=settings.proxy_dir or settings.data_dir,
         cache_dir=settings.cache_dir,

@@ -160,6 +160,12 @@ def _check_schedule(settings: Any, stage: str, chosen: Optimizer) -> None:
                 f"--{stage}{name}={given} means nothing to --{stage}schedule={chosen.schedule}; give "
                 f"--{stage}schedule={' or '.join(schedules)}, or leave it out"
             )
+    every = getattr(settings, f"{stage}schedule_every")
+    if every == "step" and (chosen.schedule == "plateau" or (chosen.schedule == "constant" and not chosen.warmup)):
+        raise InputError(
+            f"--{stage}schedule_every=step means nothing to --{stage}schedule={chosen.schedule}; give another schedule "
+            f"or --{stage}warmup, or leave it out"
+        )
     if stage and getattr(settings, f"{stage}schedule") == "plateau":
         raise InputError(f"--{stage}schedule=plateau: a plateau lowers all learning rates; give --schedule=plateau")
     if chosen.schedule == "plateau" and not settings.validation_fraction:

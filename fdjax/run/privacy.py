@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fdjax.errors import InputError
+from fdjax.run.optimizers import ends_with_rounds
 from fdjax.run.setting import setting_field as _setting
 
 LEVELS = MappingProxyType(
@@ -89,9 +90,11 @@ def check_privacy(settings: Any) -> None:
         )
 
 
-def decides_noise(settings: Any) -> set[str]:
-    """What may not be another when a run goes on, because the noise is computed from it."""
-    return set() if settings.target_epsilon is None else {"rounds", "delta", "accountant", "batch_accounting"}
+def bound_to_rounds(settings: Any) -> set[str]:
+    """What may not be another when a run goes on: the learning rate, or the noise for an epsilon, follows from it."""
+    of_schedule = {"rounds"} if ends_with_rounds(settings) else set()
+    noise = {"rounds", "delta", "accountant", "batch_accounting"}
+    return of_schedule if settings.target_epsilon is None else of_schedule | noise
 
 
 def _fixed_size(settings: Any) -> bool:

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
-from fdjax.run.checkpoint import check_resumable, runs_at
+from fdjax.run.checkpoint import FOLDER, check_resumable, runs_at, steps
 from fdjax.run.parsing import parse_flags
 from fdjax.run.runner import InterruptedRun
 from fdjax.run.saving import unsaved
@@ -126,7 +126,9 @@ def start(main: Callable[[], None]) -> None:
             kept = f"; the same command with {out} --resume (and no --overwrite) goes on" if out else ""
             sys.exit(_complain(f"stopped after round {stop.round}{kept}", 130))
         except KeyboardInterrupt:
-            sys.exit(_complain("stopped at once; --resume goes on from the last checkpoint in --out", 130))
+            kept = "out" in given and given.out and steps(Path(given.out).expanduser() / FOLDER)
+            more = f"; --resume goes on from the checkpoint after round {max(kept)}" if kept else ""
+            sys.exit(_complain(f"stopped at once{more}", 130))
         if unsaved():
             sys.exit(1)
 

@@ -40,7 +40,13 @@ class Saves:
         checkpoints, folder = self._checkpoints, self.folder
         if checkpoints is None or folder is None:
             return
-        latest, damaged = checkpoints.latest(), checkpoints.damaged
+        checkpoints.latest()  # the first host looks, and tells the others
+        with hosts.all_or_none():
+            self._check(checkpoints, folder, resume)
+            checkpoints.make_folder()
+
+    def _check(self, checkpoints: Checkpoints, folder: Path, resume: bool) -> None:
+        latest, damaged = checkpoints.latest(), checkpoints.damaged  # damaged is known to the first host alone
         newest = max([*damaged, *([] if latest is None else [latest])], default=None)
         if newest is not None and not resume:
             raise InputError(
@@ -55,8 +61,7 @@ class Saves:
             if latest > self._settings.rounds:
                 raise InputError(f"{folder} is at round {latest} already; give --rounds={latest} or more")
             self.round, self.record = latest, record
-        tell_damage(folder, checkpoints)
-        checkpoints.open()
+        tell_damage(folder, checkpoints, "; the next save removes the damaged ones")
 
     def restore(self, like: State) -> State:
         """The state of the last save, with the shapes and the placement of `like`."""
@@ -120,8 +125,11 @@ def check_same(folder: Path, then: dict[str, Any], settings: Settings, advice: s
         raise InputError(f"{folder} was run with {name}={then.get(name)}, not {now.get(name)}{changed}{more}; {advice}")
 
 
-def tell_damage(folder: Path, checkpoints: Checkpoints) -> None:
-    """Say which checkpoints are damaged. Raises InputError if there are checkpoints and none is whole."""
+def tell_damage(folder: Path, checkpoints: Checkpoints, then: str = "") -> None:
+    """Say which checkpoints are damaged, and what is done then.
+
+    Raises InputError if there are checkpoints and none is whole.
+    """
     if not (damaged := checkpoints.damaged):
         return
     words = "; ".join(f"that of round {step}: {what}" for step, what in sorted(damaged.items(), reverse=True))
@@ -131,4 +139,5 @@ def tell_damage(folder: Path, checkpoints: Checkpoints) -> None:
             f"no checkpoint in {folder} is whole ({words}); copy the folder back from where it is, or begin anew with "
             "--overwrite"
         )
-    tqdm.write(f"warning: damaged checkpoints in {folder} ({words}); that of round {latest} is whole", file=sys.stderr)
+    text = f"warning: damaged checkpoints in {folder} ({words}); that of round {latest} is whole{then}"
+    tqdm.write(text, file=sys.stderr)

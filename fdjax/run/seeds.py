@@ -14,12 +14,15 @@ from fdjax.run.experiment import Experiment
 from fdjax.run.record import Result, clock
 from fdjax.run.runner import InterruptedRun, chosen, stop_signals
 from fdjax.run.settings import Settings
+from fdjax.run.trained_model import leave_devices
 
 
 def start(
     seeds: Sequence[int], settings: Settings | None = None, *, progress: bool = True, **named: Any
 ) -> list[Result]:
     """`run_seeds` as users call it: with `Settings`, or with the names of what is to be set, as `fdjax.run` is."""
+    if "seed" in named:
+        raise InputError(f"run_seeds: seed={named['seed']!r} beside seeds={seeds!r}; give the seeds alone")
     return run_seeds(chosen("run_seeds", settings, named), seeds, progress=progress)
 
 
@@ -33,20 +36,36 @@ def run_seeds(settings: Settings, seeds: Sequence[int], *, progress: bool = True
     Raises InputError for seeds that are none or not different and for settings that no batch can have, and
     InterruptedRun, with the results so far, after the first SIGINT or SIGTERM.
     """
-    if isinstance(seeds, str) or not len(seeds) or len({*seeds}) < len(seeds):
-        raise InputError(f"seeds={seeds!r}: expected whole numbers, each another one, e.g. 0,1,2")
+    seeds = _checked(seeds)
     if settings.lifting != "auto":
         raise InputError(f"--lifting={settings.lifting}: of several seeds, each device runs some; leave it out")
+    if settings.new_clients and settings.fine_tune_epochs:
+        raise InputError(
+            "several seeds are a batch, which tests new clients as they are; give --fine_tune_epochs=0 too"
+        )
     if jax.process_count() > 1:
         raise InputError("several seeds are a batch on one host's devices; give them to one host, or one seed to all")
+    leave_devices()
     with clock() as time_spent:
         trials = batch.experiments([dataclasses.replace(settings, seed=seed).check() for seed in seeds])
         results = _run(settings, trials, progress)
         times = time_spent.stamp({})
     by_seed = {r.settings.seed: r._replace(**times) for r in results}
     if sum(r.round for r in results) < settings.rounds * len(seeds):
-        raise InterruptedRun(min(r.round for r in results), None, *by_seed.values())
+        raise InterruptedRun(min((r.round for r in results), default=0), None, *by_seed.values())
     return [by_seed[seed] for seed in seeds]
+
+
+def _checked(given: Any) -> list[Any]:
+    """Seeds as a list. Raises InputError for what are none, or not different."""
+    try:
+        seeds = [] if isinstance(given, str) else list(given)
+        different = len({*seeds}) == len(seeds) > 0
+    except TypeError:
+        different, seeds = False, []
+    if not different:
+        raise InputError(f"seeds={given!r}: expected whole numbers, each another one, e.g. 0,1,2")
+    return seeds
 
 
 def _run(settings: Settings, trials: Sequence[Experiment], progress: bool) -> list[Result]:
@@ -63,14 +82,15 @@ def _run(settings: Settings, trials: Sequence[Experiment], progress: bool) -> li
             compiled = batch.batch(group, len(group), devices=settings.devices)
             if progress:
                 tqdm.write(compiled.why, file=sys.stderr)
-            ended = len(results) * settings.rounds
+            for begin in range(0, len(group), compiled.slots):
+                if signals:
+                    return results
+                ended = len(results) * settings.rounds
 
-            def watch(done, records, ended=ended):
-                bar.update(ended + done * len(records) - bar.n)
-                return [*records] if signals else []
+                def watch(done, records, ended=ended):
+                    bar.update(ended + done * len(records) - bar.n)
+                    return [*records] if signals else []
 
-            results += compiled.run(group, watch)
-            bar.update(len(results) * settings.rounds - bar.n)
-            if signals:
-                break
+                results += compiled.run(group[begin : begin + compiled.slots], watch)
+                bar.update(len(results) * settings.rounds - bar.n)
     return results

@@ -25,7 +25,7 @@ from fdjax.models import own as nets
 from fdjax.run import methods
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
 from fdjax.run.participation import ParticipationSettings, check_participation
-from fdjax.run.privacy import PrivacySettings, check_privacy, decides_noise
+from fdjax.run.privacy import PrivacySettings, bound_to_rounds, check_privacy
 from fdjax.run.setting import Role, Setting, pairs, plain, setting_field
 from fdjax.run.unused import check_unused
 
@@ -59,7 +59,7 @@ class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
     )
     labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
     writers: str | None = _data(
-        None, "npz with the writers of mnist's images (train_writer, test_writer)", str, folder=True
+        None, "npz with the writers of mnist's images (train_writer, test_writer)", str, resumable=True, folder=True
     )
 
     partition: str | None = _data(
@@ -211,8 +211,7 @@ class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
     @property
     def resumable(self) -> frozenset[str]:
         """The settings that may be others when a run goes on. Rounds decide a cosine schedule, and noise."""
-        others = frozenset(name for name, s in SETTINGS.items() if s.resumable)
-        return others - ({"rounds"} if ends_with_rounds(self) else set()) - decides_noise(self)
+        return frozenset(name for name, s in SETTINGS.items() if s.resumable) - bound_to_rounds(self)
 
     def static(self, largest_client: int) -> "Settings":
         """What a compiled round depends on: the static settings, all others being at their defaults.
@@ -395,4 +394,6 @@ def from_flags(**overrides: Any) -> Settings:
     """
     names = [name for name in (*FLAGS, *_names_of_options(), *_names_of_hparams()) if name in flags.FLAGS]
     given = {name: flags.FLAGS[name].value for name in names} | overrides
-    return make(**{name: value for name, value in given.items() if value is not None or name in FLAGS})
+    made = make(**{name: value for name, value in given.items() if value is not None or name in FLAGS})
+    check_unused(made, [name for name in names if flags.FLAGS[name].present and name not in overrides])
+    return made

@@ -17,7 +17,7 @@ from fdjax.run.experiment import build, traffic_of
 from fdjax.run.record import Recording, Result
 from fdjax.run.saves import check_same, tell_damage
 from fdjax.run.settings import FLAGS, Settings, cohorts_of, make
-from fdjax.run.trained_model import Trained
+from fdjax.run.trained_model import Trained, leave_devices
 
 
 def load(folder: str | os.PathLike, **named: Any) -> Result:
@@ -48,6 +48,7 @@ def load(folder: str | os.PathLike, **named: Any) -> Result:
     storages, files, then = storages_of(record), record.pop("files", {}), record.pop("settings")
     settings = _settings(then, files, named)
     check_same(path, then, settings, "fdjax.load needs the method, nets and settings as they were")
+    leave_devices()
     # One device will do, and the results are the run's own.
     experiment = build(dataclasses.replace(settings, devices=1, lifting="auto"))
     like = experiment.simulation.shapes(experiment.federation)

@@ -38,8 +38,8 @@ def summary(results: Sequence[Result]) -> str:
         *([("test examples for local accuracy at evaluations before", between)] if between else []),
         *_trained_on(results),
         *_privacy(results),
-        ("bytes up, of one client a round", _of_one_client(first, "up")),
-        ("bytes down, to one client a round", _of_one_client(first, "down")),
+        ("bytes up, of one client a round", _of_one_client(results, "up")),
+        ("bytes down, to one client a round", _of_one_client(results, "down")),
         *((f"bytes {way} of the set-up, all clients", report.byte_size(first.setup[f"bytes_{way}"])) for way in setup),
         ("bytes of the whole run", report.byte_size(_mean(results, lambda r: report.bytes_until(r, r.round)))),
         ("seconds, of which compilation", f"{first.seconds:.1f}, {first.compile_seconds:.1f}"),
@@ -69,8 +69,9 @@ def _loss(results: Sequence[Result], name: str) -> str:
 
 def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
     """How many examples clients trained on, and what became of the proxy data."""
-    settings, held = results[0].settings, [np.sum(result.holdings["n_k"]) for result in results]
-    rows = [("training examples of all clients", f"{np.mean(held):,.0f}")]
+    settings = results[0].settings
+    trained = _mean(results, lambda r: float(np.dot(r.holdings["n_k"], ~np.array(r.holdings["never_trains"]))))
+    rows = [("training examples of all clients", f"{trained:,.0f}")]
     if settings.proxy is None:
         return rows
     use = "" if settings.method.proxy else f", which {settings.method.name} does not use"
@@ -78,8 +79,8 @@ def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """The epsilon of what was shared, which is the same for every seed, and what it is about."""
-    spent = results[0].privacy
+    """The epsilon of what was shared, the largest of all seeds, and what it is about."""
+    spent = max((result.privacy for result in results), key=lambda privacy: privacy.get("epsilon", 0.0))
     if not spent:
         return []
     return [
@@ -97,12 +98,12 @@ def _rounds(result: Result) -> str:
     return f"{result.round} of {asked}, stopped" if result.round < asked else f"{asked}"
 
 
-def _of_one_client(result: Result, way: str) -> str:
-    """Bytes of each cohort's clients, or their mean."""
-    sent = report.bytes_of_one_client(result, way)
-    if isinstance(sent, tuple):
-        return ", ".join(map(report.byte_size, sent))
-    return f"{report.byte_size(sent)} in the mean"
+def _of_one_client(results: Sequence[Result], way: str) -> str:
+    """Bytes of each cohort's clients, or their mean where not all of them, or not all seeds, send the same."""
+    sent = [report.bytes_of_one_client(result, way) for result in results]
+    if isinstance(sent[0], tuple) and len({*sent}) == 1:
+        return ", ".join(map(report.byte_size, sent[0]))
+    return f"{report.byte_size(float(np.mean([np.mean(each) for each in sent])))} in the mean"
 
 
 def draw(path: Path, results: Sequence[Result]) -> None:

@@ -115,7 +115,7 @@ class Trained:
         federation, source = experiment.federation, experiment.source
         self._algorithm, self._layout = experiment.algorithm, experiment.layout
         self._storages = tuple(storages or experiment.layout.storages)
-        self._folder, self._settings = folder, experiment.settings
+        self._folder, self._settings = folder and folder.absolute(), experiment.settings
         self._source = source._replace(train_x=source.train_x[:0], test_x=source.test_x[:0])
         self._ids = np.asarray(federation.client)
         self._votes = (np.asarray(federation.train_holdings.count) > 0) & ~never_train(self._layout)
@@ -142,10 +142,15 @@ class Trained:
                 f"predict: inputs of shape {x.shape} and type {x.dtype}; expected numbers [{shape}], as "
                 f"{self._source.name} has them"
             )
-        if like.dtype == np.uint8 and x.dtype.kind in "ui":
-            if x.min() < 0 or x.max() > 255:
-                raise InputError(f"predict: pixels from {x.min()} to {x.max()}; expected 0 to 255, or floats in [0, 1]")
+        if like.dtype != np.uint8:
+            x = x.astype(np.float32)
+        elif x.dtype.kind in "ui" and x.min() >= 0 and x.max() <= 255:
             x = x.astype(np.uint8)
+        elif x.dtype.kind in "ui" or not (x.min() >= 0 and x.max() <= 1):  # of floats, NaN is neither
+            raise InputError(
+                f"predict: pixels from {x.min():g} to {x.max():g}; expected whole numbers from 0 to 255, or floats in "
+                "[0, 1]"
+            )
         seen = examples(x[:0], np.zeros(0, int), self._source)
         return x, np.asarray(seen.scale), np.asarray(seen.shift)
 

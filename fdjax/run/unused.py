@@ -1,6 +1,6 @@
 """Settings that were given and that a run would not use: each is refused, because its user believes that it does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -112,14 +112,15 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
 )  # why settings like these do not use a setting; an empty text if they do
 
 
-def check_unused(settings: Any) -> None:
+def check_unused(settings: Any, explicit: Collection[str] = ()) -> None:
     """Raises InputError for a setting, or a hyperparameter, that is not at its default and that the run does not use.
 
-    `settings` are `Settings` whose fields have been checked one by one.
+    `settings` are `Settings` whose fields have been checked one by one. Of those in `explicit`, a default is refused
+    too, unless it says that there is to be nothing.
     """
     for name, why_not in _WHY_NOT.items():
         value = getattr(settings, name)
-        if value != getattr(type(settings), name) and (reason := why_not(settings)):
+        if (value != getattr(type(settings), name) or (name in explicit and value)) and (reason := why_not(settings)):
             raise InputError(f"--{name}={value}: {reason}")
     method, options = settings.method, settings.method.choices(dict(settings.options))
     given = method.values(dict(settings.hparams))

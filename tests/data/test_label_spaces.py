@@ -1,7 +1,9 @@
 """Which labels name the same: of a data set, of proxy data beside it, and of a part of a data set."""
 
 import dataclasses
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def made(letters, **fields):
 
 def test_label_spaces(letters):
     digits, theirs = data.load("mnist_sample"), data.load("idx", data_dir=letters)
-    assert (digits.label_space, theirs.label_space) == ("digits", theirs.name)
+    assert (digits.label_space, theirs.label_space) == ("digits", f"idx:{Path(letters).resolve()}")
     assert digits.num_classes == theirs.num_classes == 10
     own = theirs._replace(name="an array of my own", labels="digits")  # a user's source can say what it labels
     assert data.take_proxy(own, "mnist_sample", 5, 0)[1].labelled
@@ -61,6 +63,23 @@ def test_labels_of_another_space_do_not_count_for_being_as_many(letters):
     np.testing.assert_array_equal(joined.x, proxy.x)
     place = {image.tobytes(): int(label) for image, label in zip(theirs.train_x, theirs.train_y, strict=True)}
     assert joined.y.tolist() == [10 + place[image.tobytes()] for image in joined.x]
+
+
+def test_idx_folders_of_one_name_are_two(letters, tmp_path):
+    """As torchvision's MNIST/raw and FashionMNIST/raw are: their labels counted as the same."""
+    folders = [str(shutil.copytree(letters, tmp_path / name / "raw")) for name in ("one", "other")]
+    source = data.load("idx", data_dir=folders[0])
+    assert data.take_proxy(source, "idx", 50, 0, data_dir=folders[0])[1].labelled
+    assert not data.take_proxy(source, "idx", 50, 0, data_dir=folders[1])[1].labelled
+
+
+def test_proxy_data_of_the_whole_serve_a_part_of_its_labels():
+    """The digit 7 was label 0 of the part and, joined, label 3 + 7 of the proxy data."""
+    some = data.of_labels(data.load("mnist_sample"), "7,1,3")
+    _, proxy = data.take_proxy(some, "mnist_sample", 50, 0, labels="7,1,3", join_labels=True)
+    assert (proxy.labelled, proxy.more_labels) == (True, 0)
+    label = {image.tobytes(): y for image, y in zip(some.train_x, some.train_y, strict=True)}
+    assert [label[image.tobytes()] for image in proxy.x] == proxy.y.tolist()
 
 
 @pytest.mark.parametrize(("name", "options"), [("fedgems", {}), ("feddf", {"model_selection": "accuracy"})])

@@ -208,6 +208,14 @@ def test_natural_keeps_the_devices():
     np.testing.assert_array_equal(source.train_owner[holdings.order], np.repeat(np.arange(12), 18))
 
 
+def test_natural_clients_stay_who_they_are_when_one_loses_all_its_examples():
+    """The others moved up by one, and there was a client less."""
+    owner = np.repeat([0, 2, 3], 5)
+    holdings = partition("natural", np.arange(15) % 3, None, 0, owner=owner, owners=5, num_classes=3)
+    assert np.asarray(holdings.count).tolist() == [5, 0, 5, 5, 0]
+    assert owner[holdings.order].tolist() == owner.tolist()
+
+
 def test_a_hundred_thousand_clients():
     labels = np.arange(300_000) % 10
     for name in ("iid", "labels", "shards", "dirichlet_c", "dirichlet_d"):

@@ -85,6 +85,7 @@ BAD = [
     ({"augment": "rotate_crop"}, {}, "--augment=rotate_crop needs images"),
     ({"devices": 99}, {}, "--devices=99, but there are 4; give at most as many"),
     # What is given and would not be used.
+    ({"schedule_every": "step"}, {}, "--schedule_every=step means nothing to --schedule=constant; give another sch"),
     ({"data_dir": "/data"}, {}, "--data_dir=/data: --dataset=synthetic reads no files; give a data set that does"),
     ({"dataset": "mnist_sample", "data_dir": "/data"}, {}, "--data_dir=/data: --dataset=mnist_sample reads no files"),
     ({"dataset": "idx", "cache_dir": "/data"}, {}, "--cache_dir=/data: only data sets that tfds prepared are decoded"),

@@ -1,11 +1,16 @@
 """Several seeds in one command: the runs that each would be alone, as one batch."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 
 import fdjax
+from fdjax import __main__ as command
 from fdjax.errors import InputError
 from fdjax.run import seeds
+from fdjax.run.summary import summary
 
 SMALL = {
     "dataset": "synthetic",
@@ -51,6 +56,14 @@ def test_data_of_other_sizes_are_compiled_apart():
         ("012", {}, "seeds='012': expected whole numbers"),
         ([0.5], {}, "--seed=0.5: expected a whole number from 0"),
         ([0, -1], {}, "--seed=-1: expected a whole number from 0"),
+        (3, {}, "seeds=3: expected whole numbers, each another one"),
+        ([[0]], {}, "seeds=[[0]]: expected whole numbers, each another one"),
+        ([0, 1], {"seed": 5}, "run_seeds: seed=5 beside seeds=[0, 1]; give the seeds alone"),
+        (
+            [0, 1],
+            {"new_clients": 0.5},
+            "several seeds are a batch, which tests new clients as they are; give --fine_tune",
+        ),
         ([0, 1], {"lifting": "loop"}, "--lifting=loop: of several seeds, each device runs some; leave it out"),
     ],
 )
@@ -60,10 +73,42 @@ def test_bad_seeds(given, more, message):
     assert str(error.value).startswith(message)
 
 
+def test_the_table_of_seeds_that_were_stopped_is_of_those_that_went_as_far(results, tmp_path, capsys):
+    """It was a mean over other rounds, and a traceback of the picture."""
+    stopped = results[1]._replace(
+        rounds={name: values[:2] for name, values in results[1].rounds.items()},
+        evaluations={name: values[:2] for name, values in results[1].evaluations.items()},
+    )
+    command.leave(tmp_path, [results[0], stopped])
+    table = capsys.readouterr().out
+    assert "Left out, as they were stopped before: seeds 0 (round 2)." in table
+    assert "±" not in table
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "curves.png"}
+    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
+
+
+def test_a_table_of_several_seeds(results):
+    table = summary(results)
+    assert "round 3; mean ± std, seeds 3, 0" in table
+    accuracy = [result.final["central_accuracy"] for result in results]
+    assert f"{100 * np.mean(accuracy):.2f} ± {100 * np.std(accuracy, ddof=1):.2f}" in table
+    assert "| training examples of all clients" in table
+    assert "| 72 " in table  # 18 of each of the four
+
+
+def test_no_part_begins_after_a_signal_to_stop(monkeypatch):
+    """Of data of other sizes, which are compiled apart."""
+    signals = [2]
+    monkeypatch.setattr(seeds, "stop_signals", lambda: contextlib.nullcontext(signals))
+    with pytest.raises(fdjax.InterruptedRun) as stop:
+        fdjax.run_seeds([0, 1], progress=False, **SMALL | {"samples_per_client": None})
+    assert stop.value.results == ()
+
+
 def test_stopped_seeds_give_what_there_is(monkeypatch):
     """As by Ctrl-C, here in the second round."""
     signals = []
-    monkeypatch.setattr(seeds, "stop_signals", lambda: __import__("contextlib").nullcontext(signals))
+    monkeypatch.setattr(seeds, "stop_signals", lambda: contextlib.nullcontext(signals))
     monkeypatch.setattr(seeds.tqdm, "update", lambda bar, n=1: signals.append(2))
     with pytest.raises(fdjax.InterruptedRun) as stop:
         fdjax.run_seeds([0, 1], progress=False, **SMALL | {"partition_seed": 0})

@@ -76,11 +76,23 @@ def test_images_are_taken_as_the_data_set_has_them():
             r"predict: inputs of shape \(28, 28, 1\) and type uint8; expected numbers \[N, 28, 28, 1\], as mnis",
         ),
         (images[:0], r"predict: inputs of shape \(0, 28, 28, 1\)"),
-        (images.astype(int) + 1, "predict: pixels from 1 to 256; expected 0 to 255, or floats"),
+        (images.astype(int) + 1, "predict: pixels from 1 to 256; expected whole numbers from 0 to 255, or floats"),
+        (
+            images.astype(float),
+            r"predict: pixels from 0 to 255; expected whole numbers from 0 to 255, or floats in \[0, 1",
+        ),
         (images.astype(str), "predict: inputs of shape .* and type <U"),
     ):
         with pytest.raises(InputError, match=message):
             result.central.predict(bad)
+
+
+def test_features_are_no_pixels(source):
+    """Whole numbers of features were divided by 255."""
+    result = run(algorithm="fedavg")
+    x = np.arange(240).reshape(4, 60) % 2
+    logits = result.central.predict(x.astype(np.float32))
+    np.testing.assert_array_equal(result.central.predict(x.astype(np.uint8)), logits)
 
 
 def test_params_are_those_of_the_net(source):
