@@ -122,13 +122,7 @@ def fit_observing(
 
         def step(index, carry):
             params, optimizer_state, total, account = carry
-            position, order = index * training.batch_size + jnp.arange(training.batch_size), shuffle
-            if training.private:  # every batch is a sample of its own
-                position = jnp.arange(training.batch_size)
-                order = keys.shuffle(keys.stream(epoch_key, "sample", index), data.count)
-            weight = (position < data.count).astype(jnp.float32)
-            # A short batch is filled with the epoch's first examples, which count in BatchNorm's statistics alone.
-            x, y = data.take(order(position % jnp.maximum(data.count, 1)))
+            x, y, weight = _batch(training, data, index, shuffle, keys.stream(epoch_key, "sample", index))
             if training.augment is not None:
                 x = training.augment(keys.stream(epoch_key, "augment", index), x)
 
@@ -153,6 +147,18 @@ def fit_observing(
         kept[training.name] = optimizer_state
     in_last_epoch = jnp.minimum(steps, total_steps - (whole_epochs - 1) * steps)
     return params, total / jnp.maximum(in_last_epoch, 1), account
+
+
+def _batch(
+    training: Training, data: Data, index: jax.Array, shuffle: keys.Shuffle, key: jax.Array
+) -> tuple[jax.Array, PyTree, jax.Array]:
+    """x, targets and weight [B] of batch `index` of an epoch; of DP-SGD, of a sample of its own by `key`."""
+    position = index * training.batch_size + jnp.arange(training.batch_size)
+    if training.private:
+        position, shuffle = jnp.arange(training.batch_size), keys.shuffle(key, data.count)
+    weight = (position < data.count).astype(jnp.float32)
+    # A short batch is filled with the epoch's first examples, which count in BatchNorm's statistics alone.
+    return *data.take(shuffle(position % jnp.maximum(data.count, 1))), weight
 
 
 def _gradient(

@@ -115,8 +115,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     _check_that_something_is_tested(settings, bound.algorithm)
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
-    held = np.asarray(holdings.count)[~who.never_train]
-    ledger = ledger_of(settings, bound.algorithm, shapes.participants, shapes.may_train, held)
+    ledger = _ledger(settings, bound.algorithm, shapes, np.asarray(holdings.count)[~who.never_train])
     hparams = jax.device_put(hparams_of(settings, ledger), replicated(mesh))
     federation = federate(
         source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),
@@ -139,6 +138,10 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         ledger=ledger,
     )
     return ready._replace(tests=tests_of(ready))
+
+
+def _ledger(settings: Settings, algorithm: Algorithm, shapes: Shapes, held: np.ndarray) -> Ledger | None:
+    return ledger_of(settings, algorithm, shapes.participants, shapes.may_train, held)
 
 
 def _signature(
