@@ -23,7 +23,7 @@ The paper leaves open, and we chose:
 - The others are the participants of the last round, whether or not k was one of them.
 
 Deviations: a period is `local_epochs` epochs, not 250 batches of 64 whatever the device holds. The server keeps every
-client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the paper's generator, is not here.
+client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the paper's generator, is `faug.py`.
 """
 
 import jax

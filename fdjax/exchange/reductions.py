@@ -88,7 +88,7 @@ def maximum(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
 class Weighted(NamedTuple):
     """Values and their own weights, of a shape that broadcasts against the values."""
 
-    value: Array
+    value: PyTree  # most reductions want an array
     weight: Array
 
 
@@ -107,6 +107,24 @@ def elementwise_mean() -> Reduction:
         return Weighted(jnp.where(counts & (s > 0), s * x, 0), jnp.where(counts, s, 0))
 
     return Reduction(partial, lambda ctx, total: _ratio(total.value, total.weight))
+
+
+def class_mean() -> Reduction:
+    """sum_k c_k W_k / sum_k c_k class by class, for uploads `Weighted` of a tree of `[..., K]` and of counts c_k `[K]`.
+
+    Where nobody counts a class it is the mean of all. The engine's weight says only whether a client is there.
+
+    Source: Wang et al. (2020), FedMA, the output layer.
+    """
+
+    def row(counts, x):
+        return counts.reshape(*(1,) * (x.ndim - 1), -1)
+
+    def partial(ctx, upload, weight):
+        counts = jnp.where(weight > 0, jnp.maximum(upload.weight, 1e-6), 0)  # the least is what is left if all are 0
+        return Weighted(jax.tree.map(lambda x: jnp.where(weight > 0, row(counts, x) * x, 0), upload.value), counts)
+
+    return Reduction(partial, lambda ctx, total: jax.tree.map(lambda x: _ratio(x, row(total.weight, x)), total.value))
 
 
 class ByLabel(NamedTuple):

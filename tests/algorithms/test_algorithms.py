@@ -15,12 +15,14 @@ import pytest
 
 from fdjax.algorithms import ALGORITHMS
 from fdjax.exchange import traffic
+from fdjax.models import nets
 from fdjax.run.contract_case import CLIENTS, PARTICIPANTS, ROUNDS, SPARSE
 from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 
 # Pinned to NumPy elsewhere: of another option, or what cuts a training that is too short here to be cut.
 UNUSED = {
     "dsfl": ("era_beta",),
+    "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
     "fedmd": ("pretrain_patience", "private_patience"),
 }
@@ -28,11 +30,17 @@ UNUSED = {
 CHOSEN = {"feddf": {"model_selection": "kl"}}
 # Hundreds of steps amplify rounding, and so does a net that diverges.
 FEW = {
+    "faug": {"generator_steps": 3, "generator_learning_rate": 0.001},
+    "fedad": {"distill_epochs": 2},
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
     "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
+    "fedma": {"sweeps": 1},
     "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
 }
+
+# What is matched are hidden units.
+FIELDS = {"fedma": {"model": functools.partial(nets.TwoNN, width=12)}}
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(
@@ -42,7 +50,8 @@ pytestmark = pytest.mark.parametrize(
 
 @functools.cache
 def contract(name):
-    return Contract(name, hparams=FEW.get(name, {}), options=CHOSEN.get(name, {}), unused=UNUSED.get(name, ()))
+    given = {"hparams": FEW.get(name, {}), "options": CHOSEN.get(name, {}), "unused": UNUSED.get(name, ())}
+    return Contract(name, **given, **FIELDS.get(name, {}))
 
 
 def test_runs(name):

@@ -122,8 +122,10 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
     "feddf": lambda server: server[0],
     "cfd": lambda server: server["params"],
     "dsfl": lambda server: server.params,
+    "fedad": lambda server: server.params,
     "fedgems": lambda server: server["params"],
     "fedgen": lambda server: server["params"],
+    "fedma": lambda server: server["params"],
 }
 
 

@@ -359,3 +359,17 @@ def test_sum_by_label(values, labels, mask):
     np.testing.assert_array_equal(actual.count, count)
     everything = reductions.sum_by_label(values, labels, K)
     np.testing.assert_array_equal(everything.count, np.bincount(labels, minlength=K))
+
+
+def test_class_mean():
+    """Of two leaves [..., K]; class 3 is nobody's, and the third client, who knows nothing, is not there."""
+    rng = np.random.default_rng(0)
+    counts = np.array([[3, 0, 2, 0], [1, 4, 0, 0], [9, 9, 9, 9]], np.float32)
+    trees = [{"kernel": np.float32(rng.normal(size=(2, D, K))), "bias": np.float32(rng.normal(size=K))} for _ in counts]
+    trees[2] = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), trees[2])
+    sent = [Weighted(tree, count) for tree, count in zip(trees, counts, strict=True)]
+    found = reduce(sent, [5, 5, 0], groups=[1], reduction=reductions.class_mean())
+    share = np.array([[0.75, 0, 1, 0.5], [0.25, 1, 0, 0.5]])
+    for name, leaf in found.items():
+        mean = sum(s * tree[name].astype(np.float64) for s, tree in zip(share, trees, strict=False))
+        np.testing.assert_allclose(leaf, mean, rtol=1e-4, atol=1e-5)
