@@ -94,6 +94,7 @@ class Training(NamedTuple):
     label_smoothing: float = 0.0  # of labels; probabilities are learned as they are
     drop_last: bool = False  # whether an epoch leaves its last batch out where it is short
     trained: Callable[[str], bool] | None = None  # whether the params at a path are trained; None: all are
+    private: bool = False  # whether by DP-SGD, with the hparams `clip` and `noise_multiplier`
     name: str = "training"  # trainings of one name share the optimiser's state, where that is kept
 
 
@@ -145,6 +146,8 @@ class Method(NamedTuple):
     keeps_models: bool = False  # whether clients' own models never leave them, so that their statistics stay too
     stages: tuple[str, ...] = ()  # what it trains by beside `task.training`: "distill", "server", or both
     stages_for: tuple[str, str] | None = None  # an option and its value without which it does not
+    example_fits: int = 0  # by how many fits on a client's own examples a round learns what is shared, if nothing else
+    # of it depends on them; 0 if something does: then it cannot be private by example
     keeps_optimizer: bool = (
         False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise
     )

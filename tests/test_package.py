@@ -34,6 +34,7 @@ LIFTINGS_ALLOWED = {
     "engine/lift.py": LIFTINGS,
     "engine/lift_trials.py": LIFTINGS,
     "client/augment.py": {"vmap"},  # over the images of a batch
+    "client/private.py": {"vmap"},  # over the examples of a microbatch
     "exchange/stacked.py": {"vmap"},  # over the models that a server was sent, on data of its own
     "engine/evaluate.py": {"lax.map"},  # over the two tests of one client
     "models/convolution.py": {"lax.map", "vmap"},  # the rule of a custom_vmap: over whatever axis the caller batches

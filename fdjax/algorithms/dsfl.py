@@ -118,4 +118,5 @@ METHOD = Method(
     proxy="unlabelled",
     stages=("distill",),
     keeps_models=True,
+    example_fits=1,
 )

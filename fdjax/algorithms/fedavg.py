@@ -85,4 +85,5 @@ METHOD = Method(
     hparams=LOCAL_TRAINING,
     one_architecture=True,
     averages=True,
+    example_fits=1,
 )

@@ -146,4 +146,5 @@ METHOD = Method(
     averages=True,
     stages=("server",),
     stages_for=("server_rule", "optax"),
+    example_fits=1,
 )

@@ -40,4 +40,5 @@ METHOD = Method(
     hparams=LOCAL_TRAINING | {"mu": HParam(0.1, help="weight of the proximal term")},
     one_architecture=True,
     averages=True,
+    example_fits=1,
 )

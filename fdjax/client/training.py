@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from fdjax import keys
-from fdjax.client import losses
+from fdjax.client import losses, private
 from fdjax.client.data import batches
 from fdjax.client.trained import labels_of, on_trained
 from fdjax.contract import Context, Data
@@ -122,18 +122,15 @@ def fit_observing(
 
         def step(index, carry):
             params, optimizer_state, total, account = carry
-            position = index * training.batch_size + jnp.arange(training.batch_size)
-            weight = (position < data.count).astype(jnp.float32)
-            # A short batch is filled with the epoch's first examples, which count in BatchNorm's statistics alone.
-            x, y = data.take(shuffle(position % jnp.maximum(data.count, 1)))
+            x, y, weight = _batch(training, data, index, shuffle, keys.stream(epoch_key, "sample", index))
             if training.augment is not None:
                 x = training.augment(keys.stream(epoch_key, "augment", index), x)
 
-            def mean(params):
-                values, seen = loss(params, x, y, keys.stream(epoch_key, "loss", index))
-                return losses.weighted_mean(values, weight), seen
+            def of(params, x, y):
+                return loss(params, x, y, keys.stream(epoch_key, "loss", index))
 
-            (value, seen), gradient = jax.value_and_grad(mean, has_aux=True)(params)
+            own = keys.stream(epoch_key, "noise", index)
+            (value, seen), gradient = _gradient(training.private, of, params, x, y, weight, ctx, own)
             account = jax.tree.map(jnp.add, account, observe(seen, y, weight))
             gradient = _pulled(gradient, pull, params, training)
             update, optimizer_state = optimizer.update(gradient, optimizer_state, params)
@@ -150,6 +147,33 @@ def fit_observing(
         kept[training.name] = optimizer_state
     in_last_epoch = jnp.minimum(steps, total_steps - (whole_epochs - 1) * steps)
     return params, total / jnp.maximum(in_last_epoch, 1), account
+
+
+def _batch(
+    training: Training, data: Data, index: jax.Array, shuffle: keys.Shuffle, key: jax.Array
+) -> tuple[jax.Array, PyTree, jax.Array]:
+    """x, targets and weight [B] of batch `index` of an epoch; of DP-SGD, of a sample of its own by `key`."""
+    position = index * training.batch_size + jnp.arange(training.batch_size)
+    if training.private:
+        position, shuffle = jnp.arange(training.batch_size), keys.shuffle(key, data.count)
+    weight = (position < data.count).astype(jnp.float32)
+    # A short batch is filled with the epoch's first examples, which count in BatchNorm's statistics alone.
+    return *data.take(shuffle(position % jnp.maximum(data.count, 1))), weight
+
+
+def _gradient(
+    is_private: bool, loss: Callable, params: PyTree, x: jax.Array, y: PyTree, weight: jax.Array, ctx: Context,
+    key: jax.Array,
+) -> tuple[tuple[jax.Array, PyTree], PyTree]:  # fmt: skip
+    """((mean loss, what else the loss returns), gradient of the mean), clipped and noised if it is to be private."""
+    if is_private:
+        return private.gradient(loss, params, x, y, weight, ctx, key)
+
+    def mean(params):
+        values, seen = loss(params, x, y)
+        return losses.weighted_mean(values, weight), seen
+
+    return jax.value_and_grad(mean, has_aux=True)(params)
 
 
 def _repeat(

@@ -173,11 +173,20 @@ def places_of(
     if not capacity:
         return tuple(enough)
     if capacity < max(enough):
+        missed = _probability_of_more(policy.rate, may_train, capacity, rounds)
         raise InputError(
-            f"--capacity={capacity} is too small for every round: a draw of {max(may_train)} clients with probability "
-            f"{policy.rate:g} may be larger in {rounds} rounds; give at least {max(enough)}, or 0"
+            f"--capacity={capacity} is too small: with probability {missed:.2g} some draw of {max(may_train)} clients "
+            f"with probability {policy.rate:g} is larger in {rounds} rounds; give at least {max(enough)}, or 0"
         )
     return tuple(min(capacity, clients) for clients in may_train)
+
+
+def _probability_of_more(rate: float, may_train: tuple[int, ...], capacity: int, rounds: int) -> float:
+    """That in some round the draw of some cohort has more clients than `capacity`."""
+    from scipy.stats import binom
+
+    all_fit = sum(float(np.log1p(-binom.sf(min(capacity, clients), clients, rate))) for clients in may_train)
+    return float(-np.expm1(rounds * all_fit))
 
 
 def _capacity(rate: float, clients: int, allowed: float) -> int:

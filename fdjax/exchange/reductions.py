@@ -13,12 +13,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdjax.contract import Reduction
+from fdjax.contract import Exchange, Reduction
 from fdjax.types import Array, PyTree
 
 
 def _same(upload: PyTree) -> PyTree:
     return upload
+
+
+class Averaged(NamedTuple):
+    """A partial of a mean, or its total: what is averaged, times its weight, and the weight."""
+
+    value: PyTree
+    weight: Array
 
 
 def weighted_mean(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
@@ -30,7 +37,7 @@ def weighted_mean(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
     """
 
     def partial(ctx, upload, weight):
-        return jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, 0), each(upload)), weight
+        return Averaged(jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, 0), each(upload)), weight)
 
     def finish(ctx, total):
         weighted, weight = total
@@ -51,7 +58,16 @@ def mean(each: Callable[[PyTree], PyTree] = _same) -> Reduction:
 
 def nothing() -> Reduction:
     """For exchanges in which clients send nothing: the summary is ()."""
-    return Reduction(lambda ctx, upload, weight: (), lambda ctx, total: ())
+    return Reduction(_nothing_of, lambda ctx, total: ())
+
+
+def _nothing_of(ctx, upload, weight):
+    return ()
+
+
+def sends_nothing(exchange: Exchange) -> bool:
+    """Whether it is reduced by `nothing`."""
+    return isinstance(exchange.reduce, Reduction) and exchange.reduce.partial is _nothing_of
 
 
 def stack(each: Callable[[PyTree], PyTree] = _same) -> Reduction:

@@ -14,6 +14,12 @@ import numpy as np
 from fdjax.types import Array, PyTree
 
 
+class Known(NamedTuple):
+    """A part of an upload that the server has already: delivered, but not counted."""
+
+    tree: PyTree
+
+
 class Sent(NamedTuple):
     """What crossed the network in one exchange with one cohort; [R] each for the rounds of a superstep."""
 
@@ -62,5 +68,6 @@ def count_bytes(sizes: Sequence[Sequence[Sizes]], sent: Sequence[Sequence[Sent]]
 
 
 def size(tree: PyTree) -> int:
-    """Bytes of a pytree of arrays or of their shapes and dtypes."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a pytree of arrays or of their shapes and dtypes; what is `Known` takes none."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Known))
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves if not isinstance(leaf, Known))

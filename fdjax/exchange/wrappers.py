@@ -28,18 +28,19 @@ def after(function: Callable[[Context, PyTree], PyTree], reduction: Reduction) -
     return reduction._replace(partial=partial)
 
 
-def require_sum(exchange: Exchange, purpose: str) -> Reduction:
-    """The exchange's only reduction. Raises InputError, with `purpose`, unless it is one sum over all clients."""
+def require_sum(exchange: Exchange, purpose: str, advice: str = "") -> Reduction:
+    """The exchange's only reduction.
+
+    Raises InputError, with `purpose`, and `advice` if there is a better one, unless it is one sum over all clients.
+    """
     reduction, name = exchange.reduce, exchange.label
     if not isinstance(reduction, Reduction):
-        raise InputError(
-            f"{purpose} needs one reduction, but exchange {name} has {', '.join(reduction)}; make them one sum"
-        )
+        them, advice = ", ".join(reduction), advice or "make them one sum"
+        raise InputError(f"{purpose} needs one reduction, but exchange {name} has {them}; {advice}")
     if reduction.combine != "sum" or reduction.per_cohort:
         what = f"{reduction.combine} of each cohort" if reduction.per_cohort else reduction.combine
-        raise InputError(
-            f"{purpose} needs a sum over all clients, but exchange {name} reduces by {what}; use a mean, say"
-        )
+        advice = advice or "use a mean, say"
+        raise InputError(f"{purpose} needs a sum over all clients, but exchange {name} reduces by {what}; {advice}")
     return reduction
 
 

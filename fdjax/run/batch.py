@@ -8,13 +8,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fdjax.engine.new_clients import never_train
 from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
+from fdjax.method import HParam
+from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
-from fdjax.run.training import hparams_now
+from fdjax.run.training import hparams_now, hparams_of
 
 Watch = Callable[[int, dict[int, Record]], Collection[int]]
 # (rounds done, records by number of the trials that still run) -> numbers of those that are to stop
@@ -44,8 +47,10 @@ def experiments(settings: Sequence[Settings]) -> list[Experiment]:
         )
         if same_data not in built:
             built[same_data] = _sharing_arrays(build(same_data), next(iter(built.values()), None))
-        hparams = each.method.resolve(dict(each.hparams))
-        mine = built[same_data]._replace(settings=each, hparams=hparams)
+        ready = built[same_data]
+        held = np.asarray(ready.holdings.count)[~never_train(ready.layout)[np.argsort(ready.federation.client)]]
+        ledger = ledger_of(each, ready.algorithm, ready.shapes.participants, ready.shapes.may_train, held)
+        mine = ready._replace(settings=each, hparams=hparams_of(each, ledger), ledger=ledger)
         trials.append(mine._replace(tests=tests_of(mine)))
     return trials
 
@@ -117,7 +122,9 @@ def _run(
         done += rounds
         if settings.schedule == "plateau":
             evaluations = {number: recordings[number].record["evaluations"] for number in running.numbers}
-            now = {n: hparams_now(experiments[n].settings, seen) for n, seen in evaluations.items()}
+            now = {
+                n: hparams_now(experiments[n].settings, experiments[n].ledger, seen) for n, seen in evaluations.items()
+            }
             running = trials.change(running, now)
         running, seen = trials.step(running, rounds, last=done == settings.rounds)
         for number, (report, scalars, clients) in seen.items():
@@ -145,10 +152,9 @@ def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
     settings, method = like[0].settings, like[0].settings.method
     varies = differ([_inputs(experiment) for experiment in like])
     lowered = settings.schedule == "plateau"
+    known = dict(method.hparams) | {"noise_multiplier": HParam("target_epsilon"), "clip": HParam("clip")}
     hparams = {
-        name: differs
-        or bool({name, method.hparams[name].default} & {*space})
-        or (lowered and method.hparams[name].learning_rate)
+        name: differs or bool({name, known[name].default} & {*space}) or (lowered and known[name].learning_rate)
         for name, differs in varies.hparams.items()
     }
     federation = varies.federation

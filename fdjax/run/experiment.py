@@ -19,10 +19,11 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
+from fdjax.run.accounting import Ledger, ledger_of
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.participants import participants, policy_of
 from fdjax.run.settings import Settings
-from fdjax.run.training import method_of, trainings
+from fdjax.run.training import hparams_of, method_of, trainings
 from fdjax.types import Cohort, Federation, Holdings, Model, Source
 
 
@@ -37,6 +38,13 @@ class Shapes(NamedTuple):
     proxy: int
     participants: tuple[int, ...]  # of a round, of each cohort
     new: tuple[int, ...]  # clients of each cohort that never train
+
+    @property
+    def may_train(self) -> tuple[int, ...]:
+        """Clients of each cohort that may train."""
+        return tuple(
+            size - new for (_, size), new in zip(self.cohorts, self.new or (0,) * len(self.cohorts), strict=True)
+        )
 
 
 class Signature(NamedTuple):
@@ -67,6 +75,7 @@ class Experiment(NamedTuple):
     signature: Signature
     shapes: Shapes
     tests: proportion.Tests
+    ledger: Ledger | None = None  # what there is to account for, if the run is private
 
 
 def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | None = None) -> Experiment:
@@ -106,7 +115,8 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     _check_that_something_is_tested(settings, bound.algorithm)
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
-    hparams = jax.device_put(settings.method.resolve(dict(settings.hparams)), replicated(mesh))
+    ledger = _ledger(settings, bound.algorithm, shapes, np.asarray(holdings.count)[~who.never_train])
+    hparams = jax.device_put(hparams_of(settings, ledger), replicated(mesh))
     federation = federate(
         source, holdings, own_tests, sizes, mesh, None if proxy is None else (proxy.x, proxy.y),
         never_train=who.never_train, by_examples=who.policy.alike, test_seed=settings.data_seed,
@@ -125,8 +135,13 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         signature=_signature(settings, static, shapes, federation, chosen.lifting),
         shapes=shapes,
         tests=proportion.Tests(0, 0, ""),
+        ledger=ledger,
     )
     return ready._replace(tests=tests_of(ready))
+
+
+def _ledger(settings: Settings, algorithm: Algorithm, shapes: Shapes, held: np.ndarray) -> Ledger | None:
+    return ledger_of(settings, algorithm, shapes.participants, shapes.may_train, held)
 
 
 def _signature(
@@ -336,7 +351,9 @@ class _Bound(NamedTuple):
 def _bind(settings: Settings, shapes: Shapes) -> _Bound:
     """Cached, and so are the simulations: experiments whose static settings are equal share what is compiled."""
     task = _task(settings, shapes)
-    algorithm = method_of(settings, task)
+    clients = sum(shapes.may_train)
+    expected = settings.participation * clients if settings.sampling == "poisson" else sum(shapes.participants)
+    algorithm = method_of(settings, task, expected, clients)
 
     @functools.lru_cache(maxsize=8)
     def lifted(lifting: Lifting) -> tuple[Layout, Simulation]:

@@ -18,11 +18,12 @@ from fdjax.engine.layout import NonFinite, Report
 from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
+from fdjax.run.accounting import accounted
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
 from fdjax.run.trained_model import Trained, TrainedModel
 
-_COUNTED = ("bytes_up", "bytes_down", "nonfinite_clients", "participants", "senders")
+_COUNTED = ("epsilon", "bytes_up", "bytes_down", "nonfinite_clients", "participants", "senders")
 # of rounds, beside the metrics of the method
 _MOST_LABELS = 1_000_000  # counts of labels that a result holds
 
@@ -36,7 +37,8 @@ class Result(NamedTuple):
     settings: Settings
     rounds: dict[str, list[float]]
     # of every round: metrics of training (NaN where nobody trained), cumulative bytes_up and bytes_down, those of the
-    # set-up among them, and how many `participants` received and how many of them, the `senders`, sent
+    # set-up among them, how many `participants` received and how many of them, the `senders`, sent, and the `epsilon`
+    # that a private run has spent by then
     evaluations: dict[str, list[float]]
     # of every evaluation; "round" says after how many rounds, the first after none, and "local_examples" on how many
     # examples of the test set personal models (and an ensemble of them) were tested
@@ -49,6 +51,8 @@ class Result(NamedTuple):
     holdings: Mapping[str, list[Any]] = MappingProxyType({})
     # of every client in order of ids: what the means over clients are made of, see `holdings_of`
     trained: Trained | None = None  # the models, where they are kept
+    privacy: Mapping[str, Any] = MappingProxyType({})
+    # of a private run: epsilon, delta, the relation that these are about, accountant, noise_multiplier and clip
 
     @property
     def round(self) -> int:
@@ -139,6 +143,7 @@ class Recording:
         rounds, setup = dict(self.record["rounds"]), self.record["setup"]
         for name in ("bytes_up", "bytes_down"):
             rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
+        rounds, privacy = accounted(self._experiment.settings, self._experiment.ledger, rounds)
         return Result(
             settings=self._experiment.settings,
             rounds=rounds,
@@ -150,6 +155,7 @@ class Recording:
             setup=setup,
             holdings=holdings_of(self._experiment),
             trained=trained,
+            privacy=privacy,
         )
 
     def _metrics(self, report: Report) -> dict[str, Any]:

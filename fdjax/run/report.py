@@ -128,6 +128,7 @@ def result_dict(result: Result) -> dict[str, Any]:
         "holdings": dict(result.holdings),
         "bytes_per_participant": {way: bytes_of_one_client(result, way) for way in ("up", "down")},
         "participants": result.traffic.participants,
+        **({"privacy": dict(result.privacy)} if result.privacy else {}),
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
     }

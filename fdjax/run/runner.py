@@ -179,7 +179,7 @@ def _run_rounds(
         while done < rounds:
             length = min(eval_every, rounds - done)
             if experiment.settings.schedule == "plateau":
-                now = hparams_now(experiment.settings, recording.record["evaluations"])
+                now = hparams_now(experiment.settings, experiment.ledger, recording.record["evaluations"])
                 experiment = experiment._replace(hparams=put_hparams(experiment, now))
             state, report = simulation.run(state, federation, experiment.hparams, most, np.int32(length))
             done += length

@@ -25,6 +25,7 @@ from fdjax.models import own as nets
 from fdjax.run import methods
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
 from fdjax.run.participation import ParticipationSettings, check_participation
+from fdjax.run.privacy import PrivacySettings, bound_to_rounds, check_privacy
 from fdjax.run.setting import Role, Setting, pairs, plain, setting_field
 from fdjax.run.unused import check_unused
 
@@ -44,7 +45,7 @@ _run = functools.partial(setting_field, role="run")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OptimizerSettings, ParticipationSettings):
+class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
     algorithm: str = _setting(
@@ -209,10 +210,8 @@ class Settings(OptimizerSettings, ParticipationSettings):
 
     @property
     def resumable(self) -> frozenset[str]:
-        """The settings that may be others when a run goes on. A cosine schedule depends on the number of rounds."""
-        return frozenset(name for name, s in SETTINGS.items() if s.resumable) - (
-            {"rounds"} if ends_with_rounds(self) else set()
-        )
+        """The settings that may be others when a run goes on. Rounds decide a cosine schedule, and noise."""
+        return frozenset(name for name, s in SETTINGS.items() if s.resumable) - bound_to_rounds(self)
 
     def static(self, largest_client: int) -> "Settings":
         """What a compiled round depends on: the static settings, all others being at their defaults.
@@ -249,6 +248,7 @@ class Settings(OptimizerSettings, ParticipationSettings):
         if self.models is not None:
             self._check_models(self.models)
         check_participation(self)
+        check_privacy(self)
         check_unused(self)
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 

@@ -37,6 +37,7 @@ def summary(results: Sequence[Result]) -> str:
         *((name.replace("_", " "), _loss(results, name)) for name in losses),
         *([("test examples for local accuracy at evaluations before", between)] if between else []),
         *_trained_on(results),
+        *_privacy(results),
         ("bytes up, of one client a round", _of_one_client(results, "up")),
         ("bytes down, to one client a round", _of_one_client(results, "down")),
         *((f"bytes {way} of the set-up, all clients", report.byte_size(first.setup[f"bytes_{way}"])) for way in setup),
@@ -77,6 +78,20 @@ def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
     return [*rows, ("proxy examples, of no client", f"{settings.proxy_size:,} ({settings.proxy}{use})")]
 
 
+def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """The epsilon of what was shared, the largest of all seeds, and what it is about."""
+    spent = max((result.privacy for result in results), key=lambda privacy: privacy.get("epsilon", 0.0))
+    if not spent:
+        return []
+    return [
+        (
+            f"epsilon at delta {spent['delta']:g}, {spent['relation']}",
+            f"{spent['epsilon']:.4g} ({spent['accountant']})",
+        ),
+        ("noise multiplier, clip", f"{spent['noise_multiplier']:.4g}, {spent['clip']:g}"),
+    ]
+
+
 def _rounds(result: Result) -> str:
     """Rounds done, and of how many where the run was stopped."""
     asked = result.settings.rounds
@@ -107,7 +122,13 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         ("training loss", "round", "", losses),
     ]
     stopped = f", round {_rounds(first)}" if first.round < first.settings.rounds else ""
+    if first.privacy and np.isfinite(first.privacy["epsilon"]):
+        panels.append(("privacy", "round", f"epsilon, {first.privacy['relation']}", [_spent(first)]))
     report.draw_curves(path, panels, _title(first) + stopped)
+
+
+def _spent(result: Result) -> report.Curve:
+    return (f"delta {result.privacy['delta']:g}", list(range(1, result.round + 1)), result.rounds["epsilon"])
 
 
 def _curve(name: str, x: Sequence[float], y: Sequence[np.ndarray]) -> report.Curve:

@@ -10,7 +10,9 @@ from fdjax.client.trained import Paths, check_patterns, is_statistic, path_of, p
 from fdjax.contract import Algorithm
 from fdjax.errors import InputError
 from fdjax.exchange.parts import exchanging
+from fdjax.exchange.privacy import locally_private, private
 from fdjax.method import Task, Training
+from fdjax.run.accounting import Ledger, noise_of
 from fdjax.run.optimizers import STAGES, build_optimizer, optimizer_of, plateau
 from fdjax.run.settings import Settings
 from fdjax.types import Model
@@ -31,6 +33,7 @@ def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, T
             label_smoothing=settings.label_smoothing,
             drop_last=settings.drop_last,
             trained=paths(settings.trained) if settings.trained else None,
+            private=settings.privacy == "example" and not stage,
             name=(STAGES[chosen.index(optimizer)] or "client_").removesuffix("_"),
         )
         for stage, optimizer, size in zip(STAGES, chosen, sizes, strict=True)
@@ -38,29 +41,53 @@ def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, T
     return first, on_proxy, at_server
 
 
-def hparams_now(settings: Settings, evaluations: Mapping[str, list[float]]) -> dict[str, np.ndarray]:
-    """The hyperparameters of the next round with the schedule "plateau", after these evaluations."""
+def hparams_of(settings: Settings, ledger: Ledger | None) -> dict[str, np.ndarray]:
+    """The hyperparameters of the method, and of privacy if there is a ledger of it, as a compiled round takes them."""
     hparams = settings.method.resolve(dict(settings.hparams))
+    if ledger is None:
+        return hparams
+    clip = np.inf if settings.clip is None else settings.clip
+    noise = noise_of(settings, ledger)
+    return hparams | {"clip": np.asarray(clip, np.float32), "noise_multiplier": np.asarray(noise, np.float32)}
+
+
+def hparams_now(
+    settings: Settings, ledger: Ledger | None, evaluations: Mapping[str, list[float]]
+) -> dict[str, np.ndarray]:
+    """The hyperparameters of the next round with the schedule "plateau", after these evaluations."""
+    hparams = hparams_of(settings, ledger)
     scale = plateau(evaluations.get("validation_loss", []), settings.decay, settings.decay_every)
     rates = {name for name, record in settings.method.hparams.items() if record.learning_rate}
     return {name: np.float32(scale) * value if name in rates else value for name, value in hparams.items()}
 
 
-def method_of(settings: Settings, task: Task) -> Algorithm:
-    """The method for a task, with the params and the optimisers' states that are to stay where they are.
+def method_of(settings: Settings, task: Task, participants: float, may_train: int) -> Algorithm:
+    """The method for a task, with the params and the optimisers' states that are to stay where they are, and private.
 
-    Raises InputError for patterns that mean nothing, and for a method whose exchange they do not fit.
+    `participants` of the `may_train` clients that train are expected in a round.
+
+    Raises InputError for patterns that mean nothing, and for a method whose exchanges they, or privacy, do not fit.
     """
     for flag in ("trained", "exchanged"):
         for model in {*task.models, task.model} if getattr(settings, flag) else ():
             check_patterns(flag, getattr(settings, flag), jax.eval_shape(model.init, jax.random.key(0)))
     algorithm = settings.method.algorithm(task)
+    if settings.privacy == "example" and any(_has_statistics(model) for model in task.models):
+        raise InputError("--privacy=example: statistics of BatchNorm are of all examples of a batch; give --norm=group")
     exchanged = _exchanged(settings, task)
     if exchanged is not None:
         algorithm = exchanging(algorithm, task.model, exchanged, task.training.trained)
     default = "kept" if settings.method.keeps_optimizer else "fresh"
     if (settings.optimizer_state or default) == "kept":
         algorithm = with_kept_optimizers(algorithm, task)
+    if settings.privacy == "client":
+        algorithm = algorithm._replace(
+            round=tuple(private(exchange, participants) for exchange in algorithm.round),
+            setup=tuple(private(exchange, may_train) for exchange in algorithm.setup),
+        )
+    if settings.privacy == "local":
+        both = (tuple(map(locally_private, exchanges)) for exchanges in (algorithm.round, algorithm.setup))
+        algorithm = algorithm._replace(**dict(zip(("round", "setup"), both, strict=True)))
     return algorithm
 
 

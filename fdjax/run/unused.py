@@ -85,6 +85,14 @@ def _no_chunks(settings: Any) -> str:
     return f"--lifting={settings.lifting} takes no chunks; {_LEAVE_OUT}, or give --lifting=chunk"
 
 
+def _no_private_batches(settings: Any) -> str:
+    return "" if settings.privacy == "example" else f"no batches are private; give --privacy=example, or {_LEAVE_OUT}"
+
+
+def _no_privacy(settings: Any) -> str:
+    return f"nothing is private; give --privacy too, or {_LEAVE_OUT}" if settings.privacy == "none" else ""
+
+
 _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {
         "data_dir": _no_files,
@@ -98,6 +106,8 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "straggler_work": _no_stragglers,
         "fine_tune_epochs": _no_new_clients,
         "chunk": _no_chunks,
+        "batch_accounting": _no_private_batches,
+        **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
     }
 )  # why settings like these do not use a setting; an empty text if they do
 

@@ -13,12 +13,12 @@ import pytest
 from fdjax.contract import Algorithm, Broadcast, Exchange, Reduction, Upload, unchanged
 from fdjax.errors import InputError
 from fdjax.exchange import reductions, traffic
-from fdjax.exchange.wrappers import require_sum
+from fdjax.exchange.privacy import private
 from fdjax.method import HParam, Method
 
 F = cases.FEATURES
 COHORTS = (("mclr", 3), ("mclr", 4))
-HPARAMS = Method("sketch", "", lambda task: None, {"clip": HParam(0.5), "noise": HParam(0.0)})
+HPARAMS = Method("sketch", "", lambda task: None, {"clip": HParam(0.5), "noise_multiplier": HParam(0.0)})
 
 
 def send_mean(ctx, received, state, data):
@@ -135,26 +135,10 @@ def test_a_round_of_two_exchanges():
     np.testing.assert_allclose(report.metrics["size"], [np.average(sizes, weights=sizes)], rtol=1e-6)
 
 
-def private(exchange, clip="clip", noise="noise"):
-    """Client-level, Gaussian: a mean of clipped uploads of equal weight, noised in `finish`."""
-    require_sum(exchange, "private")
-
-    def partial(ctx, upload, weight):
-        norm = jnp.sqrt(jnp.sum(upload**2))
-        return upload * jnp.minimum(1, ctx.hparams[clip] / norm), (weight > 0) * 1.0
-
-    def finish(ctx, totals):
-        total, number = totals
-        spread = ctx.hparams[noise] * ctx.hparams[clip]
-        return (total + spread * jax.random.normal(ctx.key, total.shape)) / jnp.maximum(number, 1)
-
-    return exchange._replace(reduce=Reduction(partial, finish), releases=("gaussian",))
-
-
 def test_a_private_sum():
     """Clipped in `partial`; the noise of `finish` has the spread that it says, and is another one every round."""
     algorithm = sketch(reductions.mean(), np.zeros(F, np.float32))
-    algorithm = algorithm._replace(round=(private(algorithm.round[0]),))
+    algorithm = algorithm._replace(round=(private(algorithm.round[0], 6),))
     simulation, federation = bind(algorithm, (3, 4))
     means = np.array([mean for _, mean, _ in everyone(participants(federation, (3, 4)))])
     norms = np.linalg.norm(means, axis=1, keepdims=True)
@@ -163,7 +147,7 @@ def test_a_private_sum():
     np.testing.assert_allclose(run(simulation, federation, clip=0.5)[0].server, exact, rtol=1e-5, atol=1e-6)
     draws = []
     for seed in range(8):
-        noisy, _ = run(simulation, federation, seed, clip=0.5, noise=4.0)
+        noisy, _ = run(simulation, federation, seed, clip=0.5, noise_multiplier=4.0)
         draws.append((noisy.server - exact) * len(means) / 2.0)
     assert 0.6 < np.std(draws) < 1.4  # 48 draws of a standard normal
     assert len({float(draw[0]) for draw in draws}) == 8
@@ -188,16 +172,16 @@ def test_a_set_up_is_run_by_all_clients_and_counted():
 @pytest.mark.parametrize(
     ("reduce", "message"),
     [
-        (reductions.stack(), "private needs a sum over all clients, but exchange send_mean reduces by stack;"),
-        (reductions.minimum(), "private needs a sum over all clients, but exchange send_mean reduces by min;"),
-        ({"a": reductions.mean()}, "private needs one reduction, but exchange send_mean has a; make them one sum"),
+        (reductions.stack(), "--privacy=client needs a sum over all clients, but exchange send_mean reduces by stack;"),
+        (reductions.minimum(), "--privacy=client needs a sum over all clients, but exchange send_mean reduces by min;"),
+        ({"a": reductions.mean()}, "--privacy=client needs one reduction, but exchange send_mean has a; use"),
         (reductions.mean()._replace(per_cohort=True), "reduces by sum of each cohort"),
     ],
     ids=["stack", "min", "dict", "cohort"],
 )  # fmt: skip
 def test_what_is_no_sum_cannot_be_private(reduce, message):
     with pytest.raises(InputError) as error:
-        private(Exchange(lambda ctx, server: Broadcast(()), send_mean, reduce, keep))
+        private(Exchange(lambda ctx, server: Broadcast(()), send_mean, reduce, keep), 5)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

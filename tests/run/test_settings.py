@@ -42,8 +42,11 @@ def test_what_only_changes_arrays_or_the_place_is_not_compiled():
 
 def test_what_a_resumed_run_may_change():
     expected = {"rounds", "data_dir", "proxy_dir", "cache_dir", "writers", "devices", "lifting", "memory_limit"}
+    expected |= {"delta", "accountant", "batch_accounting"}
     assert settings.make().resumable == expected
     assert settings.make(schedule="cosine").resumable == expected - {"rounds"}
+    calibrated = settings.make(privacy="client", clip=1.0, target_epsilon=2.0)
+    assert calibrated.resumable == expected - {"rounds", "delta", "accountant", "batch_accounting"}
     assert set(FOLDERS) == {"data_dir", "proxy_dir", "cache_dir", "writers"}
 
 
