@@ -100,7 +100,7 @@ def test_clipping():
 def test_schedules(given, expected, every):
     """Of ten rounds; by rounds for all steps of one, by steps for each."""
     more = {"schedule_length": 10} if given.get("schedule") == "cosine" and every == "step" else {}
-    given = more | given | {"schedule_every": every}
+    given = more | given | ({"schedule_every": every} if given else {})  # which a constant rate does not use
     of_t = factor(optimizer_of(settings.make(**given)), 10)
     np.testing.assert_allclose([of_t(t) for t in range(10)], [expected(t) for t in range(10)], rtol=1e-5, atol=1e-6)
     w = np.array(PARAMS["w"], np.float64)
