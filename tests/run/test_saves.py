@@ -261,7 +261,7 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(undisturbed, tmp_path, caps
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert said[0].startswith(f"warning: damaged checkpoints in {tmp_path} (that of round 4: state/")
-    assert said[0].endswith("that of round 3 is whole")
+    assert said[0].endswith("that of round 3 is whole; the next save removes the damaged ones")
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").latest() == 4  # once more, and whole
 
 
