@@ -20,11 +20,12 @@ def poisoned(monkeypatch):
     load = experiment.load
 
     def with_poison(chosen):
-        source, holdings, proxy = load(chosen)
+        loaded = load(chosen)
+        source, holdings = loaded.source, loaded.holdings
         x = source.train_x.copy()
         first = holdings.start[BAD]
         x[holdings.order[first : first + holdings.count[BAD]]] = np.float32(1e38)
-        return source._replace(train_x=x), holdings, proxy
+        return loaded._replace(source=source._replace(train_x=x))
 
     monkeypatch.setattr(experiment, "load", with_poison)
 
