@@ -27,9 +27,10 @@ We did not see what the abstract claims. Accuracy for three seeds of `test_learn
 import jax
 import jax.numpy as jnp
 
+from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.client.training import fit, local_work
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, params_of_server
+from fdjax.contract import Algorithm, Broadcast, Upload
 from fdjax.exchange import proxy, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
@@ -61,13 +62,9 @@ def fedssd(task: Task) -> Algorithm:
         params, train_loss = fit(task.training, loss, start, data, ctx, epochs=local_work(ctx))
         return state, Upload(params), {"train_loss": train_loss, "credibility": jnp.mean(of_class)}
 
-    return Algorithm(
-        init_server=lambda ctx, params: params,
-        init_client=lambda ctx, params: (),
-        round=(Exchange(broadcast, train, reductions.weighted_mean(), lambda ctx, params, mean: (mean, {})),),
-        central=lambda ctx, params, x: ctx.model.apply(params, x),
-        model_of=params_of_server,
-    )
+    plain = fedavg.fedavg(task)
+    (averaging,) = plain.round
+    return plain._replace(round=(averaging._replace(broadcast=broadcast, client=train),))
 
 
 METHOD = Method(

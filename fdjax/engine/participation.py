@@ -175,8 +175,8 @@ def places_of(
     if capacity < max(enough):
         missed = _probability_of_more(policy.rate, may_train, capacity, rounds)
         raise InputError(
-            f"--capacity={capacity} is too small: with probability {missed:.2g} more of {max(may_train)} clients, each "
-            f"drawn with {policy.rate:g}, come in some of {rounds} rounds; give at least {max(enough)}, or 0"
+            f"--capacity={capacity} is too small: with probability {missed:.2g} some draw of {max(may_train)} clients, "
+            f"each with {policy.rate:g}, is larger in {rounds} rounds; give at least {max(enough)}, or 0"
         )
     return tuple(min(capacity, clients) for clients in may_train)
 
