@@ -19,8 +19,10 @@ from fdjax.algorithms import (
     fedma,
     fedmd,
     fedopt,
+    fedproto,
     fedprox,
     fedssd,
+    fml,
 )
 from fdjax.method import Method
 
@@ -47,6 +49,8 @@ ALGORITHMS: dict[str, Method] = {
                 cronus,
                 dsfl,
                 fedad,
+                fml,
+                fedproto,
             )
         ),
         *baselines.METHODS,

@@ -1,0 +1,75 @@
+"""FML, federated mutual learning: each client's own net and a copy of the common one learn from one another.
+
+Shen, Zhang, Jia, Zhang, Huang, Zhou, Kuang, Wu, Wu, "Federated Mutual Learning" (arXiv 2006.16765, 2020), by the
+authors' code; we had no equation numbers. Client k has a net w_k of any architecture; the common net is the meme.
+
+    client:  m_k <- m;  E epochs, for each batch, of both at once, each with the other's outputs fixed:
+             L(w_k) = alpha CE(p_k, y) + (1 - alpha) KL(q_k || p_k),   p_k = softmax(w_k(x))
+             L(m_k) = beta  CE(q_k, y) + (1 - beta)  KL(p_k || q_k),   q_k = softmax(m_k(x))
+    server:  m <- (1/S) sum_k m_k over the S participants
+
+Sent: m down and m_k up, 4P(m) bytes each way. w_k stays and goes on from round to round; a client predicts with it.
+
+Ours: both nets have one optimiser, which is fresh in every round (the code: two, which go on), so a clip by the norm is
+of both. `weighting` = examples averages by n_k. `train_loss` is L(w_k) + L(m_k). alpha is the hparam `own_weight`, beta
+`meme_weight`.
+"""
+
+from jax import lax
+
+from fdjax import keys
+from fdjax.client import losses
+from fdjax.client.training import fit, local_work
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
+from fdjax.exchange import reductions
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
+
+
+def fml(task: Task) -> Algorithm:
+    """FML of the task's model, the meme; hparams and options: see METHOD."""
+    average = reductions.mean if task.options["weighting"] == "uniform" else reductions.weighted_mean
+    chosen, smoothing = task.training.trained, task.training.label_smoothing
+    training = task.training._replace(trained=chosen and (lambda path: chosen(path.partition("/")[2])))
+
+    def learn(hard_weight, z, other, y):
+        soft = losses.kl_divergence(lax.stop_gradient(other), z)
+        return hard_weight * losses.cross_entropy(z, y, smoothing) + (1 - hard_weight) * soft
+
+    def train(ctx, received, own, data):
+        def loss(nets, x, y, key):
+            z = ctx.model.apply(nets["own"], x, keys.stream(key, "own"))
+            common = task.model.apply(nets["meme"], x, keys.stream(key, "meme"))
+            return learn(ctx.hparams["own_weight"], z, common, y) + learn(ctx.hparams["meme_weight"], common, z, y)
+
+        nets = {"own": own, "meme": received.shared}
+        nets, train_loss = fit(training, loss, nets, data, ctx, epochs=local_work(ctx), keeps=False)
+        return nets["own"], Upload(nets["meme"]), {"train_loss": train_loss}
+
+    return Algorithm(
+        init_server=lambda ctx, params: params,
+        init_client=own_model,
+        round=(
+            Exchange(
+                broadcast=lambda ctx, meme: Broadcast(meme),
+                client=train,
+                reduce=average(),
+                server=lambda ctx, meme, mean: (mean, {}),
+            ),
+        ),
+        central=lambda ctx, meme, x: task.model.apply(meme, x),
+        personal=predict_with_own_model,
+    )
+
+
+_SHARE = "share of the labels in the loss of "
+METHOD = Method(
+    name="fml",
+    summary="FML (Shen et al. 2020): each client's own net and a common one learn from one another",
+    build=fml,
+    hparams={
+        **LOCAL_TRAINING,
+        "own_weight": HParam(0.5, high=1.0, help=_SHARE + "a client's own net (alpha)"),
+        "meme_weight": HParam(0.5, high=1.0, help=_SHARE + "the common one (beta)"),
+    },
+    options={"weighting": ("uniform", "examples")},
+)

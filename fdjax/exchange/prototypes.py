@@ -1,0 +1,73 @@
+"""Prototypes: the mean features of each label, shared by nets of any architectures whose features are of one length."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdjax.client.data import batches
+from fdjax.contract import Data, Upload
+from fdjax.errors import InputError
+from fdjax.exchange.reductions import ByLabel, sum_by_label
+from fdjax.method import Task
+from fdjax.types import Array, Model, PyTree
+
+_BATCH = 256  # of examples whose features are looked at
+
+
+def length(task: Task, method: str) -> int:
+    """d, the numbers that every net of the task gives its head. Raises InputError if nets differ in it."""
+    found = [features_of(model, task.inputs) for model in task.models]
+    if len({*found}) > 1:
+        listed = ", ".join(f"{model.name} {size}" for model, size in zip(task.models, found, strict=True))
+        raise InputError(
+            f"{method} compares the features of all clients' models, which must be as many, but they are: {listed}; "
+            "choose models whose last hidden layers are of one size"
+        )
+    return found[0]
+
+
+def features_of(model: Model, inputs: tuple[int, ...]) -> int:
+    """How many numbers a net's head is given."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    shape = jax.eval_shape(model.features, params, jax.ShapeDtypeStruct((1, *inputs), jnp.float32)).shape
+    return math.prod(shape)
+
+
+def flat(h: Array) -> jax.Array:
+    """Features [B, ...] as vectors [B, d]."""
+    return h.reshape(len(h), -1)
+
+
+def sums(features: Callable[[jax.Array], jax.Array], data: Data, classes: int, length: int) -> ByLabel:
+    """sum_{i: y_i = l} f(x_i) [K, d] and the number of terms [K], over all of `data`, in batches."""
+
+    def step(index: jax.Array, total: ByLabel) -> ByLabel:
+        position = index * _BATCH + jnp.arange(_BATCH)
+        x, y = data.take(position % jnp.maximum(data.count, 1))
+        return jax.tree.map(jnp.add, total, sum_by_label(flat(features(x)), y, classes, position < data.count))
+
+    nothing = ByLabel(jnp.zeros((classes, length)), jnp.zeros(classes))
+    return lax.fori_loop(0, batches(data.count, _BATCH), step, nothing)
+
+
+def upload(found: ByLabel, known: Array, *, counts: bool = False) -> Upload:
+    """Sums by label as they are sent: a vector of each label that the client holds (and its count if need be).
+
+    `known` [K] says of which labels it received a vector.
+    """
+    sent, received = jnp.sum(found.count > 0), jnp.sum(known)
+    length = found.value.shape[-1] + (1 if counts else 0)
+    return Upload(found, bytes=4.0 * length * sent, bytes_received=4.0 * found.value.shape[-1] * received)
+
+
+def nearest(h: Array, prototypes: ByLabel, logits: PyTree) -> jax.Array:
+    """Minus the squared distance of features [B, d] to each label's prototype [K, d]; `logits` if there is none yet.
+
+    A label without a prototype is as far as can be.
+    """
+    known = prototypes.count[None] > 0
+    distance = jnp.sum(jnp.square(flat(h)[:, None] - prototypes.value[None]), -1)
+    return jnp.where(jnp.any(known), jnp.where(known, -distance, -1e6), logits)

@@ -1,0 +1,194 @@
+"""FML and FedProto against NumPy in float64, written from their papers' equations."""
+
+import math
+
+import engine_cases as cases
+import jax
+import numpy as np
+import pytest
+
+from fdjax import keys, models
+from fdjax.algorithms import ALGORITHMS
+from fdjax.errors import InputError
+from fdjax.exchange.reductions import ByLabel
+from fdjax.exchange.traffic import count_bytes
+
+K, BATCH, RATE, EPOCHS = cases.CLASSES, 4, 0.1, 2
+
+
+def rows_of(tree, row):
+    return jax.tree.map(lambda leaf: np.float64(leaf[row]), tree)
+
+
+def simulated(name, rounds=1, cohorts=(("mclr", 7),), options=None, **hparams):
+    """The states before and after some rounds, the federation, metrics, and bytes up and down of the last round."""
+    _, simulation = cases.simulation(name, cohorts=cohorts, options=options)
+    federation = cases.federation()
+    given = cases.hparams_of(name, learning_rate=RATE, local_epochs=EPOCHS, **hparams)
+    start = jax.device_get(simulation.init(0, federation))
+    state, report = simulation.run(simulation.init(0, federation), federation, given, rounds)
+    return start, jax.device_get(state), federation, jax.device_get(report.metrics)
+
+
+def batches_of(key, y):
+    for epoch in range(EPOCHS):
+        order = cases.epoch_order(key, epoch, len(y))
+        for first in range(0, len(order), BATCH):
+            yield order[first : first + BATCH]
+
+
+def participants(federation, number=0):
+    """(row, key, x, y) of those that hold examples."""
+    key, clients = cases.round_key(0, number), cases.clients_of(federation)
+    for row in cases.participants_of(key, len(clients), cases.PARTICIPANTS):
+        i, x, y = clients[row]
+        if len(y):
+            yield row, keys.stream(key, "client", i), x, y
+
+
+def mutual(own, meme, x, y, key, alpha, beta):
+    """Both nets after their epochs."""
+    for b in batches_of(key, y):
+        p, q, hard = cases.softmax(own(x[b])), cases.softmax(meme(x[b])), np.eye(K)[y[b]]
+        for model, me, other, weight in ((own, p, q, alpha), (meme, q, p, beta)):
+            slope = weight * (me - hard) + (1 - weight) * (me - other)
+            model.W, model.b = model.W - RATE * x[b].T @ slope / len(b), model.b - RATE * slope.mean(0)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.7, 0.2), (0.5, 0.5)])
+def test_fml(weighting, alpha, beta):
+    given = {"own_weight": alpha, "meme_weight": beta}
+    start, state, federation, _ = simulated("fml", options={"weighting": weighting}, **given)
+    memes, weights = [], []
+    for row, key, x, y in participants(federation):
+        own, meme = cases.Logistic(rows_of(start.clients[0], row)), cases.Logistic(start.server)
+        mutual(own, meme, x, y, key, alpha, beta)
+        close(rows_of(state.clients[0], row), own.params())
+        memes.append(meme.params())
+        weights.append(len(y) if weighting == "examples" else 1)
+    close(state.server, cases.weighted_average(memes, weights))
+
+
+def close(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_fml_of_labels_alone_is_fedavg_and_training_alone():
+    """alpha = beta = 1: nobody learns from anybody."""
+    start, state, federation, _ = simulated("fml", options={"weighting": "examples"}, own_weight=1.0, meme_weight=1.0)
+    given = cases.hparams_of("fedavg", learning_rate=RATE, local_epochs=EPOCHS)
+    _, fedavg = cases.simulation("fedavg")
+    averaged, _ = fedavg.run(fedavg.init(0, federation), federation, given, 1)
+    close(state.server, jax.device_get(averaged.server))
+    for row, key, x, y in participants(federation):
+        own = cases.Logistic(rows_of(start.clients[0], row))
+        own.fit(x, y, [cases.epoch_order(key, e, len(y)) for e in range(EPOCHS)], BATCH, RATE)
+        close(rows_of(state.clients[0], row), own.params())
+
+
+class TwoNN:
+    """h = relu(relu(x A + a) B + b), z = h C + c."""
+
+    def __init__(self, params):
+        layers = [params[f"Dense_{i}"] for i in range(3)]
+        self.W, self.b = [np.float64(v["kernel"]) for v in layers], [np.float64(v["bias"]) for v in layers]
+
+    def features(self, x):
+        self.seen = [x]
+        for W, b in zip(self.W[:2], self.b[:2], strict=True):
+            self.seen.append(np.maximum(self.seen[-1] @ W + b, 0))
+        return self.seen[-1]
+
+    def head(self, h):
+        return h @ self.W[2] + self.b[2]
+
+    def step(self, dz, dh):
+        """One step down, by the slopes of the mean loss at logits and at features of what was seen last."""
+        slope, slopes = dz, []
+        for layer in (2, 1, 0):
+            slopes.append((layer, self.seen[layer].T @ slope, slope.sum(0)))
+            slope = slope @ self.W[layer].T + (dh if layer == 2 else 0)
+            slope = slope * (self.seen[layer] > 0)
+        for layer, dW, db in slopes:
+            self.W[layer], self.b[layer] = self.W[layer] - RATE * dW, self.b[layer] - RATE * db
+
+    def params(self):
+        return {f"Dense_{i}": {"kernel": self.W[i], "bias": self.b[i]} for i in range(3)}
+
+
+@pytest.mark.parametrize("weighting", ["clients", "examples"])
+def test_fedproto(weighting):
+    """Two rounds: in the first one there are no prototypes yet."""
+    weight, rounds, cohorts = 5.0, 2, (("2nn", 7),)
+    start, state, federation, metrics = simulated("fedproto", rounds, cohorts, {"weighting": weighting}, weight=weight)
+    nets = [TwoNN(rows_of(start.clients[0], row)) for row in range(7)]
+    d = nets[0].b[1].size
+    prototypes, known = np.zeros((K, d)), np.zeros(K, bool)
+    for number in range(rounds):
+        total, count, losses, sizes = np.zeros((K, d)), np.zeros(K), [], []
+        for row, key, x, y in participants(federation, number):
+            net, in_epoch = nets[row], []
+            for b in batches_of(key, y):
+                h, hard = net.features(x[b]), np.eye(K)[y[b]]
+                apart = known[y[b]][:, None] * (h - prototypes[y[b]])
+                in_epoch.append((cases.cross_entropy(net.head(h), y[b]) + weight * (apart**2).mean(1)).mean())
+                net.step((cases.softmax(net.head(h)) - hard) / len(b), weight * 2 * apart / d / len(b))
+            losses.append(np.mean(in_epoch[-math.ceil(len(y) / BATCH) :]))
+            sizes.append(len(y))
+            for label in {*y.tolist()}:
+                mine = net.features(x[y == label])
+                share = len(mine) if weighting == "examples" else 1
+                total[label] += share * mine.mean(0)
+                count[label] += share
+        known |= count > 0
+        prototypes = np.where((count > 0)[:, None], total / np.maximum(count, 1)[:, None], prototypes)
+        np.testing.assert_allclose(metrics["train_loss"][number], np.average(losses, weights=sizes), rtol=1e-4)
+    for row in range(7):
+        close(rows_of(state.clients[0], row), nets[row].params())
+    close(state.server.value, prototypes)
+    assert ((state.server.count > 0) == known).all()
+
+
+def test_fedproto_sends_a_vector_of_each_label_that_a_client_holds():
+    _, simulation = cases.simulation("fedproto", cohorts=(("2nn", 7),), participants=(7,))
+    federation, given = cases.federation(), cases.hparams_of("fedproto")
+    held = [len({*y.tolist()}) for _, _, y in cases.clients_of(federation)]
+    state, traffic, known = simulation.init(0, federation), simulation.traffic(federation, given), 0
+    for _ in range(2):
+        state, report = simulation.run(state, federation, given, 1)
+        found = count_bytes(traffic.round, jax.tree.map(lambda x: x[0], jax.device_get(report.sent)))
+        d = state.server.value.shape[1]
+        assert (found["up"], found["down"]) == (4 * d * sum(held), 4 * d * known * np.count_nonzero(held))
+        known = int((np.asarray(state.server.count) > 0).sum())
+
+
+def test_fedproto_predicts_by_the_nearest_prototype_that_there_is():
+    method, task = (
+        ALGORITHMS["fedproto"],
+        cases.task(cohorts=(("2nn", 7),), options={"inference": "prototypes"}.items()),
+    )
+    algorithm = method.algorithm(task._replace(options=method.choices({})))
+    net = TwoNN(task.models[0].init(jax.random.key(1)))
+    x = np.random.default_rng(0).normal(size=(9, cases.FEATURES)).astype(np.float32)
+    h = net.features(x.astype(np.float64))
+    table = np.random.default_rng(1).normal(size=(K, h.shape[1]))
+    count = np.arange(K) % 2  # every other label has a prototype
+    ctx = type("ctx", (), {"model": task.models[0]})
+    params = jax.tree.map(np.float32, net.params())
+    found = algorithm.personal(ctx, ByLabel(np.float32(table), count), params, x)
+    distance = ((h[:, None] - table) ** 2).sum(-1)
+    assert (np.argmax(found, 1) == np.where(count > 0, distance, np.inf).argmin(1)).all()
+    nothing = algorithm.personal(ctx, ByLabel(np.float32(table), 0 * count), params, x)
+    np.testing.assert_allclose(nothing, net.head(h), rtol=1e-4, atol=1e-5)
+
+
+def test_fedproto_wants_features_of_one_length():
+    task = cases.task(cohorts=(("2nn", 3), ("mclr", 4)))
+    with pytest.raises(InputError, match=r"fedproto compares the features.*2nn 5, mclr 6"):
+        ALGORITHMS["fedproto"].algorithm(task._replace(options=ALGORITHMS["fedproto"].choices({})))
+    narrow = models.build("2nn", (cases.FEATURES,), K, width=7)
+    with pytest.raises(InputError, match="must be as many"):
+        ALGORITHMS["fedproto"].algorithm(
+            task._replace(models=(task.models[0], narrow), options=ALGORITHMS["fedproto"].choices({}))
+        )
