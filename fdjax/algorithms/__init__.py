@@ -15,6 +15,7 @@ from fdjax.algorithms import (
     feddistill,
     fedgems,
     fedgen,
+    fedgh,
     fedgkt,
     fedma,
     fedmd,
@@ -22,6 +23,7 @@ from fdjax.algorithms import (
     fedproto,
     fedprox,
     fedssd,
+    fedtgp,
     fml,
 )
 from fdjax.method import Method
@@ -51,6 +53,8 @@ ALGORITHMS: dict[str, Method] = {
                 fedad,
                 fml,
                 fedproto,
+                fedtgp,
+                fedgh,
             )
         ),
         *baselines.METHODS,

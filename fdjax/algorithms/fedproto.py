@@ -20,19 +20,28 @@ it trains, in the last epoch); a label that no participant of a round holds keep
 there are prototypes a client predicts by its head.
 """
 
+import jax
 import jax.numpy as jnp
 
 from fdjax.client import losses
 from fdjax.client.training import fit, local_work
-from fdjax.contract import Algorithm, Broadcast, Exchange, own_model, predict_with_own_model
+from fdjax.contract import (
+    Algorithm,
+    Broadcast,
+    ClientWork,
+    Context,
+    Exchange,
+    own_model,
+    params_of_state,
+    predict_with_own_model,
+)
 from fdjax.exchange import prototypes, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
+from fdjax.types import PyTree
 
 
-def fedproto(task: Task) -> Algorithm:
-    """FedProto; `weight` is lambda; hparams and options: see METHOD."""
-    K, d = task.classes, prototypes.length(task, "fedproto")
-    by_example, nearest = task.options["weighting"] == "examples", task.options["inference"] == "prototypes"
+def towards_prototypes(task: Task, length: int, *, counts: bool = False) -> ClientWork:
+    """The client's part: it receives prototypes `ByLabel`, and sends its own as sums by label."""
 
     def train(ctx, received, params, data):
         known = received.shared.count > 0
@@ -44,25 +53,39 @@ def fedproto(task: Task) -> Algorithm:
             return hard + ctx.hparams["weight"] * known[y] * apart
 
         params, train_loss = fit(task.training, loss, params, data, ctx, epochs=local_work(ctx))
-        found = prototypes.sums(lambda x: ctx.model.features(params, x), data, K, d)
-        return params, prototypes.upload(found, known, counts=by_example), {"train_loss": train_loss}
+        found = prototypes.sums(lambda x: ctx.model.features(params, x), data, task.classes, length)
+        return params, prototypes.upload(found, known, counts=counts), {"train_loss": train_loss}
+
+    return train
+
+
+def by_nearest(ctx: Context, shared: reductions.ByLabel, params: PyTree, x: jax.Array) -> jax.Array:
+    """Logits [B, K] of a client's own net by its distance to the prototypes that are shared."""
+    h = ctx.model.features(params, x)
+    return prototypes.nearest(h, shared, ctx.model.head(params, h))
+
+
+def fedproto(task: Task) -> Algorithm:
+    """FedProto; `weight` is lambda; hparams and options: see METHOD."""
+    K, d, by_example = task.classes, prototypes.length(task, "fedproto"), task.options["weighting"] == "examples"
 
     def server(ctx, before, now):
         held = now.count > 0
         value = jnp.where(held[:, None], now.value, before.value)
         return reductions.ByLabel(value, jnp.where(held, now.count, before.count)), {}
 
-    def predict(ctx, server, params, x):
-        h = ctx.model.features(params, x)
-        return prototypes.nearest(h, server, ctx.model.head(params, h))
-
-    exchange = Exchange(lambda ctx, server: Broadcast(server), train, reductions.label_mean(by_example), server)
+    exchange = Exchange(
+        broadcast=lambda ctx, shared: Broadcast(shared),
+        client=towards_prototypes(task, d, counts=by_example),
+        reduce=reductions.label_mean(by_example),
+        server=server,
+    )
     return Algorithm(
         init_server=lambda ctx, params: reductions.ByLabel(jnp.zeros((K, d)), jnp.zeros(K)),
         init_client=own_model,
         round=(exchange,),
-        personal=predict if nearest else predict_with_own_model,
-        model_of=lambda ctx, server, params: params,
+        personal=by_nearest if task.options["inference"] == "prototypes" else predict_with_own_model,
+        model_of=params_of_state,
     )
 
 

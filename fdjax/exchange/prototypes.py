@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fdjax.client.data import batches
-from fdjax.contract import Data, Upload
+from fdjax.contract import Data, Stack, Upload
 from fdjax.errors import InputError
 from fdjax.exchange.reductions import ByLabel, sum_by_label
+from fdjax.exchange.stacked import present
 from fdjax.method import Task
 from fdjax.types import Array, Model, PyTree
 
@@ -53,14 +55,40 @@ def sums(features: Callable[[jax.Array], jax.Array], data: Data, classes: int, l
     return lax.fori_loop(0, batches(data.count, _BATCH), step, nothing)
 
 
-def upload(found: ByLabel, known: Array, *, counts: bool = False) -> Upload:
+def upload(found: ByLabel, known: Array | None = None, *, counts: bool = False) -> Upload:
     """Sums by label as they are sent: a vector of each label that the client holds (and its count if need be).
 
-    `known` [K] says of which labels it received a vector.
+    `known` [K] says of which labels it received a vector; without it what was received is counted as it is.
     """
-    sent, received = jnp.sum(found.count > 0), jnp.sum(known)
-    length = found.value.shape[-1] + (1 if counts else 0)
-    return Upload(found, bytes=4.0 * length * sent, bytes_received=4.0 * found.value.shape[-1] * received)
+    length = found.value.shape[-1]
+    received = None if known is None else 4.0 * length * jnp.sum(known)
+    return Upload(found, 4.0 * (length + (1 if counts else 0)) * jnp.sum(found.count > 0), received)
+
+
+class Pool(NamedTuple):
+    """The prototypes of all participants as examples to train on: those that there are come first in `order`."""
+
+    x: jax.Array  # [S K, d]
+    y: jax.Array  # [S K] int32
+    order: jax.Array  # [S K] int32
+    count: jax.Array  # [] int32
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, d] and y [B] at `position` [B]."""
+        return self.x[self.order[position]], self.y[self.order[position]]
+
+
+def pooled(stack: Stack) -> tuple[Pool, ByLabel]:
+    """The uploads of a stack, as means, and the mean of these by label."""
+    sums, counts = present(stack)
+    there = (counts > 0) & (stack.weight > 0)[:, None]
+    means = sums / jnp.maximum(counts, 1)[..., None]
+    holders = jnp.sum(there, 0)
+    mean = jnp.sum(jnp.where(there[..., None], means, 0), 0) / jnp.maximum(holders, 1)[:, None]
+    size, classes, length = means.shape
+    labels = jnp.tile(jnp.arange(classes, dtype=jnp.int32), size)
+    pool = Pool(means.reshape(-1, length), labels, jnp.argsort(~there.reshape(-1), stable=True), jnp.sum(holders))
+    return pool, ByLabel(mean, holders.astype(jnp.float32))
 
 
 def nearest(h: Array, prototypes: ByLabel, logits: PyTree) -> jax.Array:

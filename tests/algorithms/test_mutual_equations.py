@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fdjax import keys, models
-from fdjax.algorithms import ALGORITHMS
+from fdjax.algorithms import ALGORITHMS, fedtgp
 from fdjax.errors import InputError
 from fdjax.exchange.reductions import ByLabel
 from fdjax.exchange.traffic import count_bytes
@@ -192,3 +192,121 @@ def test_fedproto_wants_features_of_one_length():
         ALGORITHMS["fedproto"].algorithm(
             task._replace(models=(task.models[0], narrow), options=ALGORITHMS["fedproto"].choices({}))
         )
+
+
+def train_alone(net, x, y, key):
+    for b in batches_of(key, y):
+        h = net.features(x[b])
+        net.step((cases.softmax(net.head(h)) - np.eye(K)[y[b]]) / len(b), 0)
+
+
+def uploads_of(nets, federation, number):
+    """(label, mean features) of each participant and label, in the order of clients."""
+    for row, _, x, y in sorted(participants(federation, number), key=lambda who: who[0]):
+        for label in range(K):
+            if (y == label).any():
+                yield label, nets[row].features(x[y == label]).mean(0)
+
+
+def server_batches(key, count, epochs):
+    for epoch in range(epochs):
+        order = cases.epoch_order(key, epoch, count)
+        yield from (order[first : first + BATCH] for first in range(0, count, BATCH))
+
+
+def test_fedgh():
+    """Two rounds; the server's head is that of a 2nn like the clients'."""
+    epochs, rounds = 3, 2
+    start, state, federation, _ = wide("fedgh", rounds, server_epochs=epochs, server_learning_rate=0.2)
+    nets = [TwoNN(rows_of(start.clients[0], row)) for row in range(7)]
+    W, b = sorted((np.float64(leaf) for leaf in start.server), key=lambda leaf: -leaf.ndim)
+    for number in range(rounds):
+        for row, key, x, y in participants(federation, number):
+            nets[row].W[2], nets[row].b[2] = W, b
+            train_alone(nets[row], x, y, key)
+        labels, means = zip(*uploads_of(nets, federation, number), strict=True)
+        labels, means = np.array(labels), np.array(means)
+        for i in server_batches(keys.stream(cases.round_key(0, number), "server"), len(labels), epochs):
+            slope = (cases.softmax(means[i] @ W + b) - np.eye(K)[labels[i]]) / len(i)
+            W, b = W - 0.2 * means[i].T @ slope, b - 0.2 * slope.sum(0)
+    for row in range(7):
+        close(rows_of(state.clients[0], row), nets[row].params())
+    found = sorted(state.server, key=lambda leaf: -leaf.ndim)
+    close(found, [W, b])
+
+
+def wide(name, rounds, **hparams):
+    """The same as `simulated`, whose central model is a 2nn too."""
+    method, task = ALGORITHMS[name], cases.task(cohorts=(("2nn", 7),))
+    algorithm = method.algorithm(task._replace(model=task.models[0], options=method.choices({})))
+    simulation = cases.bind(algorithm, task._replace(model=task.models[0]), (cases.PARTICIPANTS,))
+    federation = cases.federation()
+    given = cases.hparams_of(name, learning_rate=RATE, local_epochs=EPOCHS, **hparams)
+    start = jax.device_get(simulation.init(0, federation))
+    state, report = simulation.run(simulation.init(0, federation), federation, given, rounds)
+    return start, jax.device_get(state), federation, jax.device_get(report.metrics)
+
+
+class Prototypes:
+    """P = relu(E A + a) B + b."""
+
+    def __init__(self, params):
+        self.p = [
+            np.float64(leaf)
+            for leaf in (
+                params["embedding"],
+                *(params[layer][name] for layer in ("hidden", "out") for name in ("kernel", "bias")),
+            )
+        ]
+
+    def __call__(self):
+        E, A, a, B, b = self.p
+        self.h = np.maximum(E @ A + a, 0)
+        return self.h @ B + b
+
+    def step(self, dP, rate):
+        E, A, _, B, _ = self.p
+        dh = dP @ B.T * (self.h > 0)
+        slopes = dh @ A.T, E.T @ dh, dh.sum(0), self.h.T @ dP, dP.sum(0)
+        self.p = [p - rate * slope for p, slope in zip(self.p, slopes, strict=True)]
+
+
+@pytest.mark.parametrize("most", [0.05, 100.0])
+def test_fedtgp(most):
+    epochs, rounds, weight = 3, 2, 2.0
+    start, state, federation, metrics = simulated(
+        "fedtgp", rounds, (("2nn", 7),), server_epochs=epochs, server_learning_rate=0.2, weight=weight, margin=most
+    )
+    nets, server = [TwoNN(rows_of(start.clients[0], row)) for row in range(7)], Prototypes(start.server["params"])
+    P, d = None, nets[0].b[1].size
+    for number in range(rounds):
+        for row, key, x, y in participants(federation, number):
+            for i in batches_of(key, y):
+                h = nets[row].features(x[i])
+                apart = 0 if P is None else weight * 2 * (h - P[y[i]]) / d / len(i)
+                nets[row].step((cases.softmax(nets[row].head(h)) - np.eye(K)[y[i]]) / len(i), apart)
+        labels, protos = (np.array(v) for v in zip(*uploads_of(nets, federation, number), strict=True))
+        mean = {c: protos[labels == c].mean(0) for c in {*labels.tolist()}}
+        nearest = [min(np.linalg.norm(mean[c] - mean[o]) for o in mean if o != c) for c in mean]
+        margin = min(max(nearest), most)
+        np.testing.assert_allclose(metrics["margin"][number], margin, rtol=1e-4)
+        for i in server_batches(keys.stream(cases.round_key(0, number), "server"), len(labels), epochs):
+            away = protos[i][:, None] - server()[None]
+            distance, hard = np.sqrt((away**2).sum(-1)), np.eye(K)[labels[i]]
+            slope = (cases.softmax(-(distance + margin * hard)) - hard) / len(i)  # at minus the distance
+            server.step((slope[..., None] * away / distance[..., None]).sum(0), 0.2)
+        P = server()
+    close(state.server["shared"].value, P)
+    for row in range(7):
+        close(rows_of(state.clients[0], row), nets[row].params())
+
+
+def test_a_margin_without_a_second_label_is_the_largest_one():
+    found = fedtgp.adaptive_margin(ByLabel(np.ones((3, 2), np.float32), np.array([0, 2, 0])), np.float32(7))
+    assert found == 7
+
+
+def test_fedgh_wants_heads_that_are_alike():
+    task = cases.task(cohorts=(("2nn", 7),))
+    with pytest.raises(InputError, match=r"fedgh shares one head, but that of 2nn has .*central model mclr"):
+        ALGORITHMS["fedgh"].algorithm(task._replace(options={}))

@@ -1,0 +1,108 @@
+"""FedGH: one head for clients of different extractors, which the server trains on their prototypes.
+
+Yi, Wang, Liu, Shi, Yu, "FedGH: Heterogeneous Federated Learning with Generalized Global Header" (ACM MM 2023), by the
+code of HtFLlib: we had no equation numbers. Client k has an extractor f_k of any architecture, whose features are of
+one length d, and a head h.
+
+    client:  h_k <- h;  E epochs of CE on (f_k, h_k);  the mean of f_k(x) over its examples of each label
+    server:  `server_epochs` of SGD on CE(h(mean), label) of all the clients' means, one by one
+    tests:   h(f_k(x)), with the server's h
+
+Sent: h down, d numbers of each label that the client holds up. Extractors stay where they are; h_k is not kept.
+
+Ours: the server's head is that of the run's central model, and starts as it does. Batches are as large as the clients'.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fdjax.client import losses
+from fdjax.client.trained import path_of, paths_read
+from fdjax.client.training import fit, local_work, supervised
+from fdjax.contract import Algorithm, Broadcast, Exchange, own_model
+from fdjax.errors import InputError
+from fdjax.exchange import prototypes, reductions
+from fdjax.exchange.parts import only
+from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
+from fdjax.types import Model, PyTree
+
+Leaves = list[jax.Array]
+
+
+class _Head:
+    """The head of a net as a list of leaves, which nets of other names for their layers may have too."""
+
+    def __init__(self, model: Model, inputs: tuple[int, ...]):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        self.space = jax.eval_shape(model.features, shapes, jax.ShapeDtypeStruct((1, *inputs), jnp.float32))
+        read = paths_read(model.head, shapes, self.space)
+        order = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
+        self.paths, self._shapes, self._model = [path for path in order if path in read], shapes, model
+        self.shapes = [leaf.shape for leaf in self.of(shapes)]
+
+    def of(self, params: PyTree) -> Leaves:
+        return [*only(params, {*self.paths}).values()]
+
+    def put(self, params: PyTree, leaves: Leaves) -> PyTree:
+        new = dict(zip(self.paths, leaves, strict=True))
+        return jax.tree_util.tree_map_with_path(lambda keys, leaf: new.get(path_of(keys), leaf), params)
+
+    def apply(self, leaves: Leaves, h: jax.Array) -> jax.Array:
+        """Logits [B, K] of features [B, d]."""
+        params = self.put(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes), leaves)
+        return self._model.head(params, h.reshape(-1, *self.space.shape[1:]))
+
+
+def fedgh(task: Task) -> Algorithm:
+    """FedGH; the server's head is the task's model's; hparams: see METHOD."""
+    K, d = task.classes, prototypes.length(task, "fedgh")
+    common, heads = _Head(task.model, task.inputs), [_Head(model, task.inputs) for model in task.models]
+    for model, head in zip(task.models, heads, strict=True):
+        if head.shapes != common.shapes:
+            raise InputError(
+                f"fedgh shares one head, but that of {model.name} has {head.shapes} and that of the central model "
+                f"{task.model.name} has {common.shapes}; choose models whose heads are alike (--model, --models)"
+            )
+    training = task.serving._replace(trained=None)
+
+    def train(ctx, received, params, data):
+        params, loss = fit(
+            task.training, supervised(ctx.model, task.training), heads[ctx.cohort].put(params, received.shared), data,
+            ctx, epochs=local_work(ctx),
+        )  # fmt: skip
+        found = prototypes.sums(lambda x: ctx.model.features(params, x), data, K, d)
+        return params, prototypes.upload(found), {"train_loss": loss}
+
+    def serve(ctx, head, stack):
+        head, loss = fit(
+            training, lambda leaves, x, y, key: losses.cross_entropy(common.apply(leaves, x), y), head,
+            prototypes.pooled(stack)[0], ctx, epochs=ctx.hparams["server_epochs"],
+            learning_rate=ctx.hparams["server_learning_rate"], keeps=False,
+        )  # fmt: skip
+        return head, {"server_loss": loss}
+
+    def model_of(ctx, head, params):
+        return heads[ctx.cohort].put(params, head)
+
+    return Algorithm(
+        init_server=lambda ctx, params: common.of(params),
+        init_client=own_model,
+        round=(Exchange(lambda ctx, head: Broadcast(head), train, reductions.stack(), serve),),
+        personal=lambda ctx, head, params, x: ctx.model.apply(model_of(ctx, head, params), x),
+        model_of=model_of,
+    )
+
+
+METHOD = Method(
+    name="fedgh",
+    summary="FedGH (Yi et al. 2023): one head, which the server trains on mean features by label",
+    build=fedgh,
+    hparams={
+        **LOCAL_TRAINING,
+        "server_learning_rate": learning_rate("learning_rate", "learning rate of the head at the server"),
+        "server_epochs": epochs(100, "epochs of the server over the clients' prototypes"),
+    },
+    parts=True,
+    stages=("server",),
+    keeps_models=True,
+)

@@ -1,0 +1,112 @@
+"""FedTGP: FedProto with prototypes that the server trains, to lie apart.
+
+Zhang, Liu, Hua, Cao, "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive Learning for Data
+and Model Heterogeneity in Federated Learning" (AAAI 2024), by the authors' code (HtFLlib): we had no equation numbers.
+A prototype of the server is P_c = F(e_c), of an embedding e_c [d] and a net F of one hidden layer of d units.
+
+    client:  as in FedProto (`fedproto.py`), with lambda of 10
+    server:  delta = min(max_c min_{c' != c} |Q_c - Q_c'|, margin), Q_c the mean of the clients' prototypes of label c
+             `server_epochs` of SGD on all the clients' prototypes P_i^c, one by one, each of label c:
+             -log [ exp(-|P_i^c - P_c| - delta) / (exp(-|P_i^c - P_c| - delta) + sum_{c' != c} exp(-|P_i^c - P_c'|)) ]
+    tests:   the nearest P_c
+
+Sent: up d numbers of each label that the client holds, down d numbers of all K labels, but none in the first round.
+
+Ours: if the clients of a round have one label alone, delta is the margin. Batches are as large as the clients' (as in
+the code), of prototypes shuffled every epoch. The rate is `server_learning_rate`, the clients' unless set.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fdjax import keys
+from fdjax.algorithms.fedproto import by_nearest, towards_prototypes
+from fdjax.client import losses
+from fdjax.client.training import fit
+from fdjax.contract import Algorithm, Broadcast, Exchange, own_model, params_of_state
+from fdjax.exchange import prototypes, reductions
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
+from fdjax.types import PyTree
+
+
+def generate(params: PyTree) -> jax.Array:
+    """P [K, d] of the embeddings [K, d]."""
+    h = jax.nn.relu(params["embedding"] @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return h @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+def distances(x: jax.Array, y: jax.Array) -> jax.Array:
+    """|x_i - y_j| [N, M] of x [N, d] and y [M, d]; its slope is 0 where it is 0."""
+    squared = jnp.sum(jnp.square(x[:, None] - y[None]), -1)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+
+
+def adaptive_margin(mean: reductions.ByLabel, most: jax.Array) -> jax.Array:
+    """delta: the largest distance of a label to its nearest one, at most `most`."""
+    held = mean.count > 0
+    others = held[:, None] & held[None] & ~jnp.eye(len(held), dtype=bool)
+    nearest = jnp.min(jnp.where(others, distances(mean.value, mean.value), jnp.inf), 1)
+    return jnp.minimum(jnp.max(jnp.where(held, nearest, 0)), most)
+
+
+def fedtgp(task: Task) -> Algorithm:
+    """FedTGP; hparams: see METHOD."""
+    K, d = task.classes, prototypes.length(task, "fedtgp")
+    training = task.serving._replace(trained=None)
+
+    def init_server(ctx, params):
+        lecun = jax.nn.initializers.lecun_normal()
+        layers = {
+            name: {"kernel": lecun(keys.stream(ctx.key, name), (d, d)), "bias": jnp.zeros((1, d))}
+            for name in ("hidden", "out")
+        }
+        return {
+            "params": {"embedding": jax.random.normal(keys.stream(ctx.key, "embedding"), (K, d)), **layers},
+            "shared": reductions.ByLabel(jnp.zeros((K, d)), jnp.zeros(K)),
+        }
+
+    def serve(ctx, server, stack):
+        pool, mean = prototypes.pooled(stack)
+        delta = adaptive_margin(mean, ctx.hparams["margin"])
+
+        def loss(params, x, y, key):
+            away = distances(x, generate(params)) + delta * jax.nn.one_hot(y, K)
+            return losses.cross_entropy(-away, y)
+
+        params, value = fit(
+            training, loss, server["params"], pool, ctx, epochs=ctx.hparams["server_epochs"],
+            learning_rate=ctx.hparams["server_learning_rate"], keeps=False,
+        )  # fmt: skip
+        shared = reductions.ByLabel(generate(params), jnp.ones(K))
+        return {"params": params, "shared": shared}, {"server_loss": value, "margin": delta}
+
+    exchange = Exchange(
+        broadcast=lambda ctx, server: Broadcast(server["shared"]),
+        client=towards_prototypes(task, d),
+        reduce=reductions.stack(),
+        server=serve,
+    )
+    return Algorithm(
+        init_server=init_server,
+        init_client=own_model,
+        round=(exchange,),
+        personal=lambda ctx, server, params, x: by_nearest(ctx, server["shared"], params, x),
+        model_of=params_of_state,
+    )
+
+
+METHOD = Method(
+    name="fedtgp",
+    summary="FedTGP (Zhang et al. 2024): FedProto with prototypes that the server trains to lie apart",
+    build=fedtgp,
+    hparams={
+        **LOCAL_TRAINING,
+        "weight": HParam(10.0, help="weight of the distance to the prototypes (lambda)"),
+        "server_learning_rate": learning_rate("learning_rate", "learning rate of the server's prototypes"),
+        "server_epochs": epochs(100, "epochs of the server over the clients' prototypes"),
+        "margin": HParam(100.0, help="largest margin between prototypes"),
+    },
+    parts=True,
+    stages=("server",),
+    keeps_models=True,
+)
