@@ -28,6 +28,7 @@ Deviations and choices:
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,16 @@ from jax import lax
 from fdjax.client import losses
 from fdjax.client.data import Paired, Ragged, batches
 from fdjax.client.training import fit, local_work
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, common_model
+from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Upload, common_model
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
 
-def fedgkt(task: Task) -> Algorithm:
-    """FedGKT; the task's model is the server's, on features; `weight` is alpha; hparams: see METHOD."""
+def fedgkt(task: Task, refine: Callable[[Context, jax.Array], jax.Array] = lambda ctx, z: z) -> Algorithm:
+    """FedGKT; the task's model is the server's, on features; `weight` is alpha; hparams: see METHOD.
+
+    `refine` is what the server makes of the logits z_k [..., K] before it learns from them.
+    """
     net, batch, largest, classes = task.model.apply, task.training.batch_size, task.largest, task.classes
     padded = -(-largest // batch) * batch
 
@@ -92,7 +96,7 @@ def fedgkt(task: Task) -> Algorithm:
 
     def train_on_features(ctx, server, stack):
         h, z, y, count = stack.partials
-        uploads = Ragged(h, (y, z), jnp.cumsum(count))
+        uploads = Ragged(h, (y, refine(ctx, z)), jnp.cumsum(count))
 
         def loss(params, x, target, key):
             labels, teacher = target

@@ -1,4 +1,4 @@
-"""CFD, FedGKT and FedGEMS against NumPy in float64, written from the papers."""
+"""CFD, FedGKT, FedDKC and FedGEMS against NumPy in float64, written from the papers."""
 
 import chex
 import engine_cases as cases
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from coding_cases import coded, nearest
+from scipy import optimize
 from server_cases import (
     BATCH,
     EPOCHS,
@@ -24,6 +25,7 @@ from server_cases import (
 )
 
 from fdjax import keys
+from fdjax.algorithms import feddkc
 
 # CFD.
 
@@ -119,9 +121,28 @@ class Edge:
                     self.layers[i] = [W - rate * gradient[0], b - rate * gradient[1]]
 
 
-def test_fedgkt():
+PEAK, ENTROPY = 0.6, 0.7
+
+
+def refined(z, name, option):
+    """What FedDKC makes of logits z [n, K]: z / tau of one peak or one entropy, tau by a root finder of SciPy."""
+    if name == "fedgkt":
+        return z
+
+    def beyond(log_tau, row):
+        r = cases.softmax(row / np.exp(log_tau))
+        return r.max() - PEAK if option == "kkr" else ENTROPY + (r * np.log(np.maximum(r, 1e-300))).sum()
+
+    taus = [np.exp(optimize.brentq(beyond, np.log(np.ptp(row)) - 5, np.log(np.ptp(row)) + 5, args=(row,))) for row in z]
+    return z / np.array(taus)[:, None]
+
+
+@pytest.mark.parametrize(("name", "option"), [("fedgkt", ""), ("feddkc", "kkr"), ("feddkc", "skr")])
+def test_fedgkt_and_feddkc(name, option):
     T, alpha, epochs = 2.0, 0.8, 3
-    start, history = simulate_rounds("fedgkt", temperature=T, weight=alpha, server_epochs=epochs)
+    more = {"fedgkt": {}, "kkr": {"peak": PEAK}, "skr": {"entropy": ENTROPY}}[option or name]
+    options = {"refinement": option} if option else None
+    start, history = simulate_rounds(name, options=options, temperature=T, weight=alpha, server_epochs=epochs, **more)
     edges = [Edge(row(start.clients[0], i)) for i in range(7)]
     ids = np.asarray(cases.federation().client)  # by which the server keeps what it says
     net, taught = cases.Logistic(start.server["params"]), {}
@@ -145,10 +166,11 @@ def test_fedgkt():
             owners.append(at)
         assert sent == {"up": up, "down": down}
         sizes = [len(y) for y in labels]
-        h, teacher, y = np.concatenate(h), np.concatenate(z), np.concatenate(labels)
+        h, y = np.concatenate(h), np.concatenate(labels)
+        told = cases.softmax(refined(np.concatenate(z), name, option) / (T if name == "fedgkt" else 1))
 
-        def slope(logits, batch, teacher=teacher, y=y):
-            return alpha * hard(y)(logits, batch) + T * (cases.softmax(logits / T) - cases.softmax(teacher[batch] / T))
+        def slope(logits, batch, told=told, y=y):
+            return alpha * hard(y)(logits, batch) + T * (cases.softmax(logits / T) - told[batch])
 
         descend(net, h, slope, orders(keys.stream(server_key(number), "train"), epochs, len(y)), RATE)
         chex.assert_trees_all_close(state.server["params"], net.params(), rtol=1e-3, atol=1e-4)
@@ -158,6 +180,19 @@ def test_fedgkt():
         np.testing.assert_array_equal(np.flatnonzero(state.server["known"]), sorted(ids[at] for at in taught))
         for at, edge in enumerate(edges):
             chex.assert_trees_all_close(row(state.clients[0], at), edge.params(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_entropy", [False, True])
+def test_what_cannot_be_refined_stays_finite(by_entropy):
+    """Equal logits, peaks below 1 / K and entropies above log K."""
+    z = np.float32([[1, 1, 1], [3, 0, 1], [1e4, 0, -1e4]])
+    for wanted in (1e-3, 0.2, 5.0):
+        found = feddkc.refined(z, np.float32(wanted), by_entropy)
+        assert np.isfinite(found).all()
+        np.testing.assert_allclose(found[0] - found[0][0], 0)
+    r = cases.softmax(feddkc.refined(z, np.float32(0.9), by_entropy)[1:])
+    reached = -(r * np.log(r)).sum(1) if by_entropy else r.max(1)
+    np.testing.assert_allclose(reached, 0.9, rtol=1e-4)
 
 
 def test_fedgkt_predicts_with_the_server_on_a_clients_features():
