@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fdjax.contract import Data
 from fdjax.types import Array, Examples, PyTree
@@ -92,3 +93,15 @@ def whole(examples: Examples) -> ClientData:
 def batches(count: Array, size: int) -> jax.Array:
     """ceil(count / size): the steps of one epoch; the last batch may be short and is weighted by what it holds."""
     return (jnp.asarray(count) + size - 1) // size
+
+
+def label_counts(data: Data, classes: int) -> jax.Array:
+    """n_y [K] float32: how many examples of each label there are."""
+    size = 256
+
+    def step(index: jax.Array, total: jax.Array) -> jax.Array:
+        position = index * size + jnp.arange(size)
+        _, y = data.take(jnp.minimum(position, jnp.maximum(data.count - 1, 0)))
+        return total.at[y].add((position < data.count).astype(jnp.float32))
+
+    return lax.fori_loop(0, batches(data.count, size), step, jnp.zeros(classes))
