@@ -27,6 +27,7 @@ from fdjax.algorithms import (
     fedprox,
     fedssd,
     fedtgp,
+    fedzkt,
     fml,
 )
 from fdjax.method import Method
@@ -48,6 +49,7 @@ ALGORITHMS: dict[str, Method] = {
                 fedgems,
                 fedgen,
                 fedftg,
+                fedzkt,
                 fedma,
                 fedgkt,
                 feddkc,

@@ -1,4 +1,4 @@
-"""FedFTG against NumPy in float64: its generator and its student, step by step."""
+"""FedFTG and FedZKT against NumPy in float64: generator and student, step by step."""
 
 import engine_cases as cases
 import jax
@@ -151,3 +151,74 @@ def tuned(server, clients, disagreement):
             slope = (cases.softmax(student(x)) - target) / (B * K)
             student.W, student.b = student.W - S_RATE * x.T @ slope, student.b - S_RATE * slope.sum(0)
     return student, made, loss
+
+
+DEVICE_STEPS, DEVICE_RATE, MU = 2, 0.2, 0.4
+
+
+def sign_of_gap(server, devices, x):
+    """mean SL, d SL / dz of the server's logits, and of the mean of the devices' probabilities."""
+    p, mean = cases.softmax(server(x)), np.mean([cases.softmax(model(x)) for model in devices], axis=0)
+    sign = np.sign(p - mean) / len(x)
+    return np.abs(p - mean).sum(1).mean(), through_softmax(p, sign), -sign
+
+
+def through_softmax(p, slope):
+    return p * (slope - (p * slope).sum(1, keepdims=True))
+
+
+def noise(key, *place):
+    return np.float64(jax.random.normal(keys.stream(key, *place), (B, 100)))
+
+
+def game(server, made, devices, key):
+    """The global model after the adversarial steps."""
+    loss = 0.0
+    for i in range(STEPS):
+        x = made(noise(key, "generator", i))
+        _, dz, dmean = sign_of_gap(server, devices, x)
+        slope = dz @ server.W.T
+        for model in devices:
+            slope = slope + through_softmax(cases.softmax(model(x)), dmean / len(devices)) @ model.W.T
+        made.step(-slope)
+        for j in range(STUDENT_STEPS):
+            x = made(noise(key, "student", i, j))
+            loss, dz, _ = sign_of_gap(server, devices, x)
+            server.W, server.b = server.W - S_RATE * x.T @ dz, server.b - S_RATE * dz.sum(0)
+    return loss
+
+
+def test_fedzkt():
+    """Two rounds: in a client's first one it has its own model, later the one that it is sent."""
+    given = {
+        "server_steps": STEPS, "student_steps": STUDENT_STEPS, "device_steps": DEVICE_STEPS, "mu": MU,
+        "generator_learning_rate": G_RATE, "server_learning_rate": S_RATE, "device_learning_rate": DEVICE_RATE,
+    }  # fmt: skip
+    start, history = simulate_rounds("fedzkt", 2, **given)
+    ids = np.asarray(cases.federation().client)
+    server, made = cases.Logistic(start.server["params"]), Generator(start.server["generator"])
+    own = [cases.Logistic(jax.tree.map(lambda leaf, row=row: leaf[row], start.clients[0])) for row in range(7)]
+    sent = {}
+    for number, (state, metrics, _) in enumerate(history):
+        devices = []
+        for row, key, x, y in participants(number):
+            mine = cases.Logistic(sent.get(row, own[row].params()))
+            mine.fit(x, y, orders(key, EPOCHS, len(y)), 4, RATE, mu=MU)
+            own[row] = mine
+            devices.append((row, cases.Logistic(mine.params())))
+        key = server_key(number)
+        made.restart()
+        loss = game(server, made, [model for _, model in devices], key)
+        np.testing.assert_allclose(metrics["distill_loss"], loss, rtol=1e-2)
+        np.testing.assert_allclose(state.server["params"]["Dense_0"]["kernel"], server.W, rtol=1e-2, atol=1e-3)
+        for i in range(DEVICE_STEPS):
+            x = made(noise(key, "device", i))
+            for _, model in devices:
+                slope = (cases.softmax(model(x)) - cases.softmax(server(x))) / B
+                model.W, model.b = model.W - DEVICE_RATE * x.T @ slope, model.b - DEVICE_RATE * slope.sum(0)
+        for row, model in devices:
+            sent[row] = model.params()
+            found = state.server["devices"][0]["Dense_0"]["kernel"][ids[row]]
+            np.testing.assert_allclose(found, model.W, rtol=1e-2, atol=1e-3)
+            np.testing.assert_allclose(state.clients[0]["Dense_0"]["kernel"][row], own[row].W, rtol=1e-2, atol=1e-3)
+        assert sorted(np.flatnonzero(state.server["known"])) == sorted(ids[row] for row in sent)
