@@ -10,6 +10,7 @@ import pytest
 from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS, fedtgp
 from fdjax.errors import InputError
+from fdjax.exchange import low_rank
 from fdjax.exchange.reductions import ByLabel
 from fdjax.exchange.traffic import count_bytes
 
@@ -310,3 +311,82 @@ def test_fedgh_wants_heads_that_are_alike():
     task = cases.task(cohorts=(("2nn", 7),))
     with pytest.raises(InputError, match=r"fedgh shares one head, but that of 2nn has .*central model mclr"):
         ALGORITHMS["fedgh"].algorithm(task._replace(options={}))
+
+
+def svd(change, energy):
+    """The least rank whose squared singular values are more than `energy` of all; the bytes."""
+    U, S, V = np.linalg.svd(change, full_matrices=False)
+    rank = int(min((np.cumsum(S**2) / np.sum(S**2) <= energy).sum() + 1, len(S)))
+    size = 4 * rank * (sum(change.shape) + 1)
+    return ((U[:, :rank] * S[:rank]) @ V[:rank], size) if size < 4 * change.size else (change, 4 * change.size)
+
+
+def teach_one_another(mentor, mentee, bridge, x, y, key):
+    """Both nets and the bridge, by the slopes of L_t + L_s, of which d has a part too."""
+    for i in batches_of(key, y):
+        hard = np.eye(K)[y[i]]
+        h_t, h_s = mentor.features(x[i]), mentee.features(x[i])
+        t, s = mentor.head(h_t), mentee.head(h_s)
+        p, q = cases.softmax(t), cases.softmax(s)
+        d = cases.cross_entropy(t, y[i]) + cases.cross_entropy(s, y[i])
+        gap = h_t - h_s @ bridge
+        log_ratio = np.log(p) - np.log(q)
+        soft = (p * log_ratio).sum(1) - (q * log_ratio).sum(1) + 2 * (gap**2).mean(1)  # both KL and both H
+        of_d = (1 - soft / d**2)[:, None]
+        through = lambda r, v: r * (v - (r * v).sum(1, keepdims=True))  # noqa: E731
+        dt = of_d * (p - hard) + (through(p, log_ratio) - (q - p)) / d[:, None]
+        ds = of_d * (q - hard) + ((q - p) - through(q, log_ratio)) / d[:, None]
+        dgap = 4 * gap / gap.shape[1] / d[:, None]
+        n = len(i)
+        dbridge = -h_s.T @ dgap / n
+        mentor.step(dt / n, dgap / n)
+        mentee.step(ds / n, -dgap @ bridge.T / n)
+        bridge = bridge - RATE * dbridge
+    return bridge
+
+
+def test_fedkd():
+    """Two rounds of 2nn mentors and a 2nn mentee."""
+    start, state, federation, metrics = wide("fedkd", 2, energy_start=0.6, energy_end=0.9, energy_rounds=2)
+    mentors = [TwoNN(rows_of(start.clients[0]["mentor"], row)) for row in range(7)]
+    bridges = [np.float64(start.clients[0]["bridge"][row]) for row in range(7)]
+    common, sent = TwoNN(start.server["params"]), 0
+    for number in range(2):
+        energy, changes, sizes = 0.6 + 0.3 * number / 2, [], []
+        np.testing.assert_allclose(metrics["energy"][number], energy, rtol=1e-6)
+        for row, key, x, y in participants(federation, number):
+            mentee = TwoNN(common.params())
+            bridges[row] = teach_one_another(mentors[row], mentee, bridges[row], x, y, key)
+            changes.append([svd(a - b, energy)[0] for a, b in zip(mentee.W, common.W, strict=True)]
+                           + [a - b for a, b in zip(mentee.b, common.b, strict=True)])  # fmt: skip
+            sizes.append(len(y))
+        mean = [np.average(each, axis=0, weights=sizes) for each in zip(*changes, strict=True)]
+        lower = [svd(matrix, energy) for matrix in mean[:3]]
+        common.W = [w + change for w, (change, _) in zip(common.W, lower, strict=True)]
+        common.b = [b + change for b, change in zip(common.b, mean[3:], strict=True)]
+        sent += sum(size for _, size in lower) + 4 * sum(b.size for b in common.b)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.server["params"], common.params()
+    )
+    assert state.server["sent"] == sent
+    for row in range(7):
+        close(rows_of(state.clients[0]["mentor"], row), mentors[row].params())
+        close(state.clients[0]["bridge"][row], bridges[row])
+
+
+def test_fedkd_of_full_rank_sends_what_was_learned():
+    """An energy of 1 changes nothing: the mentee is the mean of the clients'."""
+    start, state, *_ = wide("fedkd", 1, energy_start=1.0, energy_end=1.0)
+    assert state.server["sent"] == sum(4 * leaf.size for leaf in jax.tree.leaves(start.server["params"]))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 4), (5, 1), (12, 5), (4, 9), (3, 3, 2, 6), (40, 33)])
+def test_the_least_rank_of_an_energy(shape):
+    matrix = np.random.default_rng(3).normal(size=shape) * 0.5 ** np.arange(shape[-1])
+    for energy in (0.0, 0.5, 0.9, 0.999):
+        found, size = low_rank.truncated({"a": np.float32(matrix)}, np.float32(energy))
+        expected, least = (matrix, 4 * matrix.size) if matrix.ndim < 2 else svd(matrix.reshape(-1, shape[-1]), energy)
+        assert size == least
+        np.testing.assert_allclose(found["a"].reshape(expected.shape), expected, atol=1e-5)
+    assert low_rank.truncated(np.zeros((4, 6), np.float32), 0.9)[1] == 0
+    np.testing.assert_array_equal(low_rank.truncated(np.float32(matrix), np.float32(1))[0], np.float32(matrix))
