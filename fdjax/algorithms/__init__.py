@@ -30,6 +30,7 @@ from fdjax.algorithms import (
     fedtgp,
     fedzkt,
     fml,
+    mhat,
 )
 from fdjax.method import Method
 
@@ -59,6 +60,7 @@ ALGORITHMS: dict[str, Method] = {
                 fedmd,
                 cronus,
                 dsfl,
+                mhat,
                 fedad,
                 fml,
                 fedkd,

@@ -29,6 +29,7 @@ Deviations: every model starts from an initialisation of its own. Epochs, batch 
 laboratory's code are not our defaults but for `distill_epochs` = 5.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 
 from fdjax.client import losses
 from fdjax.client.training import fit, from_probabilities, local_work, supervised
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
+from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 from fdjax.types import PyTree
@@ -48,9 +49,16 @@ class _Server(NamedTuple):
     targets: jax.Array  # [n, K] of those that were last predicted
 
 
-def dsfl(task: Task) -> Algorithm:
-    """DS-FL; `era_temperature` (T) and `era_beta` are each used by one of the aggregations; hparams: see METHOD."""
-    aggregation = task.options["aggregation"]
+Say = Callable[[Context, PyTree, Any, jax.Array], jax.Array]
+# (ctx, the server's params, ids, what was aggregated [n, K]) -> the targets [n, K] that clients are told
+
+
+def dsfl(task: Task, say: Say = lambda ctx, params, ids, targets: targets) -> Algorithm:
+    """DS-FL; `era_temperature` (T) and `era_beta` are each used by one of the aggregations; hparams: see METHOD.
+
+    `say` is for methods whose clients distil something else than what the server does.
+    """
+    aggregation = task.options.get("aggregation", "sa")
 
     def sharpen(mean, hparams):
         if aggregation == "sa":
@@ -77,7 +85,7 @@ def dsfl(task: Task) -> Algorithm:
         targets = sharpen(mean, ctx.hparams)
         params, loss = learn_targets(ctx, server.params, server.ids, targets)
         metrics = {"server_loss": loss, "target_entropy": losses.entropy(targets).mean()}
-        return server._replace(params=params, targets=targets), metrics
+        return server._replace(params=params, targets=say(ctx, params, server.ids, targets)), metrics
 
     def distil(ctx, received, params, data):
         params, loss = learn_targets(ctx, params, received.known, received.shared)

@@ -21,6 +21,9 @@ from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 
 # Pinned to NumPy elsewhere: of another option, or what cuts a training that is too short here to be cut.
 UNUSED = {
+    "fedbe": ("concentration",),
+    "feddkc": ("entropy",),
+    "fedgh": (),
     "dsfl": ("era_beta",),
     "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
@@ -37,6 +40,12 @@ FEW = {
     "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
     "fedma": {"sweeps": 1},
     "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
+    "feddkc": {"server_epochs": 2, "learning_rate": 0.03},
+    "fedbe": {"posterior_samples": 3, "server_epochs": 2, "server_learning_rate": 0.1, "swa_every": 1},
+    "fedftg": {"server_steps": 2, "student_steps": 2},
+    "fedzkt": {"server_steps": 2, "student_steps": 2, "device_steps": 2},
+    "fedtgp": {"server_epochs": 3},
+    "fedgh": {"server_epochs": 3},
 }
 
 # What is matched are hidden units.

@@ -255,7 +255,7 @@ def test_fedmd():
     np.testing.assert_array_equal(state.server.ids, ids)
 
 
-@pytest.mark.parametrize("name", ["fedmd", "cronus", "dsfl"])
+@pytest.mark.parametrize("name", ["fedmd", "cronus", "dsfl", "mhat"])
 def test_without_subsets_no_ids_are_sent(name):
     _, simulation = cases.simulation(name, per_round=M)
     traffic = simulation.traffic(cases.federation(), cases.hparams_of(name))
@@ -364,13 +364,14 @@ def test_dsfl_sharpens_the_mean(aggregation, rng):
     np.testing.assert_allclose(targets(jax.random.key(0), hparams, mean), SHARPEN[aggregation](mean), rtol=1e-5)
 
 
-@pytest.mark.parametrize("aggregation", some(SHARPEN, "era", "era_logits"))
-def test_dsfl(aggregation):
+@pytest.mark.parametrize("aggregation", [*some(SHARPEN, "era", "era_logits"), "mhat"])
+def test_dsfl_and_mhat(aggregation):
     federation, distils, distil_rate = cases.federation(), 3, 0.2
+    named = {"aggregation": aggregation}, {"era_temperature": 0.2, "era_beta": 1.5}
+    name, (options, more) = ("mhat", ({}, {})) if aggregation == "mhat" else ("dsfl", named)
     start, state, metrics, _ = simulate_rounds(
-        "dsfl", {"aggregation": aggregation}, distill_epochs=distils, distill_learning_rate=distil_rate,
-        era_temperature=0.2, era_beta=1.5,
-    )  # fmt: skip
+        name, options, distill_epochs=distils, distill_learning_rate=distil_rate, **more
+    )
     x_public, _ = proxy_of(federation)
     models, central, ids = models_of(start), cases.Logistic(start.server.params), first_subset()
     for r in range(ROUNDS):
@@ -380,15 +381,16 @@ def test_dsfl(aggregation):
             weights.append(len(y))
             logits = models[row](x_public[ids])
             uploads.append(logits if aggregation == "era_logits" else cases.softmax(logits))
-        targets = SHARPEN[aggregation](np.mean(uploads, axis=0))
+        targets = SHARPEN["sa" if name == "mhat" else aggregation](np.mean(uploads, axis=0))
+        entropy = -(targets * np.log(targets)).sum(-1).mean()
         shuffled = orders(keys.stream(server_key(r, exchange=0), "distil"), N, distils)
         server_loss = descend(central, x_public[ids], soft(targets), shuffled, distil_rate)
+        targets = cases.softmax(central(x_public[ids])) if name == "mhat" else targets
         for row, _, _, key in turns(federation, r, exchange=1):
             shuffled = orders(keys.stream(key, "distil"), N, distils)
             distil_losses.append(descend(models[row], x_public[ids], soft(targets), shuffled, distil_rate))
         last, ids = ids, subset(server_key(r, exchange=1))
         assert_another_subset(last, ids)
-        entropy = -(targets * np.log(targets)).sum(-1).mean()
         expected = [*np.average([losses, distil_losses], axis=1, weights=weights), server_loss, entropy]
         actual = [metrics[name][r] for name in ("train_loss", "distill_loss", "server_loss", "target_entropy")]
         np.testing.assert_allclose(actual, expected, rtol=2e-4)
