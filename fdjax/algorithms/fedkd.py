@@ -14,13 +14,15 @@ Sent, up and down: 4 r (m + n + 1) bytes of an [m, n] matrix of rank r (`exchang
 less. A client that was away is sent the changes that it missed, or the whole mentee where that is less. The mentee's
 first params are known to all.
 
-As in the code, neither KL nor d is fixed: both losses move both nets. Ours: d is of each example (the code's of a
-batch), and at least 1e-3; the term of attention maps, which these nets have not, is left out; one change of E epochs is
-sent, where the paper sends a gradient of each batch; the optimiser is one for both nets, fresh in every round.
+In KL the other net's outputs are fixed, and so is d, which the code differentiates too: where soft losses are above d^2
+it then raises CE. H moves both nets. Ours: d is of each example (the code's of a batch), and at least 0.1; the term of
+attention maps, which these nets have not, is left out; one change of E epochs is sent, where the paper sends a gradient
+of each batch; the optimiser is one for both nets, fresh in every round.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses
@@ -29,7 +31,7 @@ from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.exchange import low_rank, prototypes, reductions, traffic
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs
 
-_LEAST = 1e-3  # of d
+_LEAST = 0.1  # of d
 
 
 def fedkd(task: Task) -> Algorithm:
@@ -54,8 +56,9 @@ def fedkd(task: Task) -> Algorithm:
             h_s, s = outputs(mentee, nets["mentee"], x, keys.stream(key, "mentee"))
             hard_t, hard_s = (losses.cross_entropy(z, y, training.label_smoothing) for z in (t, s))
             alike = losses.mean_squared_error(h_t, h_s @ nets["bridge"])
-            soft = losses.kl_divergence(s, t) + losses.kl_divergence(t, s) + 2 * alike
-            return hard_t + hard_s + soft / jnp.maximum(hard_t + hard_s, _LEAST)
+            of_t, of_s = (losses.kl_divergence(lax.stop_gradient(q), z) for q, z in ((s, t), (t, s)))
+            d = jnp.maximum(lax.stop_gradient(hard_t + hard_s), _LEAST)
+            return hard_t + hard_s + (of_t + of_s + 2 * alike) / d
 
         nets = {"mentor": state["mentor"], "mentee": start, "bridge": state["bridge"]}
         nets, train_loss = fit(training, loss, nets, data, ctx, epochs=local_work(ctx), keeps=False)
