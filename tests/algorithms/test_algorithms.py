@@ -44,7 +44,7 @@ FEW = {
     "feddkc": {"server_epochs": 2, "learning_rate": 0.03},
     "fedbe": {
         "posterior_samples": 3,
-        "server_epochs": 4,
+        "server_epochs": 5,
         "server_learning_rate": 1.0,
         "swa_every": 2,
         "swa_begins": 0.5,
