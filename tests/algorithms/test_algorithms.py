@@ -32,6 +32,7 @@ CHOSEN = {"feddf": {"model_selection": "kl"}}
 FEW = {
     "faug": {"generator_steps": 3, "generator_learning_rate": 0.001},
     "fedad": {"distill_epochs": 2},
+    "fedaux": {"pretrain_steps": 3, "distill_learning_rate": 0.001, "score_epsilon": 5.0},
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
     "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
@@ -39,8 +40,8 @@ FEW = {
     "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
 }
 
-# What is matched are hidden units.
-FIELDS = {"fedma": {"model": functools.partial(nets.TwoNN, width=12)}}
+# What is matched are hidden units, and what is pre-trained is what a head is given.
+FIELDS = dict.fromkeys(("fedaux", "fedma"), {"model": functools.partial(nets.TwoNN, width=12)})
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(

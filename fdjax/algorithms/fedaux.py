@@ -1,0 +1,155 @@
+"""FedAUX: a net pre-trained on auxiliary data, and an ensemble weighted by how sure each client is of them.
+
+Sattler, Korjakow, Rischke, Samek, "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learning" (2021; TNNLS
+2023). We had its abstract and its released code, so equation numbers are missing. The auxiliary data are the run's
+proxy data, D_neg (a fifth, option `negatives`) and D_dist (the rest). h are features, z logits, s certainties.
+
+    set-up:  the server trains the extractor h_0 by SimCLR on all auxiliary data       (`client/contrastive.py`)
+             client k fits w_k, a logistic regression on normalised h_0: its own examples against D_neg, makes it
+             private, w_k + N(0, sigma^2), and sends s_k(x) = sigmoid(w_k.x) + 1e-8 for x in D_dist
+    client:  FedAvg's, from the net that has h_0 and then the server's last one
+    server:  the uniform mean of the params, then for x in D_dist, by Adam, minimises
+             KL(softmax(sum_k s_k(x) z_k(x) / sum_k s_k(x)) || softmax(z(x))), no temperature
+
+sigma is that of `exchange/certainty.py`, which derives it: 2 / (n a) times the multiplier for (`score_epsilon`,
+`score_delta`), a = `score_penalty`, n = n_k + |D_neg|, for a *mean* of losses. The released code minimises their sum,
+of which 2 / (n a) is n times too little, so that it is not private as stated: `calibration` = released is its fit and
+its noise, whose true epsilon the run tells. Its rows are divided by the largest norm of all, which one example can
+decide, and its intercept has no penalty; ours in neither case. The guarantee is for one example of a client replaced,
+and for the scores alone: params are sent as they are, in every round. So --privacy is refused beside it.
+
+Sent: in the set-up h_0 down and 4 |D_dist| up; in a round w down and w_k up, 4P each way. The auxiliary data are with
+the server and the clients. A client keeps the scores that it sent, in place of the server, which knows them then.
+
+Ours: the two parts do not overlap (in the code they may). SimCLR's views, steps and projection. Teachers in test mode.
+Adam starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3). One
+architecture. With `scores` = equal and `pretraining` = off it is FedDF of uniform weights, without its validation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fdjax.algorithms import fedavg
+from fdjax.client import contrastive, losses, testing
+from fdjax.client.trained import path_of, paths_read
+from fdjax.client.training import fit
+from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, params_of_server, unchanged
+from fdjax.exchange import certainty, proxy, reductions
+from fdjax.exchange.parts import only
+from fdjax.exchange.privacy import OwnRelease
+from fdjax.exchange.traffic import Known
+from fdjax.exchange.wrappers import after, without_traffic
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
+
+_BATCH = 256  # of features
+_BUDGET = "score_epsilon", "score_delta"
+
+
+def fedaux(task: Task) -> Algorithm:
+    """FedAUX of the task's model; hparams and options: see METHOD."""
+    negative, distilled = proxy.in_two(task.proxy_size, float(task.options["negatives"]))
+    calibration = certainty.CALIBRATIONS[task.options["calibration"]]
+    certain, private = task.options["scores"] != "equal", task.options["scores"] == "private"
+    shapes = jax.eval_shape(task.model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *task.inputs), jnp.float32)
+    of_extractor = paths_read(task.model.features, shapes, x)
+    plain = fedavg.fedavg(task)
+    (averaging,) = plain.round
+    adam = task.distilling._replace(optimizer=lambda rate, round: optax.adam(rate))
+
+    def rows_of(ctx, params):
+        return lambda x: certainty.rows(ctx.model.features(params, x).reshape(len(x), -1))
+
+    def pretrain(ctx, params, summary):
+        params, loss = contrastive.pretrain(
+            ctx.model.features, params, ctx.proxy, ctx.key, steps=ctx.hparams["pretrain_steps"],
+            learning_rate=ctx.hparams["pretrain_learning_rate"], batch_size=adam.batch_size, trained=adam.trained,
+        )  # fmt: skip
+        return params, {"contrastive_loss": loss}
+
+    def send_extractor(ctx, params):
+        of_proxy = testing.predict(rows_of(ctx, params), ctx.proxy, _BATCH)
+        return Broadcast(only(params, of_extractor), known=(of_proxy[negative], of_proxy[distilled]))
+
+    def score(ctx, received, state, data):
+        known = lambda path, leaf: received.shared.get(path_of(path), jnp.zeros(leaf.shape, leaf.dtype))  # noqa: E731
+        extractor = jax.tree_util.tree_map_with_path(known, shapes)
+        own = testing.predict_first(rows_of(ctx, extractor), data, task.largest, _BATCH)
+        public, asked = received.known
+        a, metrics = ctx.hparams["score_penalty"], {}
+        w = calibration.fit(own, data.count, public, a)
+        if private:
+            sigma = calibration.deviation(data.count + len(public), a, *(ctx.hparams[name] for name in _BUDGET))
+            w, metrics = w + sigma * jax.random.normal(ctx.at("noise").key, w.shape), {"score_noise": sigma}
+        scores = certainty.scores(w, asked)
+        return scores, Upload(scores), {"mean_score": jnp.mean(scores), **metrics}
+
+    def look_at(ctx, sent):
+        """Logits on D_dist, and what they weigh."""
+        weights = sent["scores"].tree[:, None] if certain else jnp.ones((len(distilled), 1))
+        return proxy.predict(ctx, sent["params"], distilled), weights
+
+    def train(ctx, received, scores, data):
+        _, upload, metrics = averaging.client(ctx, received, (), data)
+        return scores, Upload({"params": upload.tree, "scores": Known(scores)}), metrics
+
+    def distil(ctx, params, summary):
+        chosen = jax.random.permutation(ctx.at("subset").key, len(distilled))[: task.proxy_per_round]
+
+        def loss(params, x, teacher, key):
+            return losses.kl_divergence(teacher, ctx.model.apply(params, x, key))
+
+        params, distill_loss = fit(
+            adam, loss, summary["params"],
+            proxy.targets(ctx, jnp.asarray(distilled)[chosen], summary["logits"][chosen]), ctx.at("distil"),
+            epochs=ctx.hparams["distill_epochs"], learning_rate=ctx.hparams["distill_learning_rate"], keeps=False,
+        )  # fmt: skip
+        return params, {"distill_loss": distill_loss}
+
+    def hides(hparams, held):
+        """At the client whose scores the noise hides least."""
+        budget = [hparams[name] for name in _BUDGET]
+        return calibration.hides(float(np.max(held)) + len(negative), *budget) if private else 0.0
+
+    release = OwnRelease("certainty scores", "one example of a client replaced", "score_delta", hides)
+    scoring = Exchange(send_extractor, score, reductions.nothing(), unchanged, releases=(release,))
+    waiting = without_traffic(lambda ctx, received, state, data: (state, Upload(()), {}))
+    pretraining = waiting._replace(server=pretrain, name="pretrain")
+    reduce = {
+        "params": reductions.mean(lambda sent: sent["params"]),
+        "logits": after(look_at, reductions.elementwise_mean()),
+    }
+    return plain._replace(
+        init_client=lambda ctx, params: jnp.zeros(len(distilled)) if certain else (),
+        setup=(pretraining,) * (task.options["pretraining"] == "simclr") + (scoring,) * certain,
+        round=(averaging._replace(client=train, reduce=reduce, server=distil),),
+        model_of=params_of_server,
+    )
+
+
+_SCORED = ("scores", "private", "exact")
+_SIMCLR = ("pretraining", "simclr")
+
+METHOD = Method(
+    name="fedaux",
+    summary="FedAUX (Sattler et al. 2021): a net pre-trained on proxy data, an ensemble weighted by private certainties",
+    build=fedaux,
+    hparams={
+        **LOCAL_TRAINING,
+        "pretrain_learning_rate": learning_rate(1e-3, "learning rate of SimCLR")._replace(only=_SIMCLR),
+        "pretrain_steps": epochs(500, "steps of SimCLR")._replace(only=_SIMCLR),
+        "score_penalty": HParam(0.01, low=1e-4, high=100.0, help="a, of the logistic regression", only=_SCORED),
+        "score_epsilon": HParam(0.1, low=1e-3, high=100.0, help="epsilon of the scores", only=_SCORED[:2]),
+        "score_delta": HParam(1e-5, low=1e-10, high=0.1, help="delta of the scores", only=_SCORED[:2]),
+        "distill_learning_rate": learning_rate(5e-5, "learning rate of the server's distillation"),
+        "distill_epochs": epochs(1, "epochs of the server's distillation"),
+    },
+    options={"pretraining": ("simclr", "off"), "scores": ("private", "exact", "equal")}
+    | {"calibration": ("derived", "released"), "negatives": ("0.2", "0.1", "0.5")},
+    proxy="unlabelled",
+    one_architecture=True,
+    parts=True,
+    distill_batch_size=128,
+)
