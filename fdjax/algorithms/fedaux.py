@@ -11,15 +11,14 @@ proxy data, D_neg (a fifth, option `negatives`) and D_dist (the rest). h are fea
     server:  the uniform mean of the params, then for x in D_dist, by Adam, minimises
              KL(softmax(sum_k s_k(x) z_k(x) / sum_k s_k(x)) || softmax(z(x))), no temperature
 
-sigma is that of `exchange/certainty.py`, which derives it: 2 / (n a) times the multiplier for (`score_epsilon`,
-`score_delta`), a = `score_penalty`, n = n_k + |D_neg|, for a *mean* of losses. The released code minimises their sum,
-of which 2 / (n a) is n times too little, so that it is not private as stated: `calibration` = released is its fit and
-its noise, whose true epsilon the run tells. Its rows are divided by the largest norm of all, which one example can
-decide, and its intercept has no penalty; ours in neither case. The guarantee is for one example of a client replaced,
-and for the scores alone: params are sent as they are, in every round. So --privacy is refused beside it.
+sigma is 2 / (n a), n = n_k + |D_neg| and a = `score_penalty`, times the multiplier for `score_epsilon` and
+`score_delta`, for a mean of losses, as `exchange/certainty.py` derives. The released code minimises their sum, of which
+2 / (n a) is n times too little: `calibration` = released is its fit and noise, whose true epsilon the run tells. The
+guarantee is for one example of a client replaced, and for the scores alone: params are sent as they are, so --privacy
+is refused beside it. In the code's rows, divided by the largest norm, and free intercept, which ours lack, is more to leak.
 
-Sent: in the set-up h_0 down and 4 |D_dist| up; in a round w down and w_k up, 4P each way. The auxiliary data are with
-the server and the clients. A client keeps the scores that it sent, in place of the server, which knows them then.
+Sent: in the set-up h_0 down and 4 |D_dist| up; in a round w down and w_k up, 4P each way. A client keeps the scores
+that it sent, in place of the server, which knows them.
 
 Ours: the two parts do not overlap (in the code they may). SimCLR's views, steps and projection. Teachers in test mode.
 Adam starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3). One
@@ -43,8 +42,9 @@ from fdjax.exchange.traffic import Known
 from fdjax.exchange.wrappers import after, without_traffic
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
 
-_BATCH = 256  # of features
+_BATCH = 256
 _BUDGET = "score_epsilon", "score_delta"
+_SCORED, _SIMCLR = ("scores", "private", "exact"), ("pretraining", "simclr")
 
 
 def fedaux(task: Task) -> Algorithm:
@@ -52,15 +52,14 @@ def fedaux(task: Task) -> Algorithm:
     negative, distilled = proxy.in_two(task.proxy_size, float(task.options["negatives"]))
     calibration = certainty.CALIBRATIONS[task.options["calibration"]]
     certain, private = task.options["scores"] != "equal", task.options["scores"] == "private"
-    shapes = jax.eval_shape(task.model.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, *task.inputs), jnp.float32)
+    shapes, x = jax.eval_shape(task.model.init, jax.random.key(0)), jax.ShapeDtypeStruct((1, *task.inputs), jnp.float32)
     of_extractor = paths_read(task.model.features, shapes, x)
     plain = fedavg.fedavg(task)
     (averaging,) = plain.round
     adam = task.distilling._replace(optimizer=lambda rate, round: optax.adam(rate))
 
-    def rows_of(ctx, params):
-        return lambda x: certainty.rows(ctx.model.features(params, x).reshape(len(x), -1))
+    def rows_of(params):
+        return lambda x: certainty.rows(task.model.features(params, x).reshape(len(x), -1))
 
     def pretrain(ctx, params, summary):
         params, loss = contrastive.pretrain(
@@ -70,13 +69,13 @@ def fedaux(task: Task) -> Algorithm:
         return params, {"contrastive_loss": loss}
 
     def send_extractor(ctx, params):
-        of_proxy = testing.predict(rows_of(ctx, params), ctx.proxy, _BATCH)
+        of_proxy = testing.predict(rows_of(params), ctx.proxy, _BATCH)
         return Broadcast(only(params, of_extractor), known=(of_proxy[negative], of_proxy[distilled]))
 
     def score(ctx, received, state, data):
         known = lambda path, leaf: received.shared.get(path_of(path), jnp.zeros(leaf.shape, leaf.dtype))  # noqa: E731
         extractor = jax.tree_util.tree_map_with_path(known, shapes)
-        own = testing.predict_first(rows_of(ctx, extractor), data, task.largest, _BATCH)
+        own = testing.predict_first(rows_of(extractor), data, task.largest, _BATCH)
         public, asked = received.known
         a, metrics = ctx.hparams["score_penalty"], {}
         w = calibration.fit(own, data.count, public, a)
@@ -109,11 +108,10 @@ def fedaux(task: Task) -> Algorithm:
         return params, {"distill_loss": distill_loss}
 
     def hides(hparams, held):
-        """At the client whose scores the noise hides least."""
-        budget = [hparams[name] for name in _BUDGET]
-        return calibration.hides(float(np.max(held)) + len(negative), *budget) if private else 0.0
+        n, budget = float(np.max(held)) + len(negative), [hparams[name] for name in _BUDGET]  # where it hides least
+        return calibration.hides(n, *budget) if private else 0.0
 
-    release = OwnRelease("certainty scores", "one example of a client replaced", "score_delta", hides)
+    release = OwnRelease("certainty scores", "one example of a client replaced", _BUDGET[1], hides)
     scoring = Exchange(send_extractor, score, reductions.nothing(), unchanged, releases=(release,))
     waiting = without_traffic(lambda ctx, received, state, data: (state, Upload(()), {}))
     pretraining = waiting._replace(server=pretrain, name="pretrain")
@@ -129,12 +127,9 @@ def fedaux(task: Task) -> Algorithm:
     )
 
 
-_SCORED = ("scores", "private", "exact")
-_SIMCLR = ("pretraining", "simclr")
-
 METHOD = Method(
     name="fedaux",
-    summary="FedAUX (Sattler et al. 2021): a net pre-trained on proxy data, an ensemble weighted by private certainties",
+    summary="FedAUX (Sattler et al. 2021): a net pre-trained on proxy data, an ensemble weighted by certainties",
     build=fedaux,
     hparams={
         **LOCAL_TRAINING,

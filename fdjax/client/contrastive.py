@@ -45,7 +45,7 @@ def view(key: jax.Array, x: jax.Array) -> jax.Array:
 
 def pretrain(
     features: Callable[..., jax.Array], params: PyTree, examples: Examples, key: jax.Array, *, steps: Array,
-    learning_rate: Array, batch_size: int, temperature: float = 0.5, trained: Paths | None = None,
+    learning_rate: jax.Array | float, batch_size: int, temperature: float = 0.5, trained: Paths | None = None,
 ) -> tuple[PyTree, jax.Array]:  # fmt: skip
     """`steps` steps of Adam on `features` (params, x, key) -> [B, ...] and a projection of two layers, drawn anew.
 

@@ -5,15 +5,15 @@ It is fitted to rows x_i of norm 1 at most, those of the client's n_k examples (
     w* = argmin J(w),   J(w) = (1/n) sum_i log(1 + exp(-t_i x_i.w)) + (a/2) |w|^2,   n = n_k + m
 
 Sensitivity. Let D and D' differ in one of the client's examples, a row x in one and x' in the other, and let J, J' be
-the two objectives. J' - J = (1/n) (l(x'.w) - l(x.w)), and as |l'| <= 1 and |x|, |x'| <= 1 its gradient is nowhere longer
-than 2/n. J is a-strongly convex and grad J'(w') = 0, so
+the two objectives. J' - J = (1/n) (l(x'.w) - l(x.w)), and as |l'| <= 1 and |x|, |x'| <= 1 its gradient is nowhere
+longer than 2/n. J is a-strongly convex and grad J(w*) = grad J'(w'*) = 0, so
 
     a |w* - w'*| <= |grad J(w'*) - grad J(w*)| = |grad J(w'*) - grad J'(w'*)| <= 2/n,    |w* - w'*| <= 2 / (n a)
 
-(Chaudhuri, Monteleoni, Sarwate 2011, corollary 8). It needs three things: a loss that is a *mean*, with a sum
-n a takes the place of a, so it is 2/a and n times as much; a norm of rows that no other example decides, so each row is
-divided by its own length and not by the largest; and a penalty on all of w, so the intercept is one of the features.
-Noise N(0, (z 2 / (n a))^2) on every number of w* is then (epsilon, delta)-private for one example replaced; n is public.
+(Chaudhuri, Monteleoni, Sarwate 2011, corollary 8). It needs three things: a loss that is a *mean*; with a sum a stands
+where n a does, so it is 2/a, n times as much. A norm of rows that no other example decides, so each row is divided by
+its own length and not by the largest. And a penalty on all of w, so that the intercept is one of the features.
+Noise N(0, (z 2 / (n a))^2) on every number of w* is (epsilon, delta)-private for one example replaced; n is public.
 """
 
 from collections.abc import Callable

@@ -156,8 +156,8 @@ def test_equal_scores_are_feddf():
 
 
 SMALL = {
-    "algorithm": "fedaux", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "2nn", "rounds": 1,
-    "proxy": "held_out", "proxy_size": 20, "pretraining": "off", "devices": 1,
+    "algorithm": "fedaux", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "2nn",
+    "rounds": 1, "proxy": "held_out", "proxy_size": 20, "pretraining": "off", "devices": 1,
 }  # fmt: skip
 
 

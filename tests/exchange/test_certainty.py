@@ -78,7 +78,7 @@ def test_without_examples_of_its_own_a_client_is_sure_of_nothing():
 
 
 def test_one_example_moves_the_fit_by_no_more_than_its_sensitivity():
-    """Whatever the examples and their replacement, 2 / (n a); and the bound is not far off, one in three of the best."""
+    """Whatever the examples and their replacement, 2 / (n a); and some come to a third of it."""
     shares = []
     for seed in range(30):
         own, public = drawn(seed, own=1 + seed % 7, public=4, apart=3.0 * (seed % 3))
