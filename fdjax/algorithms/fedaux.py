@@ -13,9 +13,9 @@ proxy data, D_neg (a fifth, option `negatives`) and D_dist (the rest). h are fea
 
 sigma is 2 / (n a), n = n_k + |D_neg| and a = `score_penalty`, times the multiplier for `score_epsilon` and
 `score_delta`, for a mean of losses, as `exchange/certainty.py` derives. The released code minimises their sum, of which
-2 / (n a) is n times too little: `calibration` = released is its fit and noise, whose true epsilon the run tells. The
-guarantee is for one example of a client replaced, and for the scores alone: params are sent as they are, so --privacy
-is refused beside it. In the code's rows, divided by the largest norm, and free intercept, which ours lack, is more to leak.
+2 / (n a) is n times too little: `calibration` = released is its fit and noise, whose true epsilon the run tells. Its
+rows are divided by the largest norm and its intercept is free, which leaks more; ours in neither case. The guarantee is
+for one example of a client replaced, and for the scores alone: params are sent as they are. --privacy is refused.
 
 Sent: in the set-up h_0 down and 4 |D_dist| up; in a round w down and w_k up, 4P each way. A client keeps the scores
 that it sent, in place of the server, which knows them.
