@@ -17,12 +17,15 @@ sigma is 2 / (n a), n = n_k + |D_neg| and a = `score_penalty`, times the multipl
 rows are divided by the largest norm and its intercept is free, which leaks more; ours in neither case. The guarantee is
 for one example of a client replaced, and for the scores alone: params are sent as they are. --privacy is refused.
 
-Sent: in the set-up h_0 down and 4 |D_dist| up; in a round w down and w_k up, 4P each way. A client keeps the scores
-that it sent, in place of the server, which knows them.
+Sent: in the set-up h_0 down, 4 |D_dist| up; in a round 4P each way. A client keeps its scores in the server's place.
 
-Ours: the two parts do not overlap (in the code they may). SimCLR's views, steps and projection. Teachers in test mode.
-Adam starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3). One
-architecture. With `scores` = equal and `pretraining` = off it is FedDF of uniform weights, without its validation.
+Ours: parts without overlap (the code's may); SimCLR's views, steps and projection; teachers in test mode; an Adam that
+starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3); one architecture.
+With `scores` = equal and `pretraining` = off it is FedDF of uniform weights, without its validation.
+
+A 2nn, Dirichlet(0.01), 5 rounds, means of three seeds (`test_learning.py`): with Adam FedAvg has 0.611, neither part
+0.560, pre-training alone 0.592, exact scores alone 0.624, both 0.671. With SGD at 0.1 FedAvg has 0.757, equal scores
+0.702, exact ones 0.799, those of epsilon 8 0.789, of epsilon 0.1 (a = 0.1) 0.654, and pre-training costs 8 points.
 """
 
 import jax
@@ -32,11 +35,11 @@ import optax
 
 from fdjax.algorithms import fedavg
 from fdjax.client import contrastive, losses, testing
-from fdjax.client.trained import path_of, paths_read
+from fdjax.client.trained import paths_read
 from fdjax.client.training import fit
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, params_of_server, unchanged
 from fdjax.exchange import certainty, proxy, reductions
-from fdjax.exchange.parts import only
+from fdjax.exchange.parts import only, with_zeros
 from fdjax.exchange.privacy import OwnRelease
 from fdjax.exchange.traffic import Known
 from fdjax.exchange.wrappers import after, without_traffic
@@ -73,9 +76,7 @@ def fedaux(task: Task) -> Algorithm:
         return Broadcast(only(params, of_extractor), known=(of_proxy[negative], of_proxy[distilled]))
 
     def score(ctx, received, state, data):
-        known = lambda path, leaf: received.shared.get(path_of(path), jnp.zeros(leaf.shape, leaf.dtype))  # noqa: E731
-        extractor = jax.tree_util.tree_map_with_path(known, shapes)
-        own = testing.predict_first(rows_of(extractor), data, task.largest, _BATCH)
+        own = testing.predict_first(rows_of(with_zeros(received.shared, shapes)), data, task.largest, _BATCH)
         public, asked = received.known
         a, metrics = ctx.hparams["score_penalty"], {}
         w = calibration.fit(own, data.count, public, a)
@@ -87,8 +88,8 @@ def fedaux(task: Task) -> Algorithm:
 
     def look_at(ctx, sent):
         """Logits on D_dist, and what they weigh."""
-        weights = sent["scores"].tree[:, None] if certain else jnp.ones((len(distilled), 1))
-        return proxy.predict(ctx, sent["params"], distilled), weights
+        scores = sent["scores"].tree if certain else jnp.ones(len(distilled))
+        return proxy.predict(ctx, sent["params"], distilled), scores[:, None]
 
     def train(ctx, received, scores, data):
         _, upload, metrics = averaging.client(ctx, received, (), data)
@@ -115,10 +116,8 @@ def fedaux(task: Task) -> Algorithm:
     scoring = Exchange(send_extractor, score, reductions.nothing(), unchanged, releases=(release,))
     waiting = without_traffic(lambda ctx, received, state, data: (state, Upload(()), {}))
     pretraining = waiting._replace(server=pretrain, name="pretrain")
-    reduce = {
-        "params": reductions.mean(lambda sent: sent["params"]),
-        "logits": after(look_at, reductions.elementwise_mean()),
-    }
+    reduce = {"params": reductions.mean(lambda sent: sent["params"])}
+    reduce |= {"logits": after(look_at, reductions.elementwise_mean())}
     return plain._replace(
         init_client=lambda ctx, params: jnp.zeros(len(distilled)) if certain else (),
         setup=(pretraining,) * (task.options["pretraining"] == "simclr") + (scoring,) * certain,

@@ -243,6 +243,14 @@ def test_what_cannot_work(fields, message):
     assert "\n" not in str(error.value)
 
 
+def test_equal_scores_can_be_private_against_the_server():
+    """Nothing is known of a client then but its noised params."""
+    result = fdjax.run(**SMALL | PRIVATE, scores="equal", noise_multiplier=3.0, progress=False)
+    assert result.privacy["relation"] == "one client's data replaced"
+    assert np.isfinite(result.privacy["epsilon"])
+    assert "parts" not in result.privacy
+
+
 def test_models_without_parts():
     task = cases.task(options=ALGORITHMS["fedaux"].choices({}))
     whole = task.model._replace(blocks=())
