@@ -21,7 +21,7 @@ BETTER = {
     "cronus": ("local", 0.02, (0.095, 0.128, 0.044)),
     "dsfl": ("local", 0.2, (0.369, 0.290, 0.287)),
     "feddf": ("central", 0.4, (0.485, 0.485, 0.519)),
-    "fedaux": ("central", 0.35, (0.523, 0.483, 0.514)),
+    "fedaux": ("central", 0.35, (0.531, 0.530, 0.527)),
     "cfd": ("central", 0.2, (0.382, 0.281, 0.354)),
     "fedgems": ("local", 0.45, (0.588, 0.578, 0.545)),
     "fedgen": ("central", 0.3, (0.386, 0.483, 0.451)),
@@ -35,7 +35,7 @@ CHOSEN = {
     "feddf": {"local_epochs": 5, "server_steps": 150},
     "fedaux": {
         "local_epochs": 3,
-        "pretrain_steps": 50,
+        "pretrain_steps": 20,
         "score_epsilon": 8.0,
         "distill_learning_rate": 1e-3,
         "distill_epochs": 5,
