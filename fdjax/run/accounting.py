@@ -210,18 +210,20 @@ def spent_on_its_own(settings: Any, algorithm: Algorithm, held: np.ndarray) -> d
     Epsilon is exact for a Gaussian (Balle, Wang 2018). It is that of the part alone: whatever else the method sends is
     not hidden by it.
     """
+    if not (releases := own_releases(algorithm)):
+        return {}
     import dp_accounting as dp
 
     hparams = settings.method.values(dict(settings.hparams))
     parts = []
-    for release in own_releases(algorithm):
+    for release in releases:
         noise, delta = release.multiplier(hparams, held), hparams[release.delta]
         epsilon = float(dp.get_epsilon_gaussian(noise, delta)) if noise else math.inf
         parts.append(
             {"what": release.what, "epsilon": epsilon, "delta": delta, "relation": release.relation}
             | {"noise_multiplier": noise}
         )
-    return {"parts": parts} if parts else {}
+    return {"parts": parts}
 
 
 def _accountant(ledger: Ledger, name: str) -> Any:
