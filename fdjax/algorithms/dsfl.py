@@ -38,7 +38,8 @@ import jax.numpy as jnp
 from fdjax.client import losses
 from fdjax.client.training import fit, from_probabilities, local_work, supervised
 from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Upload, own_model, predict_with_own_model
-from fdjax.exchange import proxy, reductions
+from fdjax.errors import InputError
+from fdjax.exchange import label_cache, proxy, reductions, selection
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 from fdjax.types import PyTree
 
@@ -46,18 +47,21 @@ from fdjax.types import PyTree
 class _Server(NamedTuple):
     params: PyTree
     ids: Any  # of the round's open data
-    targets: jax.Array  # [n, K] of those that were last predicted
+    targets: Any  # [n, K] of those that were last predicted; `Labelled` if they are selected
 
 
-Say = Callable[[Context, PyTree, Any, jax.Array], jax.Array]
-# (ctx, the server's params, ids, what was aggregated [n, K]) -> the targets [n, K] that clients are told
-
-
-def dsfl(task: Task, say: Say = lambda ctx, params, ids, targets: targets) -> Algorithm:
+def dsfl(task: Task, say: Callable[[Context, PyTree, Any], jax.Array] | None = None) -> Algorithm:
     """DS-FL; `era_temperature` (T) and `era_beta` are each used by one of the aggregations; hparams: see METHOD.
 
-    `say` is for methods whose clients distil something else than what the server does.
+    `say`, of the server's params and the ids, is for methods whose clients distil other targets than the server does.
     """
+    nothing = jnp.zeros((task.proxy_per_round, task.classes)) if say else proxy.no_labels(task)
+    cache = task.options.get("soft_label_cache") == "on"
+    if cache and task.options.get("selection", "off") != "off":
+        raise InputError(
+            f"--soft_label_cache=on with --selection={task.options['selection']}: the cache knows no examples without "
+            "a label; give one of them"
+        )
     aggregation = task.options.get("aggregation", "sa")
 
     def sharpen(mean, hparams):
@@ -82,10 +86,11 @@ def dsfl(task: Task, say: Say = lambda ctx, params, ids, targets: targets) -> Al
         return params, Upload(logits if aggregation == "era_logits" else jax.nn.softmax(logits)), {"train_loss": loss}
 
     def aggregate(ctx, server, mean):
-        targets = sharpen(mean, ctx.hparams)
+        targets = proxy.each(lambda mean: sharpen(mean, ctx.hparams), mean)
         params, loss = learn_targets(ctx, server.params, server.ids, targets)
-        metrics = {"server_loss": loss, "target_entropy": losses.entropy(targets).mean()}
-        return server._replace(params=params, targets=say(ctx, params, server.ids, targets)), metrics
+        metrics = {"server_loss": loss, "target_entropy": proxy.mean_of(losses.entropy, targets)}
+        told = targets if say is None else say(ctx, params, server.ids)
+        return server._replace(params=params, targets=told), metrics
 
     def distil(ctx, received, params, data):
         params, loss = learn_targets(ctx, params, received.known, received.shared)
@@ -94,10 +99,8 @@ def dsfl(task: Task, say: Say = lambda ctx, params, ids, targets: targets) -> Al
     def choose_subset(ctx, server, summary):
         return server._replace(ids=proxy.draw_ids(task, ctx.key)), {}
 
-    return Algorithm(
-        init_server=lambda ctx, params: _Server(
-            params, proxy.draw_ids(task, ctx.key), jnp.zeros((task.proxy_per_round, task.classes))
-        ),
+    algorithm = Algorithm(
+        init_server=lambda ctx, params: _Server(params, proxy.draw_ids(task, ctx.key), nothing),
         init_client=own_model,
         round=(
             Exchange(lambda ctx, server: Broadcast(server.ids), update_and_predict, reductions.mean(), aggregate),
@@ -109,6 +112,9 @@ def dsfl(task: Task, say: Say = lambda ctx, params, ids, targets: targets) -> Al
         central=lambda ctx, server, x: ctx.model.apply(server.params, x),
         personal=predict_with_own_model,
     )  # fmt: skip
+    if cache:
+        return label_cache.cached(task, algorithm)
+    return selection.selecting(task, algorithm, logits=aggregation == "era_logits")
 
 
 METHOD = Method(
@@ -121,8 +127,10 @@ METHOD = Method(
         "distill_epochs": epochs(5, "epochs of the distillation, of clients and server"),
         "era_temperature": temperature(0.1, "sharpens the mean", ("aggregation", "era", "era_logits")),
         "era_beta": HParam(2.0, help="sharpens the mean", only=("aggregation", "enhanced_era")),
+        **label_cache.HPARAM,
+        **selection.HPARAMS,
     },
-    options={"aggregation": ("era", "sa", "enhanced_era", "era_logits")},
+    options={"aggregation": ("era", "sa", "enhanced_era", "era_logits")} | label_cache.OPTION | selection.OPTION,
     proxy="unlabelled",
     stages=("distill",),
     keeps_models=True,

@@ -31,7 +31,7 @@ from fdjax.client import losses
 from fdjax.client.data import whole
 from fdjax.client.training import Amount, fit, local_work, supervised
 from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
-from fdjax.exchange import proxy, reductions
+from fdjax.exchange import proxy, reductions, selection
 from fdjax.exchange.wrappers import without_traffic
 from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
 
@@ -64,13 +64,14 @@ def fedmd(task: Task) -> Algorithm:
         )
         return params, Upload(()), {"train_loss": train_loss, "digest_loss": digest_loss}
 
-    return Algorithm(
+    algorithm = Algorithm(
         init_server=proxy.no_agreement(task),
         init_client=own_model,
         setup=(without_traffic(transfer_learning),),
         round=proxy.agree_and_learn(task, communicate, reductions.mean(), digest_and_revisit),
         personal=predict_with_own_model,
     )
+    return selection.selecting(task, algorithm, logits=True)
 
 
 METHOD = Method(
@@ -86,8 +87,9 @@ METHOD = Method(
         "local_epochs": epochs(2, "epochs of the revisit in a round"),
         "digest_epochs": epochs(1, "epochs of the digest in a round"),
         "digest_learning_rate": learning_rate("learning_rate", "learning rate of the digest"),
+        **selection.HPARAMS,
     },
-    options={"subset": ("uniform", "stratified")},
+    options={"subset": ("uniform", "stratified")} | selection.OPTION,
     proxy="labelled",
     joins_labels=True,
     keeps_optimizer=True,

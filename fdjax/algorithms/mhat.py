@@ -20,20 +20,21 @@ import jax
 
 from fdjax.algorithms import dsfl
 from fdjax.contract import Algorithm
-from fdjax.exchange import proxy
+from fdjax.exchange import proxy, selection
 from fdjax.method import Method, Task
 
 
 def mhat(task: Task) -> Algorithm:
     """MHAT; the task's model is the server's; hparams: see METHOD."""
-    return dsfl.dsfl(task, lambda ctx, params, ids, targets: jax.nn.softmax(proxy.predict(ctx, params, ids)))
+    return dsfl.dsfl(task, lambda ctx, params, ids: jax.nn.softmax(proxy.predict(ctx, params, ids)))
 
 
 METHOD = Method(
     name="mhat",
     summary="MHAT (Hu et al. 2021): mean outputs on proxy data teach the server's model, whose outputs teach clients",
     build=mhat,
-    hparams={name: record for name, record in dsfl.METHOD.hparams.items() if not record.only},
+    hparams={name: record for name, record in dsfl.METHOD.hparams.items() if not record.only} | selection.HPARAMS,
+    options=selection.OPTION,
     proxy="unlabelled",
     stages=("distill",),
     keeps_models=True,

@@ -32,11 +32,12 @@ class Targets(NamedTuple):
     examples: Examples
     ids: Array  # [n] int32
     targets: PyTree  # [n, ...]
+    number: Array | None = None  # [] int32: only the first so many; None: all
 
     @property
     def count(self) -> Array:
-        """n."""
-        return jnp.int32(len(self.ids))
+        """How many there are, n or less."""
+        return jnp.int32(len(self.ids)) if self.number is None else self.number
 
     def take(self, position: jax.Array) -> tuple[jax.Array, PyTree]:
         """x [B, ...] and targets [B, ...] at `position` [B]."""

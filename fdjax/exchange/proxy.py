@@ -4,6 +4,7 @@ Of M proxy examples a round uses n, drawn without replacement and announced by i
 nothing and none are sent: they are () then, here and in a server's state.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdjax import keys
-from fdjax.client import testing
+from fdjax.client import losses, testing
 from fdjax.client.data import Targets
 from fdjax.contract import Broadcast, ClientWork, Context, Exchange, InitServer, Reduction
 from fdjax.errors import InputError
@@ -30,11 +31,18 @@ class SoftLabels(NamedTuple):
     given: Array | bool = True  # [] bool: whether there are labels, or as yet ids alone
 
 
+class Labelled(NamedTuple):
+    """Values of proxy examples of which some have none, as `selection.py` has them."""
+
+    values: jax.Array  # [n, K]; anything where there are none
+    there: jax.Array  # [n] bool
+
+
 class Agreement(NamedTuple):
     """A server's state: proxy examples and what the clients' outputs on them were aggregated to."""
 
     ids: Any  # of the round's examples
-    consensus: jax.Array  # [n, K] for the examples of the last exchange of outputs
+    consensus: Any  # [n, K] for the examples of the last exchange of outputs; `Labelled` if they are selected
 
 
 def draw_ids(task: Task, key: jax.Array, labels: Array | None = None) -> Any:
@@ -79,7 +87,15 @@ def _draw_ids(task: Task, ctx: Context) -> Any:
 
 def no_agreement(task: Task) -> InitServer:
     """`init_server` of an `Agreement`: the first round's examples, and nothing that was aggregated."""
-    return lambda ctx, params: Agreement(_draw_ids(task, ctx), jnp.zeros((task.proxy_per_round, task.classes)))
+    return lambda ctx, params: Agreement(_draw_ids(task, ctx), no_labels(task))
+
+
+def no_labels(task: Task) -> Any:
+    """What a server keeps as the values of a round's examples before there are any: in the form of those to come."""
+    nothing = jnp.zeros((task.proxy_per_round, task.classes))
+    if task.options.get("selection", "off") == "off":
+        return nothing
+    return Labelled(nothing, jnp.zeros(task.proxy_per_round, bool))
 
 
 def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork) -> tuple[Exchange, Exchange]:
@@ -108,9 +124,25 @@ def positions(proxy: Examples, ids: Any) -> jax.Array:
 
 
 def targets(ctx: Context, ids: Any, values: PyTree) -> Targets:
-    """The proxy examples `ids` with targets [n, ...], to be learned from."""
+    """The proxy examples `ids` with targets [n, ...], to be learned from; of `Labelled` ones those that are there."""
     assert ctx.proxy is not None
-    return Targets(ctx.proxy, positions(ctx.proxy, ids), values)
+    at = positions(ctx.proxy, ids)
+    if not isinstance(values, Labelled):
+        return Targets(ctx.proxy, at, values)
+    first = jnp.argsort(~values.there, stable=True)
+    return Targets(ctx.proxy, at[first], values.values[first], jnp.sum(values.there))
+
+
+def each(function: Callable[[jax.Array], jax.Array], values: Any) -> Any:
+    """`function` of values [n, K], also of `Labelled` ones."""
+    return values._replace(values=function(values.values)) if isinstance(values, Labelled) else function(values)
+
+
+def mean_of(function: Callable[[jax.Array], jax.Array], values: Any) -> jax.Array:
+    """The mean of `function`, [n, K] -> [n], over the values that are there, 0 of none."""
+    if isinstance(values, Labelled):
+        return losses.weighted_mean(function(values.values), values.there.astype(jnp.float32))
+    return jnp.mean(function(values))
 
 
 def predict(ctx: Context, params: PyTree, ids: Any) -> jax.Array:

@@ -209,9 +209,11 @@ class Contract:
     def every_hparam_is_used_and_a_new_value_compiles_nothing(self) -> None:
         """Hyperparameters are traced, and each changes what comes out."""
         usual = self.case.built().hparams
+        options = self.case.method.choices(dict(self.case.built().settings.options))
         expected = _losses(self.reference)
         for name, record in self.case.method.hparams.items():
-            if name in self._unused:
+            option, *those = record.only or ("",)
+            if name in self._unused or (option and options[option] not in those):
                 continue
             value = np.asarray(another(record, float(usual[name])), usual[name].dtype)
             value = jax.device_put(value, usual[name].sharding)  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,7 +25,6 @@ UNUSED = {
     "feddkc": ("entropy",),
     # Adam's steps are of one size whatever the slope, so only tiny ones are the same on two devices.
     "fedftg": ("generator_learning_rate", "class_weight", "diversity_weight"),
-    "dsfl": ("era_beta",),
     "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
     "fedmd": ("pretrain_patience", "private_patience"),
