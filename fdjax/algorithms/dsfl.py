@@ -25,6 +25,9 @@ Choices, `aggregation`:
 - enhanced_era: p_c^beta / sum_c p_c^beta, SCARLET's, beta = `era_beta` = 2
 - era_logits: clients send logits z_k and target(x) = softmax(mean_k z_k(x) / T), which some re-implementations call ERA
 
+`soft_label_cache` = on is SCARLET's cache (`exchange/label_cache.py`); `selection` leaves proxy examples out, as
+Selective-FD does (`exchange/selection.py`). Both have figures there.
+
 Deviations: every model starts from an initialisation of its own. Epochs, batch size and learning rate of the
 laboratory's code are not our defaults but for `distill_epochs` = 5.
 """

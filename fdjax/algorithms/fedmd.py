@@ -16,7 +16,8 @@ n examples down (4n bytes) and their logits up (4nK), then the consensus down (4
 Public and private data may have labels of their own, as in the paper's tasks: then a model has one output layer over
 both, first the private ones, and tests choose among all of them. Of one label space they share its K outputs.
 
-Options: `subset`, drawn uniformly or stratified by label, as the code does. Transfer learning stops early, after 3
+Options: `subset`, drawn uniformly or stratified by label, as the code does; `selection` is Selective-FD's and no part
+of FedMD (`exchange/selection.py`, which has figures: it costs accuracy here). Transfer learning stops early, after 3
 epochs (`pretrain_patience`) on the public data and 10 (`private_patience`) on the client's own without a lower loss.
 
 Deviations:

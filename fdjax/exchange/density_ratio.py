@@ -58,16 +58,16 @@ def _ratio(a: Array, b: Array) -> jax.Array:
 
 
 def quantile(values: Array, count: Array, share: Array) -> jax.Array:
-    """The quantile of the first `count` of `values` [L], interpolated linearly; of none it is -inf."""
+    """The quantile of the first `count` of `values` [L], interpolated linearly; of none it is inf."""
     rising = jnp.sort(jnp.where(jnp.arange(len(values)) < count, values, jnp.inf))
     at = share * jnp.maximum(count - 1, 0)
     low = jnp.floor(at).astype(jnp.int32)
     below, above = rising[low], rising[jnp.minimum(low + 1, jnp.maximum(count - 1, 0))]
-    return jnp.where(count > 0, below + (at - low) * (above - below), -jnp.inf)
+    return jnp.where(count > 0, below + (at - low) * (above - below), jnp.inf)
 
 
 def spread(x: Array, count: Array) -> jax.Array:
     """The root of the mean squared distance between two of the first `count` of `x` [L, D]."""
     share = jnp.where(jnp.arange(len(x)) < count, 1 / jnp.maximum(count, 1), 0)
-    centered = x - share @ x
+    centered = x - (share @ x)[None]
     return jnp.sqrt(2 * share @ jnp.sum(jnp.square(centered), -1))

@@ -1,8 +1,8 @@
 """SCARLET's cache of soft labels: what was agreed on lately is neither asked for nor sent again.
 
-Azuma et al., "Soft-Label Caching and Sharpening for Communication-Efficient Federated Distillation" (SCARLET, of the
-laboratory of DS-FL); we had its code. The server keeps a table of labels and of the round t(x) in which each was made.
-In round t, of the examples o_t:
+Azuma, Nishio, Kitagawa, Nakano, Tanimura, "Soft-Label Caching and Sharpening for Communication-Efficient Federated
+Distillation" (2025), SCARLET, of the laboratory of DS-FL; we had its code and not the paper. The server
+keeps a table of labels and of the round t(x) in which each was made. In round t, of the examples o_t:
 
     asked for:  x without a label, or with t - t(x) > D, D = hparam `cache_rounds`
     agreed on:  the mean of what clients say of x if it was asked for, else the one in the table; then both learn these
@@ -18,6 +18,12 @@ needs no words; clients who were away are sent what they missed, when it is used
 Deviations from the code: it asks again at an age of D, where ours is above D; at an age of D exactly its server learns
 a new label and its clients the old one; and the label that replaces an expired one is not kept, so that an example has
 to be asked for twice. A client who was away fails there. What we keep is the mean before it is sharpened.
+
+DS-FL on a quarter of the embedded MNIST, Dirichlet(0.1), 10 clients, 250 of 500 proxy examples a round, 20 rounds,
+three seeds: the central model has 66.7, 59.8, 70.0 % without a cache; 67.0, 59.1, 70.1 with D = 2 and 0.52 of the
+bytes up (0.57 down); 64.3, 60.6, 66.1 with D = 5, 0.31 (0.38); 42.7, 43.9, 42.5 with D = 50, 0.10 (0.19): then everything is
+labelled in the first rounds, by models that knew little, and never again. So the default, the code's for hundreds of
+rounds, is too long for a short run.
 """
 
 import functools
@@ -80,7 +86,7 @@ def cached(task: Task, algorithm: Algorithm) -> Algorithm:
         init_server=lambda ctx, params: Server(algorithm.init_server(ctx, params), empty),
         init_client=lambda ctx, params: Client(algorithm.init_client(ctx, params), empty.made),
         round=(_asking(ask), _telling(tell)),
-        central=None if central is None else lambda ctx, server, x: central(ctx, server.state, x),
+        central=(lambda ctx, server, x: central(ctx, server.state, x)) if callable(central) else central,
         personal=None if personal is None else lambda ctx, server, own, x: personal(ctx, server.state, own.state, x),
         model_of=None if params_of is None else lambda ctx, server, own: params_of(ctx, server.state, own.state),
     )

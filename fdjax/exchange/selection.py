@@ -20,7 +20,23 @@ Ours: the kernel's width is `selection_width` times the root mean square distanc
 the demo's 5 is about 0.2 times that of MNIST's, and means nothing elsewhere. At most 512 own examples are used, half of
 them to estimate and half held out (the demo's: 270 and 5,130), with 250 uniform ones and lambda = 250^-0.5 as there.
 The demo multiplies by the matrix that the paper inverts; that changes nothing, because noise is so far from pictures
-that r is a kernel density estimate. A client with a single example labels everything.
+that r is a kernel density estimate. A client with a single example labels nothing.
+
+Ten clients of one class each, a quarter of the embedded MNIST, 500 proxy examples, a 2nn, 5 rounds; mean accuracy of
+clients, three seeds, %, and bytes up in kB:
+
+    DS-FL, ERA          off 52.8, 50.0, 52.6 (1,000)    clients 78.0, 78.2, 74.7 (183)
+    DS-FL, SA           off 50.4, 47.8, 47.0            clients 73.2, 73.0, 70.6
+      server's          at 1.7 it drops all, at 1.79 it has 53.4, 52.2, 53.9
+      both, 1.0, 1.5    67.6, 63.6, 67.3; 66.1, 68.9, 68.9
+    MHAT                off 42.3, 40.0, 37.4            clients 75.5, 67.9, 65.3
+    FedMD               off 79.7, 78.1, 76.5            clients 74.9, 71.6, 71.7
+
+By Dirichlet(0.1) clients' selection takes DS-FL, ERA, from 60.0, 53.9, 52.2 to 77.4, 72.9, 74.1, while the server's at
+1.6 takes SA from 61.6, 54.8, 53.6 to 56.5, 54.2, 49.9. So the clients' selector is worth 14 points and more, and the
+server's hardly more than the bytes that it saves. FedMD's clients know all classes from the labelled proxy data, so
+that the selector takes teachers away; and who is the only one to label an example learns its own logits, where an
+absolute error has no slope: FedMD's steps there have the sign of what rounding left.
 """
 
 import functools
@@ -49,7 +65,7 @@ HPARAMS = {
     "selection_width": HParam(
         0.17, above=True, help="width of the kernel, in distances of a client's own examples", only=_CLIENTS
     ),
-    "selection_ambiguity": HParam(1.0, high=2.0, help="largest distance of a mean to its hard label", only=_SERVER),
+    "selection_ambiguity": HParam(1.5, high=2.0, help="largest distance of a mean to its hard label", only=_SERVER),
 }
 _KNOWN, _AUXILIARY, _BATCH = 256, 250, 256
 

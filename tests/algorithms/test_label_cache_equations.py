@@ -80,7 +80,7 @@ def test_against_numpy(duration):
         assert sent["up"][r] == 4 * K * len(asked) * len(here)
         assert sent["down"][r] == down
         np.testing.assert_allclose(metrics["labels_asked"][r], len(asked) / N, rtol=1e-6)
-        last, ids = ids, subset(keys.stream(keys.stream(cases.round_key(0, r), "exchange", 1), "server"))
+        ids = subset(keys.stream(keys.stream(cases.round_key(0, r), "exchange", 1), "server"))
     assert some_asked
     assert caught_up
     for actual, expected in zip(models_of(state.clients[0].state), models, strict=True):
@@ -114,8 +114,11 @@ def test_what_everybody_has_is_never_sent_again():
     np.testing.assert_array_equal(sent["down"], [4 * many + 4 * K * M * first for many, first in new])  # 2 flags a byte
 
 
+@pytest.mark.exhaustive
 def test_the_contract():
-    contract = Contract("dsfl", options={"soft_label_cache": "on"}, hparams={"cache_rounds": 1}, unused=("cache_rounds",))
+    contract = Contract(
+        "dsfl", options={"soft_label_cache": "on"}, hparams={"cache_rounds": 1}, unused=("cache_rounds",)
+    )
     contract.runs()
     contract.is_the_same_on_two_devices()
     contract.every_hparam_is_used_and_a_new_value_compiles_nothing()
@@ -135,7 +138,10 @@ FLOATS = {
         ({"soft_label_cache": "on", "cache_rounds": -1}, "--cache_rounds=-1: expected a whole number from 0 to"),
         ({"soft_label_cache": "on", "cache_rounds": 1.5}, "--cache_rounds=1.5: expected a whole number"),
         ({"cache_rounds": 5}, "--cache_rounds=5: dsfl uses it with --soft_label_cache=on alone, not off"),
-        ({"soft_label_cache": "on", "selection": "both"}, "--soft_label_cache=on with --selection=both: the cache knows"),
+        (
+            {"soft_label_cache": "on", "selection": "both"},
+            "--soft_label_cache=on with --selection=both: the cache knows",
+        ),
         ({"algorithm": "fedmd", "soft_label_cache": "on"}, "unknown option of fedmd 'soft_label_cache'"),
     ],
 )
