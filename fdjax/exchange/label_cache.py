@@ -21,9 +21,9 @@ to be asked for twice. A client who was away fails there. What we keep is the me
 
 DS-FL on a quarter of the embedded MNIST, Dirichlet(0.1), 10 clients, 250 of 500 proxy examples a round, 20 rounds,
 three seeds: the central model has 66.7, 59.8, 70.0 % without a cache; 67.0, 59.1, 70.1 with D = 2 and 0.52 of the
-bytes up (0.57 down); 64.3, 60.6, 66.1 with D = 5, 0.31 (0.38); 42.7, 43.9, 42.5 with D = 50, 0.10 (0.19): then everything is
-labelled in the first rounds, by models that knew little, and never again. So the default, the code's for hundreds of
-rounds, is too long for a short run.
+bytes up (0.57 down); 64.3, 60.6, 66.1 with D = 5, 0.31 (0.38); 42.7, 43.9, 42.5 with D = 50, 0.10 (0.19): then
+everything is labelled in the first rounds, by models that knew little, and never again. So the default, the code's for
+hundreds of rounds, is too long for a short run.
 """
 
 import functools
