@@ -21,6 +21,8 @@ from fdjax.algorithms import (
     fedopt,
     fedprox,
     fedssd,
+    group_distillation,
+    group_distillation_proxy,
 )
 from fdjax.method import Method
 
@@ -47,6 +49,8 @@ ALGORITHMS: dict[str, Method] = {
                 cronus,
                 dsfl,
                 fedad,
+                group_distillation,
+                group_distillation_proxy,
             )
         ),
         *baselines.METHODS,
