@@ -23,7 +23,7 @@ client, S the central one. By `weights`:
 
     alpha = min(0.9, alpha_max sigmoid(kappa (CE_S - CE_T))),   beta = min(0.9, beta_max sigmoid(kappa (CE_T - CE_S)))
 
-CE_S, CE_T: a client's mean over the last rounds' batches, by an exponential average that keeps `decay` of the old (over
+CE_S, CE_T: a client's mean over the last rounds' batches, by an exponential average that keeps `memory` of the old (over
 rounds, and not over batches: a round has fixed weights). kappa = 0, and the first round, give half of each maximum.
 
 Limits: beta_max = 0 is training alone. One level, and a matching without any weight, is one group: FML with the
@@ -79,7 +79,7 @@ def group_distillation(task: Task) -> Algorithm:
         )  # fmt: skip
         state = {
             "teacher": nets["teacher"],
-            "losses": average(state["losses"], total / jnp.maximum(count, 1), state["known"], h["decay"]),
+            "losses": average(state["losses"], total / jnp.maximum(count, 1), state["known"], h["memory"]),
             "known": jnp.ones_like(state["known"]),
         }
         return state, Upload(nets["student"]), {"train_loss": train_loss, "soft_weight": alpha, "teacher_weight": beta}

@@ -17,7 +17,7 @@ from one mixture has the same gradient (`exchange/influence.py`): the server mak
 alpha and beta are as in `group_distillation.py`, with CE on the labels of the round's proxy examples, which the server
 has. Peers by loss-based revenue (`peers` = revenue): each round a client gets the logits of one peer, drawn (4NK
 bytes), and takes a trial step of SGD at `learning_rate` on D(p_i, p_j) for a batch of proxy examples. What that takes
-off its CE on its first 256 own examples, at least 0, is the revenue, sent in 4 bytes and averaged (keeping `decay`) to
+off its CE on its first 256 own examples, at least 0, is the revenue, sent in 4 bytes and averaged (keeping `memory`) to
 r_ij; w_ij = softmax over peers of r_ij / `revenue_temperature`. With `peers` = uniform w_ij are equal, and no trial.
 
 Histograms of labels, 4K bytes, are sent once, models never. alpha_max = beta_max = 0 is training alone. Who takes no
@@ -48,7 +48,7 @@ def group_distillation_proxy(task: Task) -> Algorithm:
         logits, present = stacked.present(stack), groups.by_client(task, stack, stack.weight > 0)
         y, known = ctx.proxy.y[proxy.positions(ctx.proxy, server["ids"])], server["known"]
         ce = jnp.mean(losses.cross_entropy(logits, jnp.broadcast_to(y, logits.shape[:2])), -1)
-        ce = influence.average(server["ce"], groups.by_client(task, stack, ce), known, ctx.hparams["decay"])
+        ce = influence.average(server["ce"], groups.by_client(task, stack, ce), known, ctx.hparams["memory"])
         peers = influence.is_peer(server["teacher"], present)
         tried = jax.random.categorical(ctx.key, jnp.where(peers, 0.0, -jnp.inf)).astype(jnp.int32)
         return server | {
@@ -112,8 +112,8 @@ def group_distillation_proxy(task: Task) -> Algorithm:
         if not trial:
             return server, {}
         gain, sent = (groups.by_client(task, stack, v)[:, None] for v in (stacked.present(stack), stack.weight > 0))
-        here, old = (server["tried"][:, None] == jnp.arange(C)) & sent, server["revenue"]
-        return server | {"revenue": jnp.where(here, old + (1 - ctx.hparams["decay"]) * (gain - old), old)}, {}
+        here, old = (server["tried"][:, None] == jnp.arange(C)[None]) & sent, server["revenue"]
+        return server | {"revenue": jnp.where(here, old + (1 - ctx.hparams["memory"]) * (gain - old), old)}, {}
 
     def init_server(ctx, params):
         nobody, numbers = jnp.zeros(C, bool), jnp.zeros(C)

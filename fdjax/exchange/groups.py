@@ -11,7 +11,7 @@ and the score is their sum, weighted by hparams of these names; `chance` weighs 
 with. The Glasgow poster (see `algorithms/group_distillation.py`) names the three; **all equations here are ours**.
 
 Options: `levels`, one a cohort, the first of --models lowest, or 2 or 3 by the rank of n_k, the largest highest;
-`paths`, to any client that is not lower, to those above, or to the next level alone; `capacity`, students of a teacher
+`paths`, to any client that is not lower, to those above, or to the next level alone; `students`, those of a teacher
 at most: then a linear assignment (the Hungarian method) replaces everybody's own best choice, and who is left over has
 no teacher.
 
@@ -42,7 +42,7 @@ HPARAMS = {
     "chance": HParam(0.0, help="weight of a random number in a teacher's score"),
     "histogram_noise": HParam(0.0, help="scale of the Laplace noise on the numbers of labels that clients send"),
 }
-OPTIONS = {"levels": ("cohorts", "2", "3"), "paths": ("any", "above", "next"), "capacity": ("all", "1", "2", "4", "8")}
+OPTIONS = {"levels": ("cohorts", "2", "3"), "paths": ("any", "above", "next"), "students": ("all", "1", "2", "4", "8")}
 _SMOOTHING = 0.1  # examples more of each label
 _BATCH = 256
 _ALONE, _FORBIDDEN = 4.0, 16.0  # costs, where scores are scaled to [-1, 1]
@@ -119,14 +119,14 @@ def edges(levels: jax.Array, paths: str) -> jax.Array:
     return allowed & ~jnp.eye(len(levels), dtype=bool)
 
 
-def assign(scores: jax.Array, allowed: jax.Array, capacity: str = "all") -> jax.Array:
+def assign(scores: jax.Array, allowed: jax.Array, students: str = "all") -> jax.Array:
     """The teacher [C] int32 of every client, itself where it has none: the first best by `scores` [C, C]."""
     C = len(scores)
     alone = jnp.arange(C, dtype=jnp.int32)
-    if capacity == "all":
+    if students == "all":
         best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf), -1).astype(jnp.int32)
         return jnp.where(jnp.any(allowed, -1), best, alone)
-    places = int(capacity)
+    places = int(students)
     costs = jnp.where(allowed, -scores / jnp.maximum(jnp.max(jnp.abs(scores)), 1e-6), _FORBIDDEN)
     by_itself = jnp.where(jnp.eye(C, dtype=bool), _ALONE, _FORBIDDEN)
     row, column = optax.assignment.hungarian_algorithm(jnp.hstack([jnp.repeat(costs, places, axis=1), by_itself]))
@@ -166,7 +166,7 @@ def averaging(trees: Forest, present: Array, consistency: Array) -> jax.Array:
 
     zeros = jnp.zeros((C, C))
     _, _, above, share = lax.fori_loop(0, C, climb, (me.astype(jnp.int32), jnp.ones(C), zeros, zeros))
-    under = above[trees.group].T * present
+    under = above[trees.group].T * jnp.asarray(present)[None]
     return share @ (under / jnp.maximum(jnp.sum(under, -1, keepdims=True), 1))
 
 
@@ -200,6 +200,6 @@ def matching(task: Task) -> Exchange:
         found, h = criteria(histograms), ctx.hparams
         scores = sum((h[name] * value for name, value in found._asdict().items()), start=jnp.zeros(allowed.shape))
         scores = scores + h["chance"] * jax.random.uniform(ctx.key, allowed.shape)
-        return server | {"teacher": assign(scores, allowed, task.options["capacity"])}, {}
+        return server | {"teacher": assign(scores, allowed, task.options["students"])}, {}
 
     return Exchange(lambda ctx, server: Broadcast(()), send_histogram, reductions.stack(), match)

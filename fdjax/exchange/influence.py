@@ -19,7 +19,7 @@ WEIGHTS = {
     "alpha_max": HParam(1.0, high=2 * _MOST, help="twice alpha, a student's weight of soft labels, at equal losses"),
     "beta_max": HParam(1.0, high=2 * _MOST, help="twice beta, a teacher's weight of soft labels, at equal losses"),
     "kappa": HParam(1.0, help="how much alpha and beta follow the difference of losses"),
-    "decay": HParam(0.5, high=1.0, help="what is kept of the losses, and revenues, of the rounds before"),
+    "memory": HParam(0.5, high=1.0, help="what is kept of the losses, and revenues, of the rounds before"),
 }
 
 
@@ -48,7 +48,7 @@ def soft_weights(hparams: HParams, teacher: jax.Array, ce: jax.Array, known: jax
     Where the loss of the other side is not `known` [C] it counts as the same.
     """
     students = is_student(teacher, known)
-    of_students = jnp.sum(students * ce, -1) / jnp.maximum(jnp.sum(students, -1), 1)
+    of_students = jnp.sum(students * ce[None], -1) / jnp.maximum(jnp.sum(students, -1), 1)
     of_students = jnp.where(jnp.any(students, -1), of_students, ce)
     of_teacher = jnp.where(known[teacher], ce[teacher], ce)
     kappa = hparams["kappa"]
@@ -64,7 +64,7 @@ def has_teacher(teacher: jax.Array) -> jax.Array:
 
 def is_teacher(teacher: jax.Array, present: Array) -> jax.Array:
     """Whether the client [., C], if `present` [C], is the teacher of the client [C, .]."""
-    taught = (teacher[:, None] == jnp.arange(len(teacher))) & has_teacher(teacher)[:, None]
+    taught = (teacher[:, None] == jnp.arange(len(teacher))[None]) & has_teacher(teacher)[:, None]
     return taught & jnp.asarray(present)[None]
 
 
