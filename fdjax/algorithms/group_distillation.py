@@ -23,8 +23,8 @@ client, S the central one. By `weights`:
 
     alpha = min(0.9, alpha_max sigmoid(kappa (CE_S - CE_T))),   beta = min(0.9, beta_max sigmoid(kappa (CE_T - CE_S)))
 
-CE_S, CE_T: a client's mean over the last rounds' batches, by an exponential average that keeps `memory` of the old (over
-rounds, and not over batches: a round has fixed weights). kappa = 0, and the first round, give half of each maximum.
+CE_S, CE_T are a client's means over a round's batches, averaged over the rounds so far (exponentially, keeping `memory`
+of the old): a round has fixed weights. kappa = 0, and the first round, give half of each maximum.
 
 Limits: beta_max = 0 is training alone. One level, and a matching without any weight, is one group: FML with the
 divergences reversed, and with `divergence` = forward FML itself, its alpha = 1 - beta, its beta = 1 - alpha.
