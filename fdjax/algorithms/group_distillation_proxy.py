@@ -21,7 +21,7 @@ off its CE on its first 256 own examples, at least 0, is the revenue, sent in 4 
 r_ij; w_ij = softmax over peers of r_ij / `revenue_temperature`. With `peers` = uniform w_ij are equal, and no trial.
 
 Histograms of labels, 4K bytes, are sent once, models never. alpha_max = beta_max = 0 is training alone. Who takes no
-part in a round does not teach in it. What we saw is in `group_distillation.py`: peers by revenue were no better than alike.
+part in a round does not teach in it. What we saw is in `group_distillation.py`; peers by revenue were not better ones.
 """
 
 import jax

@@ -40,7 +40,7 @@ def test_question_1_teachers_who_hold_what_one_lacks_teach_most():
 
 
 def test_question_2_weights_that_follow_losses_are_a_little_ahead():
-    """kappa = 5 above kappa = 0, whole test set: 0.002, 0.008, 0.034 by uniformity, 0.015, 0.014, 0.004 by similarity."""
+    """kappa = 5 above 0, whole test set: 0.002, 0.008, 0.034 by uniformity, 0.015, 0.014, 0.004 by similarity."""
     for criterion in ("uniformity", "similarity"):
         constant, dynamic = (accuracy("local", kappa=kappa, **{criterion: 1.0}) for kappa in (0.0, 5.0))
         assert (dynamic - constant).mean() > 0.005, (constant, dynamic)
