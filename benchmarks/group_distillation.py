@@ -12,6 +12,7 @@ set, its consistency. All cases of one form are trials of one batch, seeds too. 
 and the same start, and hold out the same proxy examples; differences are taken seed by seed.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -107,12 +108,15 @@ def _run(found: list[Case], seeds: range) -> dict[str, list[Result]]:
     batches: dict[Any, list[Experiment]] = {}
     for experiment in batch.experiments(list({each: None for runs in chosen.values() for each in runs})):
         batches.setdefault(experiment.signature, []).append(experiment)
+    uses = Counter(each for runs in chosen.values() for each in runs)
     results: dict[Settings, Result] = {}
     for trials in batches.values():
         print(f"{len(trials)} trials of {trials[0].settings.algorithm}", flush=True)
         compiled = batch.batch(trials, len(trials))
         for trial, result in zip(trials, compiled.run(trials, lambda done, records: []), strict=True):
-            results[trial.settings] = result
+            share = len(trials) * uses[trial.settings]  # seconds are those of the whole batch, and rows are added up
+            times = {"seconds": result.seconds / share, "compile_seconds": result.compile_seconds / share}
+            results[trial.settings] = result._replace(**times)
     return {name: [results[each] for each in runs] for name, runs in chosen.items()}
 
 
