@@ -166,7 +166,7 @@ def _table(found: list[Case], results: dict[str, list[Result]]) -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("seeds", 3, "number of seeds, from --seed on", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, "number of seeds, from --seed on; batches need two", lower_bound=2)
     asked = {name for case in _cases() for name in (*case.hparams, *case.options)}
     settings.define_flags(
         skip=("algorithm", *asked), dataset="mnist_sample", train_fraction=0.25, partition="dirichlet_a", alpha=0.3,

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.exhaustive  # four programs to compile
 def test_every_question_has_a_figure_and_rows(tmp_path):
     done = programs.run(
-        "benchmarks.group_distillation", "--model=mclr", "--models=mclr:4,mclr:2", "--num_clients=6", "--seeds=1",
+        "benchmarks.group_distillation", "--model=mclr", "--models=mclr:4,mclr:2", "--num_clients=6", "--seeds=2",
         "--rounds=1", "--eval_every=1", "--train_fraction=0.1", "--proxy_size=50", f"--out={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
