@@ -31,6 +31,8 @@ from fdjax.algorithms import (
     fedtgp,
     fedzkt,
     fml,
+    group_distillation,
+    group_distillation_proxy,
     mhat,
 )
 from fdjax.method import Method
@@ -69,6 +71,8 @@ ALGORITHMS: dict[str, Method] = {
                 fedproto,
                 fedtgp,
                 fedgh,
+                group_distillation,
+                group_distillation_proxy,
             )
         ),
         *baselines.METHODS,

@@ -29,6 +29,9 @@ UNUSED = {
     "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
     "fedmd": ("pretrain_patience", "private_patience"),
+    # The best of a few teachers stays the best; two rounds have one loss before, and few of these clients two peers.
+    "group_distillation": ("similarity", "memory"),
+    "group_distillation_proxy": ("similarity", "revenue_temperature"),
 }
 # The single proxy example that validates here says nothing by accuracy.
 CHOSEN = {"feddf": {"model_selection": "kl"}}
