@@ -26,7 +26,7 @@ from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses
-from fdjax.client.training import fit, local_work
+from fdjax.client.training import fit, local_work, of_several
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.exchange import low_rank, prototypes, reductions, traffic
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs
@@ -36,9 +36,8 @@ _LEAST = 0.1  # of d
 
 def fedkd(task: Task) -> Algorithm:
     """FedKD; the task's model is the mentee, the cohorts' are the mentors; hparams: see METHOD."""
-    mentee, chosen = task.model, task.training.trained
-    trains = chosen and (lambda path: path.startswith("bridge") or chosen(path.partition("/")[2]))
-    training, narrow = task.training._replace(trained=trains), prototypes.features_of(task.model, task.inputs)
+    mentee, training = task.model, of_several(task.training)
+    narrow = prototypes.features_of(mentee, task.inputs)
 
     def energy(ctx):
         start, end = ctx.hparams["energy_start"], ctx.hparams["energy_end"]

@@ -19,7 +19,7 @@ from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses
-from fdjax.client.training import fit, local_work
+from fdjax.client.training import fit, local_work, of_several
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
@@ -28,12 +28,11 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 def fml(task: Task) -> Algorithm:
     """FML of the task's model, the meme; hparams and options: see METHOD."""
     average = reductions.mean if task.options["weighting"] == "uniform" else reductions.weighted_mean
-    chosen, smoothing = task.training.trained, task.training.label_smoothing
-    training = task.training._replace(trained=chosen and (lambda path: chosen(path.partition("/")[2])))
+    training = of_several(task.training)
 
     def learn(hard_weight, z, other, y):
         soft = losses.kl_divergence(lax.stop_gradient(other), z)
-        return hard_weight * losses.cross_entropy(z, y, smoothing) + (1 - hard_weight) * soft
+        return hard_weight * losses.cross_entropy(z, y, training.label_smoothing) + (1 - hard_weight) * soft
 
     def train(ctx, received, own, data):
         def loss(nets, x, y, key):

@@ -47,7 +47,7 @@ import jax.numpy as jnp
 
 from fdjax import keys
 from fdjax.client import losses
-from fdjax.client.training import fit_observing, local_work
+from fdjax.client.training import fit_observing, local_work, of_several
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.exchange import groups, reductions, stacked
 from fdjax.exchange.influence import DIVERGENCES, WEIGHTS, average, soft_weight
@@ -57,9 +57,7 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 def group_distillation(task: Task) -> Algorithm:
     """The method between models; the task's model is the groups'; hparams: see METHOD."""
     divergence = DIVERGENCES[task.options["divergence"]]
-    trained = task.training.trained
-    by_own_path = None if trained is None else lambda path: trained(path.partition("/")[2])
-    training = task.training._replace(trained=by_own_path)
+    training = of_several(task.training)
 
     def broadcast(ctx, server):
         mine = groups.forest(server["teacher"]).group[task.ids(ctx.cohort)]

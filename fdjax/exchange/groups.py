@@ -28,8 +28,8 @@ import optax
 from jax import lax
 
 from fdjax.client import losses
-from fdjax.client.data import batches
-from fdjax.contract import Broadcast, Data, Exchange, Stack, Upload
+from fdjax.client.data import label_counts
+from fdjax.contract import Broadcast, Exchange, Stack, Upload
 from fdjax.errors import InputError
 from fdjax.exchange import reductions, stacked
 from fdjax.method import HParam, Task
@@ -44,7 +44,6 @@ HPARAMS = {
 }
 OPTIONS = {"levels": ("cohorts", "2", "3"), "paths": ("any", "above", "next"), "students": ("all", "1", "2", "4", "8")}
 _SMOOTHING = 0.1  # examples more of each label
-_BATCH = 256
 _ALONE, _FORBIDDEN = 4.0, 16.0  # costs, where scores are scaled to [-1, 1]
 
 
@@ -175,24 +174,13 @@ def by_client(task: Task, stack: Stack, values: jax.Array) -> jax.Array:
     return jnp.zeros((task.clients, *values.shape[1:]), values.dtype).at[stack.client].set(values)
 
 
-def histogram(data: Data, classes: int) -> jax.Array:
-    """How many of a client's examples have each label, [K]."""
-
-    def step(index, total):
-        position = index * _BATCH + jnp.arange(_BATCH)
-        _, y = data.take(jnp.minimum(position, data.count - 1))
-        return total + (position < data.count) @ jax.nn.one_hot(y, classes)
-
-    return lax.fori_loop(0, batches(data.count, _BATCH), step, jnp.zeros(classes))
-
-
 def matching(task: Task) -> Exchange:
     """The set-up: histograms up, and the server (a dict) keeps everybody's "teacher" [C]. Raises InputError."""
     check_levels(task)
 
     def send_histogram(ctx, received, state, data):
         noise = ctx.hparams["histogram_noise"] * jax.random.laplace(ctx.key, (task.classes,))
-        return state, Upload(jnp.maximum(histogram(data, task.classes) + noise, 0)), {}
+        return state, Upload(jnp.maximum(label_counts(data, task.classes) + noise, 0)), {}
 
     def match(ctx, server, stack):
         histograms, present = by_client(task, stack, stacked.present(stack)), by_client(task, stack, stack.weight > 0)
