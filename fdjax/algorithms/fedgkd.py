@@ -40,13 +40,10 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 class _History(NamedTuple):
     """The server's state. Places of `models` that are not filled as yet hold the first model."""
 
+    params: Any  # w, the newest of them
     models: Any  # [M, ...]: the newest first
     made: jax.Array  # [] int32: how many were averaged so far
     losses: Any  # [M] of VOTE, on the server's labelled data; else ()
-
-
-def _newest(history: _History) -> Any:
-    return jax.tree.map(lambda leaf: leaf[0], history.models)
 
 
 def _fedgkd(task: Task, vote: bool) -> Algorithm:
@@ -62,7 +59,7 @@ def _fedgkd(task: Task, vote: bool) -> Algorithm:
             share = there / jnp.sum(there)
             teachers, votes = jax.tree.map(lambda g: jnp.tensordot(share, g, 1)[None], server.models), jnp.ones(1)
         votes = jnp.where(server.made > 0, votes, 0)
-        return Broadcast({"params": _newest(server), "teachers": teachers, "votes": votes, "made": server.made})
+        return Broadcast({"params": server.params, "teachers": teachers, "votes": votes, "made": server.made})
 
     def objective(ctx, received, params, x, y, key):
         z = ctx.model.apply(params, x, key)
@@ -96,17 +93,17 @@ def _fedgkd(task: Task, vote: bool) -> Algorithm:
             ids = proxy.draw_ids(task, ctx.at("subset").key)
             labels = ctx.proxy.y[proxy.positions(ctx.proxy, ids)]
             tested = pushed(jnp.mean(losses.cross_entropy(proxy.predict(ctx, mean, ids), labels)), tested)
-        return _History(models, server.made + 1, tested), {}
+        return _History(mean, models, server.made + 1, tested), {}
 
     return Algorithm(
         init_server=lambda ctx, params: _History(
-            jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (M, *leaf.shape)), params), jnp.int32(0),
+            params, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (M, *leaf.shape)), params), jnp.int32(0),
             jnp.zeros(M) if vote else (),
         ),
         init_client=lambda ctx, params: jnp.int32(-1) if cached else (),
         round=(Exchange(broadcast, train, average(), serve),),
-        central=lambda ctx, server, x: ctx.model.apply(_newest(server), x),
-        model_of=lambda ctx, server, state: _newest(server),
+        central=lambda ctx, server, x: ctx.model.apply(server.params, x),
+        model_of=lambda ctx, server, state: server.params,
     )  # fmt: skip
 
 
