@@ -17,7 +17,7 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
 
 def fedlsd(task: Task) -> Algorithm:
-    """FedLSD of the task's model; hparams: `learning_rate`, `local_epochs`, `weight` (beta) in [0, 1], `temperature` (T)."""
+    """FedLSD of the task's model; hparams: `learning_rate`, `local_epochs`, `weight` (beta), `temperature` (T)."""
 
     def loss(ctx, w, hard, teacher, z, y):
         beta, T = ctx.hparams["weight"], ctx.hparams["temperature"]

@@ -22,7 +22,7 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
 
 def fedntd(task: Task) -> Algorithm:
-    """FedNTD of the task's model; hparams: `learning_rate` (eta), `local_epochs` (E), `distill_weight` (beta), `temperature` (T)."""
+    """FedNTD of the task's model; hparams: `learning_rate`, `local_epochs`, `distill_weight` (beta), `temperature` (T)."""
 
     def loss(ctx, w, hard, teacher, z, y):
         T = ctx.hparams["temperature"]

@@ -1,4 +1,4 @@
-"""A round of FedAvg with any loss, in NumPy and float64: gradients are differences of the loss, of which no code is ours.
+"""A round of FedAvg with any loss, in NumPy and float64: gradients are differences of that loss.
 
 A net is dense layers with ReLU between them (`mclr` has one, `2nn` three); a loss is written from the paper, of what
 the net in training gives.

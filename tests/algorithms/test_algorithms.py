@@ -24,6 +24,7 @@ UNUSED = {
     "dsfl": ("era_beta",),
     "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
+    "fedgkd_vote": ("vote_temperature",),  # the second round has one past model, and the first none
     "fedmd": ("pretrain_patience", "private_patience"),
 }
 # The single proxy example that validates here says nothing by accuracy.
@@ -34,13 +35,15 @@ FEW = {
     "fedad": {"distill_epochs": 2},
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
+    "fedmlb": {"learning_rate": 0.05},
+    "fedntd": {"learning_rate": 0.1},
     "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
     "fedma": {"sweeps": 1},
     "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
 }
 
-# What is matched are hidden units.
-FIELDS = {"fedma": {"model": functools.partial(nets.TwoNN, width=12)}}
+# What is matched are hidden units, and what goes through the global model's head are outputs of layers with params.
+FIELDS = {name: {"model": functools.partial(nets.TwoNN, width=12)} for name in ("fedma", "fedmlb")}
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(

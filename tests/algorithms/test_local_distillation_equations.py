@@ -134,7 +134,7 @@ def test_without_distillation_it_is_fedavg(name):
     """To the bit, but for FedMLB's sums of nothing in another order."""
     averaged = local.simulated("fedavg", ROUNDS)[1].server
     server = local.simulated(name, ROUNDS, **NOTHING[name])[1].server
-    params = server["params"] if "params" in server else server
+    params = server.get("params", server)
     if name == "fedmlb":
         chex.assert_trees_all_close(params, averaged, rtol=1e-6, atol=1e-7)
     else:
