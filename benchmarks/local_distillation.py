@@ -161,8 +161,8 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
     headers = ("", "accuracy, %", "above FedAvg, points, of each seed", "forgetting, points",
                f"rounds to {given.target:.0%}", "bytes until then", "bytes up", "bytes down", "s a run")  # fmt: skip
     note = (
-        f"Central model on the test set, means over the evaluations of the last half of {given.rounds} rounds (one "
-        f"each {given.eval_every}), mean and std over {given.seeds} seeds, paired. Bytes up and down are of one participant "
+        f"Central model on the test set, means over the evaluations of the last half of {given.rounds} rounds (each "
+        f"{given.eval_every} one), mean and std over {given.seeds} seeds, paired. Bytes up and down are of one client "
         f"and round, those until the target of all clients, both ways. {given.dataset} ({given.train_fraction:g} of "
         f"it), less {given.proxy_size} proxy examples that FedSSD and FedCAD have at the server. {given.num_clients} "
         f"clients, {given.participation:g} of them in a round; {given.model}, B = {given.batch_size}, E = "

@@ -12,6 +12,8 @@ Sent: w and a down, 4 (P + K) bytes, and w_k up, 4P. lambda = `distill_weight` =
 
 Ours too: lambda = 1 and T = 1; a is measured on the model that is about to be sent, the first one too, on all auxiliary
 data or a fresh subset (`--proxy_per_round`); a class without auxiliary examples has a = 0.
+
+Accuracy for three seeds of `test_local_distillation_learning.py`: 0.814, 0.794, 0.819 (FedAvg 0.765, 0.764, 0.696).
 """
 
 from operator import itemgetter

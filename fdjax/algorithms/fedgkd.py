@@ -21,6 +21,9 @@ Ours: losses of VOTE are on labelled proxy data that stay at the server (the cod
 losses it sends), taken once of each model, all of it or a fresh subset (`--proxy_per_round`); `vote_temperature` = 0.1;
 v are sent and not losses. gamma = 0.2 and T = 1 are the code's. The released VOTE teaches nothing (its loss has no
 gradient), so there is none to compare to.
+
+Accuracy for three seeds of `test_local_distillation_learning.py`: 0.779, 0.778, 0.736, VOTE 0.782, 0.783, 0.740 (FedAvg
+0.765, 0.764, 0.696).
 """
 
 from operator import itemgetter

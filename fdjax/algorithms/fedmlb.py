@@ -17,6 +17,9 @@ parts of g, forward and back to their inputs.
 Ours: the blocks are those of the model's module (CONTRIBUTING.md), where the paper cuts ResNet-18 at its stages; g's
 are in test mode. The code clips gradients to 10 (`--clip_norm`), decays weights by 1e-3, has a rate of 0.1 that falls
 by 0.998 a round and 50 local steps (`--local_steps`).
+
+Accuracy for three seeds of `test_local_distillation_learning.py`, of a 2NN: 0.731, 0.769, 0.679 with both weights 1,
+which is no better than FedAvg (0.765, 0.764, 0.696); 0.796, 0.786, 0.764 with l_1 = 0.3 and l_2 = 3.
 """
 
 from fdjax.algorithms import fedavg

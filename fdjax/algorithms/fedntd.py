@@ -8,11 +8,15 @@ logits, without the label's: K - 1 of them, g the received model, which is fixed
              z' = z without z_y
     server:  w <- sum_k (n_k / n) w_k,  n = sum_k n_k, over the participants of the round
 
-Sent: w down and w_k up, 4P bytes each way, as in FedAvg, which is beta = 0. beta = T = 1 are the code's settings.
+Sent: w down and w_k up, 4P bytes each way, as in FedAvg, which is beta = `distill_weight` = 0. beta = T = 1 are the
+code's settings.
 
 The code trains with momentum 0.9, weight decay 1e-5 and a rate of 0.01 that falls by 0.99 a round (`--optimizer=sgd
 --momentum=0.9 --weight_decay=1e-5 --schedule=exponential`); here that is the run's. Its table for MNIST was made with
 CutOut, which the text does not say (issue 4 of its repository); with 10 clients it loses to FedAvg (issue 3).
+
+Accuracy in shards of two labels, ten of 100 clients a round, three seeds of `test_local_distillation_learning.py`, all
+without CutOut: 0.775, 0.782, 0.775 (FedAvg 0.765, 0.764, 0.696); forgetting 0.123, 0.099, 0.120 (0.117, 0.115, 0.177).
 """
 
 from fdjax.algorithms import fedavg
@@ -22,7 +26,7 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
 
 def fedntd(task: Task) -> Algorithm:
-    """FedNTD of the task's model; hparams: `learning_rate`, `local_epochs`, `distill_weight` (beta), `temperature` (T)."""
+    """FedNTD of the task's model; hparams: `learning_rate`, `local_epochs`, `distill_weight`, `temperature`."""
 
     def loss(ctx, w, hard, teacher, z, y):
         T = ctx.hparams["temperature"]
