@@ -1,7 +1,7 @@
 """FedCAD: self-distillation as far as the global model knows the class.
 
-He, Chen, Zhang, "Class-Wise Adaptive Self Distillation for Federated Learning on Non-IID Data" (AAAI 2022, student
-abstract; ICASSP 2022). We had what a survey says of it, that the weight of the distillation follows the global model's
+He et al., "Class-Wise Adaptive Self Distillation for Federated Learning on Non-IID Data" (2022; ICASSP, and a student
+abstract of AAAI). We had what a survey says of it, that the weight of the distillation follows the global model's
 accuracy on the class, measured on auxiliary data: what follows is **our concretisation**. The proxy data stay at the
 server, with labels: its auxiliary set. z are logits, g the received model, which is fixed.
 

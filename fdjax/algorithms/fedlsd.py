@@ -1,7 +1,7 @@
 """FedLSD: local self-distillation, of all logits, from the received global model.
 
-Lee, Shin, Jeong, Yun, the forerunner of FedNTD and a baseline in its released code (`fedntd.py`), which is what we
-had; equation numbers are missing here. z are logits, g the received model, which is fixed.
+A forerunner of FedNTD (Lee et al. 2022, `fedntd.py`) and a baseline in its released code, which is what we had;
+equation numbers are missing here. z are logits, g the received model, which is fixed.
 
     client:  w_k <- w;  E epochs of  (1 - beta) CE(softmax(z), y) + beta T^2 KL(softmax(z_g / T) || softmax(z / T))
     server:  w <- sum_k (n_k / n) w_k,  n = sum_k n_k, over the participants of the round
