@@ -57,7 +57,7 @@ ROWS = (
 class Learned(NamedTuple):
     """One run, evaluation by evaluation; the first is before any training."""
 
-    rounds: list[int]
+    rounds: list[float]
     accuracy: np.ndarray  # [E]
     by_class: np.ndarray  # [E, K]
     sent: np.ndarray  # [E] bytes of all clients, both ways, until then
@@ -108,23 +108,25 @@ def _learn(chosen: settings.Settings) -> Learned:
     simulation, federation, hparams = built.simulation, built.federation, built.hparams
     tests, classes, traffic = _by_class(federation), built.source.num_classes, experiment.traffic_of(built)
     state = simulation.init(chosen.seed, federation)
-    rounds, found, sent, began = [0], [], {"up": [], "down": []}, time.perf_counter()
+    rounds: list[float] = [0]
+    found, sent, began = [], {"up": [], "down": []}, time.perf_counter()
     found.append(simulation.evaluate(state, tests, hparams))
     while rounds[-1] < chosen.rounds:
-        count = min(chosen.eval_every, chosen.rounds - rounds[-1])
+        count = min(chosen.eval_every, chosen.rounds - int(rounds[-1]))
         state, done = simulation.run(state, federation, hparams, count)
         for way, of_rounds in count_bytes(traffic.round, jax.device_get(done.sent)).items():
             sent[way].append(np.sum(of_rounds[:count]))
         found.append(simulation.evaluate(state, tests, hparams))
         rounds.append(rounds[-1] + count)
     found = jax.device_get(found)
-    participants = chosen.rounds * sum(traffic.participants)
+    up, down = (float(np.sum(sent[way])) / (chosen.rounds * sum(traffic.participants)) for way in ("up", "down"))
     return Learned(
         rounds,
         np.array([scalars["central_accuracy"] for scalars, _ in found]),
         np.array([clients["own_accuracy"][:classes] for _, clients in found]),
         np.cumsum([0.0, *np.add(sent["up"], sent["down"])]),
-        *(float(np.sum(sent[way])) / participants for way in ("up", "down")),
+        up,
+        down,
         time.perf_counter() - began,
     )
 
