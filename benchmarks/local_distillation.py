@@ -94,8 +94,7 @@ def main() -> None:
             learned.setdefault(row.label, []).append(_learn(made))
     curves = [(name, runs[0].rounds, (100 * np.mean([r.accuracy for r in runs], 0)).tolist()) for name, runs in
               learned.items()]  # fmt: skip
-    split = f"{given.partition}({given.alpha:g})" if given.alpha is not None else given.partition
-    title = f"{given.dataset}, {given.num_clients} clients, {split}, {100 * given.participation:g} % in a round"
+    title = f"{given.dataset}, {given.num_clients} clients, {_split(given)}, {100 * given.participation:g} % in a round"
     report.draw_curves(out / "curves.png", [("central model", "round", "accuracy, %", curves)], title)
     runs = {name: [_as_json(run) for run in runs] for name, runs in learned.items()}
     spent = f"seeds {given.seed} to {given.seed + given.seeds - 1}; {time.perf_counter() - began:.0f} s of the wall"
@@ -142,6 +141,10 @@ def _as_json(run: Learned) -> dict[str, Any]:
     return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in run._asdict().items()}
 
 
+def _split(given: Any) -> str:
+    return f"{given.partition}({given.alpha:g})" if given.alpha is not None else given.partition
+
+
 def _table(learned: dict[str, list[Learned]], given: Any) -> str:
     base = np.array([run.settled() for run in learned[ROWS[0].label]])
     lines = []
@@ -158,17 +161,16 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
             report.byte_size(float(np.mean(paid))) if len(paid) == len(runs) else "-",
             f"{np.mean([run.up for run in runs]):,.0f}",
             f"{np.mean([run.down for run in runs]):,.0f}",
-            f"{np.mean([run.seconds for run in runs]):.0f}",
         ))  # fmt: skip
     headers = ("", "accuracy, %", "above FedAvg, points, of each seed", "forgetting, points",
-               f"rounds to {given.target:.0%}", "bytes until then", "bytes up", "bytes down", "s a run")  # fmt: skip
+               f"rounds to {given.target:.0%}", "bytes until then", "bytes up", "bytes down")  # fmt: skip
     note = (
-        f"Central model on the test set, means over the evaluations of the last half of {given.rounds} rounds (each "
-        f"{given.eval_every} one), mean and std over {given.seeds} seeds, paired. Bytes up and down are of one client "
+        f"Central model on the test set, means over the evaluations (every {given.eval_every} rounds) of the last half "
+        f"of {given.rounds} rounds, mean and std over {given.seeds} seeds, paired. Bytes up and down are of one client "
         f"and round, those until the target of all clients, both ways. {given.dataset} ({given.train_fraction:g} of "
         f"it), less {given.proxy_size} proxy examples that FedSSD and FedCAD have at the server. {given.num_clients} "
-        f"clients, {given.participation:g} of them in a round; {given.model}, B = {given.batch_size}, E = "
-        f"{given.local_epochs:g}, learning rate {given.learning_rate:g}, momentum {given.momentum:g}."
+        f"clients by {_split(given)}, {given.participation:g} of them in a round; {given.model}, B = "
+        f"{given.batch_size}, E = {given.local_epochs:g}, rate {given.learning_rate:g}, momentum {given.momentum:g}."
     )
     return f"{report.table(lines, headers)}\n\n{note}"
 
