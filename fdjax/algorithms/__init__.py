@@ -29,6 +29,8 @@ from fdjax.algorithms import (
     fedopt,
     fedprox,
     fedssd,
+    group_distillation,
+    group_distillation_proxy,
 )
 from fdjax.method import Method
 
@@ -62,6 +64,8 @@ ALGORITHMS: dict[str, Method] = {
                 cronus,
                 dsfl,
                 fedad,
+                group_distillation,
+                group_distillation_proxy,
             )
         ),
         *fedgkd.METHODS,

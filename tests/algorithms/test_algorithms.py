@@ -26,6 +26,9 @@ UNUSED = {
     "feddf": ("server_patience",),
     "fedgkd_vote": ("vote_temperature",),  # the second round has one past model, and the first none
     "fedmd": ("pretrain_patience", "private_patience"),
+    # The best of a few teachers stays the best; two rounds have one loss before, and few of these clients two peers.
+    "group_distillation": ("similarity", "memory"),
+    "group_distillation_proxy": ("similarity", "revenue_temperature"),
 }
 # The single proxy example that validates here says nothing by accuracy.
 CHOSEN = {"feddf": {"model_selection": "kl"}}
