@@ -3,8 +3,9 @@
     python -m benchmarks.speed --suite=methods --repeats=7
     python -m benchmarks.speed --suite=methods --methods=fedntd,fedgkd
 
-All methods have one federation, clients of equal size, and their own defaults. Time and floating point operations are
-of a round after the first one, without set-up, tests and compilation; repeats of FedAvg and of the method interleave.
+All methods have one federation, clients of equal size, one host device (clients share out over several, servers do
+not) and their own defaults. Time and floating point operations are of a round after the first one, without set-up,
+tests and compilation; repeats of FedAvg and of the method interleave.
 The operations are those that the round executes, counted by `benchmarks.arithmetic`: a method that repeats a teacher's
 forward pass in vain has a high count, one that computes badly a time above its count. What is no floating point
 arithmetic (assignment, sorting, gathering, random bits) is in the time alone.
@@ -27,7 +28,7 @@ from fdjax.run import experiment, methods, report, settings
 REFERENCE, TARGET = "fedavg", 1.3
 FIELDS = {
     "dataset": "mnist_sample", "partition": "iid", "num_clients": 20, "model": "2nn", "batch_size": 32,
-    "proxy": "held_out", "proxy_size": 256, "rounds": 1,
+    "proxy": "held_out", "proxy_size": 256, "rounds": 1, "devices": 1,
 }  # fmt: skip
 TINY = {"dataset": "synthetic", "samples_per_client": 20, "num_clients": 4, "model": "mclr", "proxy_size": 10}
 QUICK = {"learning_rate": 0.05, "local_epochs": 5}  # of methods that have them
@@ -43,7 +44,7 @@ class Method:
             fields |= {"models": f"{'mclr' if tiny else '2nn'}:{fields['num_clients']}", "model": "2nn"}
         hparams = {n: value for n, value in QUICK.items() if n in record.hparams}
         built = experiment.build(settings.make(hparams, algorithm=name, **fields))
-        alone = experiment.build(settings.make(hparams, algorithm=name, **fields, lifting="chunk", devices=1))
+        alone = experiment.build(settings.make(hparams, algorithm=name, **fields, lifting="chunk"))
         self.given: tuple[Any, Any] = built.federation, built.hparams
         simulation: Any = built.simulation
         state = simulation.init(0, built.federation)
