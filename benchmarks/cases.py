@@ -86,7 +86,12 @@ def mean_curve(results: Sequence[Result], metric: str) -> tuple[list[float], lis
 
 
 def write(
-    out: Path, title: str, text: str, results: dict[str, list[Result]], more: dict[str, Any] | None = None
+    out: Path,
+    title: str,
+    text: str,
+    results: dict[str, list[Result]],
+    more: dict[str, Any] | None = None,
+    picture: str = "curves.png",
 ) -> None:
     """Print the text and write table.md and results.json; both say command, versions, device, seeds and time."""
     seconds = sum(r.seconds for runs in results.values() for r in runs)
@@ -109,7 +114,7 @@ def write_runs(
     print(f"\n{text}\n")
     report.write_text(out / "table.md", f"# {title}\n\n{text}\n\n{footer}\n")
     report.write_json(out / "results.json", environment | {"command": command, "runs": runs} | (more or {}))
-    print(f"written: {out}/table.md, results.json, curves.png")
+    print(f"written: {out}/table.md, results.json, {picture}")
 
 
 def _given_flags() -> list[str]:
