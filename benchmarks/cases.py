@@ -86,12 +86,7 @@ def mean_curve(results: Sequence[Result], metric: str) -> tuple[list[float], lis
 
 
 def write(
-    out: Path,
-    title: str,
-    text: str,
-    results: dict[str, list[Result]],
-    more: dict[str, Any] | None = None,
-    picture: str = "curves.png",
+    out: Path, title: str, text: str, results: dict[str, list[Result]], more: dict[str, Any] | None = None
 ) -> None:
     """Print the text and write table.md and results.json; both say command, versions, device, seeds and time."""
     seconds = sum(r.seconds for runs in results.values() for r in runs)
@@ -114,7 +109,8 @@ def write_runs(
     print(f"\n{text}\n")
     report.write_text(out / "table.md", f"# {title}\n\n{text}\n\n{footer}\n")
     report.write_json(out / "results.json", environment | {"command": command, "runs": runs} | (more or {}))
-    print(f"written: {out}/table.md, results.json, {picture}")
+    pictures = sorted(path.name for path in out.glob("*.png"))
+    print(f"written: {out}/{', '.join(('table.md', 'results.json', *pictures))}")
 
 
 def _given_flags() -> list[str]:

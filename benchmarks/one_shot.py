@@ -4,9 +4,9 @@
     python -m benchmarks.one_shot --dataset=cifar10 --data_dir=... --model=niid_cnn --train_fraction=0.2
 
 Ten clients of Dirichlet(0.5) train once, and share what they learned once. FedMA and FedAD begin with nets of different
-starts, as their papers have it; FedAvg and FedDF with one. FedAD and FedDF distil on proxy data without labels, which are
-held out of the training data of all. The ensemble sends whole nets and keeps them all: it is what distillation aims at.
-Bytes are those of one client, up and down, in the round.
+starts, as their papers have it; FedAvg and FedDF with one. FedAD and FedDF distil on proxy data without labels, which
+are held out of the training data of all. The ensemble sends whole nets and keeps them all: it is what distillation aims
+at. Bytes are those of one client, up and down, in the round.
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ def main() -> None:
     named = {label: [_settings(row, given.seed + i) for i in range(given.seeds)] for label, row in ROWS.items()}
     results = cases.run_seeds(named, out)
     _draw(out / "accuracy.png", results)
-    cases.write(out, "benchmarks.one_shot", _table(results), results, picture="accuracy.png")
+    cases.write(out, "benchmarks.one_shot", _table(results), results)
 
 
 def _settings(row: Row, seed: int) -> settings.Settings:
