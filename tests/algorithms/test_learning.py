@@ -29,6 +29,12 @@ BETTER = {
     "fedad": ("central", 0.3, (0.499, 0.486, 0.420)),
     "fedma": ("central", 0.05, (0.090, 0.172, 0.111)),
     "fedgkt": ("local", 0.01, (0.137, 0.037, 0.086)),
+    "feddkc": ("local", 0.005, (0.102, 0.013, 0.054)),
+    "fml": ("central", 0.25, (0.355, 0.381, 0.367)),
+    "fedproto": ("local", 0.02, (0.092, 0.042, 0.100)),
+    "fedgh": ("local", 0.02, (0.085, 0.043, 0.068)),
+    "fedtgp": ("local", 0.01, (0.038, 0.023, 0.065)),
+    "mhat": ("local", 0.2, (0.376, 0.305, 0.281)),
 }
 ELSEWHERE = {"fd", "faug", "group_distillation", "group_distillation_proxy"}  # below, or in files of their own
 CHOSEN = {
@@ -46,12 +52,16 @@ CHOSEN = {
     "fedgems": {"distill_epochs": 2, "server_epochs": 2},
     "fedgen": {"generated_weight": 1.0, "latent_weight": 1.0, "generator_learning_rate": 0.003},
     "fedma": {"local_epochs": 5, "sweeps": 1},
+    "feddkc": {"learning_rate": 0.03, "server_epochs": 5},
+    "fedtgp": {"server_learning_rate": 0.05},
+    "mhat": {"distill_epochs": 2},
     "fedgkt": {"learning_rate": 0.03, "server_epochs": 5},  # 0.1 diverges for one seed, with a 2nn as the server's
 }
 # FedAUX's: one or two classes a client, and a fifth of all images for proxy data.
 APART = {"train_fraction": 1.0, "alpha": 0.01, "proxy": "held_out", "proxy_size": 1000}
 MODELS = {
     "fedgkt": {"models": "2nn:10", "model": "mclr"},
+    "feddkc": {"models": "2nn:10", "model": "mclr"},
     "fedad": {"rounds": 1},
     "fedma": {"rounds": 1},
 }
