@@ -18,6 +18,11 @@ In KL the other net's outputs are fixed, and so is d, which the code differentia
 it then raises CE. H moves both nets. Ours: d is of each example (the code's of a batch), and at least 0.1; the term of
 attention maps, which these nets have not, is left out; one change of E epochs is sent, where the paper sends a gradient
 of each batch; the optimiser is one for both nets, fresh in every round.
+
+In `test_learning.py`, where clients have one or two labels, a mentee of 32 units has 0.275, 0.338, 0.313 after 15
+rounds (with an energy of 1 0.325, 0.391, 0.449), clients alone 0.230, 0.249, 0.235, and FedAvg of that net 0.598,
+0.641, 0.656 after 5: as d falls, the mentor of few labels comes to weigh ten times what the labels do. The paper's four
+clients have like data. A 200 x 200 matrix is decomposed in 0.2 s on one core.
 """
 
 import jax
