@@ -240,7 +240,7 @@ def test_an_ensemble_drawn_from_a_posterior_teaches_more_than_fedavg():
 
 @pytest.mark.exhaustive
 def test_generated_inputs_tune_the_average():
-    """FedFTG of 30 steps has 0.621, 0.565, 0.565, FedAvg 0.593, 0.518, 0.554; of 10 it is level: 0.580, 0.506, 0.571."""
+    """FedFTG of 30 steps: 0.621, 0.565, 0.565, FedAvg 0.593, 0.518, 0.554; of 10 it is level: 0.580, 0.506, 0.571."""
     fields = {name: value for name, value in DRIFT.items() if "proxy" not in name}
     tuned = final("central_accuracy", "fedftg", {"local_epochs": 20, "server_steps": 30}, **fields)
     averaged = final("central_accuracy", "fedavg", {"local_epochs": 20}, **fields)
