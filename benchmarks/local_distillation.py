@@ -51,6 +51,8 @@ ROWS = (
     Row("FedMLB, 0.3 and 3", "fedmlb", (("hybrid_weight", 0.3), ("distill_weight", 3.0))),
     Row("FedSSD", "fedssd"),
     Row("FedCAD", "fedcad"),
+    Row("FML, the meme", "fml"),
+    Row("FedKD, the mentee", "fedkd"),
 )
 
 
