@@ -24,6 +24,7 @@ The paper leaves open, and we chose:
 
 Deviations: a period is `local_epochs` epochs, not 250 batches of 64 whatever the device holds. The server keeps every
 client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the paper's generator, is `faug.py`.
+--privacy=means noises F_k, which is ours: see `exchange/private_means.py`, also for what that does not hide.
 """
 
 import jax
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 from fdjax.client import losses
 from fdjax.client.training import fit_observing, local_work
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
-from fdjax.exchange import reductions
+from fdjax.exchange import private_means, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
@@ -59,13 +60,17 @@ def fd(task: Task) -> Algorithm:
             return hard + ctx.hparams["gamma"] * regulariser, jax.nn.softmax(logits)
 
         def observe(probabilities, y, weight):
-            return reductions.sum_by_label(probabilities, y, K, weight)
+            shown = private_means.clipped_outputs(ctx, probabilities) if task.private_means else probabilities
+            return reductions.sum_by_label(shown, y, K, weight)
 
         nothing = reductions.ByLabel(jnp.zeros((K, K)), jnp.zeros(K))
         params, train_loss, seen = fit_observing(
             task.training, loss, observe, nothing, params, data, ctx, epochs=local_work(ctx)
         )
-        means = seen.value / jnp.maximum(seen.count, 1)[:, None]
+        if task.private_means:
+            means = private_means.noised_means(ctx.at("means"), seen)
+        else:
+            means = seen.value / jnp.maximum(seen.count, 1)[:, None]
         return params, Upload(means), {"train_loss": train_loss}
 
     def server(ctx, table, stack):
@@ -85,4 +90,5 @@ METHOD = Method(
     build=fd,
     hparams=LOCAL_TRAINING | {"gamma": HParam(1.0, help="weight of the regulariser towards the others' mean outputs")},
     keeps_models=True,
+    label_means=True,
 )

@@ -337,6 +337,7 @@ def _task(settings: Settings, shapes: Shapes) -> Task:
         proxy_per_round=min(settings.proxy_per_round or shapes.proxy, shapes.proxy),
         options=dict(settings.options),
         inputs=shapes.inputs,
+        private_means=settings.privacy == "means",
     )
 
 

@@ -83,12 +83,15 @@ def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:
     spent = max((result.privacy for result in results), key=lambda privacy: privacy.get("epsilon", 0.0))
     if not spent:
         return []
+    noise = f"{spent['noise_multiplier']:.4g}"
+    if "count_noise_multiplier" in spent:
+        noise += f" of sums, {spent['count_noise_multiplier']:.4g} of counts"
     return [
         (
             f"epsilon at delta {spent['delta']:g}, {spent['relation']}",
             f"{spent['epsilon']:.4g} ({spent['accountant']})",
         ),
-        ("noise multiplier, clip", f"{spent['noise_multiplier']:.4g}, {spent['clip']:g}"),
+        ("noise multiplier, clip", f"{noise}, {spent['clip']:g}"),
     ]
 
 
