@@ -183,6 +183,10 @@ class Exchange(NamedTuple):
     server: ServerUpdate
     releases: tuple[Any, ...] = ()  # what a privacy accountant must know
     name: str = ""  # for errors and byte tables; if empty, the name of the function `client`
+    shares: str = ""
+    # what all of an upload is, where the check of membership (`engine.membership`) can read it: "params" of the central
+    # model; or "logits" or "probabilities" [n, K] of the proxy examples whose ids are all that the broadcast shares. An
+    # exchange that says so is the first of a round, and has one reduction
 
     @property
     def label(self) -> str:

@@ -36,6 +36,7 @@ def averaging(client: ClientWork) -> Exchange:
         client=client,
         reduce=reductions.weighted_mean(),
         server=lambda ctx, params, mean: (mean, {}),
+        shares="params",
     )
 
 

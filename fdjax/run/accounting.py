@@ -11,9 +11,9 @@ apart:
   the client who has spent most, as if it had taken part in every round. That bound is wide. `poisson` is the usual
   approximation in its place: q = B / n, z whole, one example more or less.
 - local: one client's data are others, 2 S again, and nobody's participation hides it.
-- means: one example of one client more or less, of the means by label that it sends, **given the models**: these learned
-  from the same examples, which is not accounted for. Sums and counts are noised by z_s and z_n, which is one Gaussian of
-  multiplier (z_s^-2 + z_n^-2)^(-1/2) a round, for each client, as if it took part in every one.
+- means: one example of one client more or less, of the means by label that it sends, **given the models**, which
+  learned from the same examples: that is not accounted for. Sums and counts are noised by z_s and z_n, which is one
+  Gaussian of multiplier (z_s^-2 + z_n^-2)^(-1/2) a round, for each client, as if it took part in every one.
 
 That sampling amplifies needs it to be secret: who sees the traffic of a client has the epsilon of no sampling.
 Several releases of a round are made by the same participants: z / sqrt(their number) is one that is equal to them.

@@ -371,6 +371,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             drop_nonfinite=settings.drop_nonfinite,
             policy=policy_of(settings),
             new=shapes.new,
+            membership=settings.membership,
             fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)

@@ -1,4 +1,4 @@
-"""Settings of privacy: what is private, how much noise that takes, and how it is accounted for."""
+"""Settings of privacy: what is private, how much noise that takes, how it is accounted for, and an attack on it."""
 
 import dataclasses
 from types import MappingProxyType
@@ -30,7 +30,7 @@ ACCOUNTANTS = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class PrivacySettings:
-    """The settings of differential privacy, which `Settings` has among its own."""
+    """The settings of privacy, which `Settings` has among its own."""
 
     privacy: str = _setting("none", "what is kept private", choices=LEVELS)
     clip: float | None = _setting(
@@ -55,6 +55,10 @@ class PrivacySettings:
         "fixed", "privacy example: how batches are accounted for", choices=BATCHES, role="run", resumable=True
     )
     accountant: str = _setting("rdp", "how epsilon is computed", choices=ACCOUNTANTS, role="run", resumable=True)
+    membership: bool = _setting(
+        False,
+        "attack models and uploads at every evaluation: who was trained on, as AUC; up to a round's work each time",
+    )
 
 
 def check_privacy(settings: Any) -> None:

@@ -73,9 +73,13 @@ def test_sums_and_counts_are_noised_by_what_an_example_adds_in_all_epochs():
     """2,000 rows: deviations of S and N are E z_s c and E z_n, seen where the counts are large, or the sums 0."""
     c, z_s, z_n, rows = 0.5, 3.0, 4.0, 2000
     total = ByLabel(jnp.full((rows, 3), 0.5e6), jnp.full(rows, 1e6))
-    found = np.asarray(private_means.noised_means(context(clip=c, noise_multiplier=z_s, count_noise_multiplier=0), total))
+    found = np.asarray(
+        private_means.noised_means(context(clip=c, noise_multiplier=z_s, count_noise_multiplier=0), total)
+    )
     assert abs((found * 1e6).std() / (EPOCHS * z_s * c) - 1) < 0.04
-    found = np.asarray(private_means.noised_means(context(clip=c, noise_multiplier=0, count_noise_multiplier=z_n), total))
+    found = np.asarray(
+        private_means.noised_means(context(clip=c, noise_multiplier=0, count_noise_multiplier=z_n), total)
+    )
     counts = 0.5e6 / found.astype(np.float64)
     assert abs(counts.std() / (EPOCHS * z_n) - 1) < 0.06
     np.testing.assert_array_equal(found[:, 0], found[:, 1])  # of one label there is one count
