@@ -154,6 +154,7 @@ class ModelOf(Protocol):
 
 
 COMBINES = ("sum", "min", "max", "stack")
+SHARES = ("params", "logits", "probabilities")
 
 
 class Reduction(NamedTuple):
@@ -184,9 +185,9 @@ class Exchange(NamedTuple):
     releases: tuple[Any, ...] = ()  # what a privacy accountant must know
     name: str = ""  # for errors and byte tables; if empty, the name of the function `client`
     shares: str = ""
-    # what all of an upload is, where the check of membership (`engine.membership`) can read it: "params" of the central
-    # model; or "logits" or "probabilities" [n, K] of the proxy examples whose ids are all that the broadcast shares. An
-    # exchange that says so is the first of a round, and has one reduction
+    # one of SHARES: what all of an upload is, where the attack on membership (`engine.membership`) can read it. "params"
+    # are the central model's; "logits" and "probabilities" [n, K] are of the proxy examples whose ids are all that the
+    # broadcast shares. An exchange that says so is the first of a round, and has one reduction
 
     @property
     def label(self) -> str:

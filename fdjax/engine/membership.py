@@ -24,6 +24,7 @@ Of FD there is no upload: its means say the same of all examples of a label, so 
 attack is a guess whatever they are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ import numpy as np
 from fdjax import keys
 from fdjax.client import losses
 from fdjax.client.data import ClientData
-from fdjax.contract import ENSEMBLE, Algorithm, Broadcast, Exchange, HParams, Received, Upload
+from fdjax.contract import ENSEMBLE, Algorithm, Broadcast, Exchange, HParams, Received, Reduction, Upload
 from fdjax.engine import lift, rows
 from fdjax.engine.layout import Layout, State, rows_of
 from fdjax.engine.new_clients import never_train
@@ -122,7 +123,8 @@ def _of_pairs(key: jax.Array, model: Callable, data: ClientData, tests: ClientDa
 
 def _of_models(algorithm: Algorithm, layout: Layout, state: State, moment: Moment) -> dict[str, jax.Array]:
     """[C] by name, of the central model and of clients' own, those that there are."""
-    federation, central, personal = moment.federation, algorithm.central, algorithm.personal
+    federation, personal = moment.federation, algorithm.personal
+    central: Any = None if algorithm.central is ENSEMBLE else algorithm.central
     there, found = _there(layout, federation), []
     for j, (cohort, part) in enumerate(zip(layout.cohorts, layout.slices, strict=True)):
 
@@ -132,14 +134,12 @@ def _of_models(algorithm: Algorithm, layout: Layout, state: State, moment: Momen
             tests = ClientData(moment.federation.test, moment.federation.test_holdings.order, start, count)
             key = keys.stream(moment.key, "client", row.client)
             found = {}
-            if central is not None and central is not ENSEMBLE:
-                ctx, of_all = context(moment, layout.central, moment.key), central
-                found["central_auc"] = _of_pairs(key, lambda x: of_all(ctx, server, x), data, tests)
+            if central is not None:
+                ctx = context(moment, layout.central, moment.key)
+                found["central_auc"] = _of_pairs(key, functools.partial(central, ctx, server), data, tests)
             if personal is not None:
-                ctx_of_client = context(moment, model, key, row.client, j)
-                found["local_auc"] = _of_pairs(
-                    key, lambda x: personal(ctx_of_client, server, row.state, x), data, tests
-                )
+                ctx = context(moment, model, key, row.client, j)
+                found["local_auc"] = _of_pairs(key, functools.partial(personal, ctx, server, row.state), data, tests)
             return found, lift.Partials()
 
         row = rows_of(federation, federation.train_holdings, part, state.clients[j])
@@ -231,6 +231,7 @@ def _watched(exchange: Exchange, layout: Layout, federation: Federation, candida
             seen = seen._replace(consensus=_of_outputs(exchange, summary["sent"], candidates, ids))
         return (inner, seen), {}
 
+    assert isinstance(exchange.reduce, Reduction)
     sent = after(lambda ctx, upload: upload["sent"], exchange.reduce)
     reduce = {"sent": sent, "auc": reductions.stack(lambda upload: upload["auc"])}
     return exchange._replace(broadcast=broadcast, client=client, reduce=reduce, server=server, name=exchange.label)
