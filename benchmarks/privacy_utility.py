@@ -3,8 +3,8 @@
     python -m benchmarks.privacy_utility                            # the embedded MNIST; minutes on two cores
     python -m benchmarks.privacy_utility --dataset=mnist --data_dir=...
 
-FedAvg, FD, DS-FL and FedMD on one federation of 100 clients, who all lack the same held-out examples. Of each method the
-noises, and seeds, are the trials of one compiled batch. The first of them, 0, is the method as it is: no clip either.
+FedAvg, FD, DS-FL and FedMD on one federation of 100 clients, who all lack the same held-out examples. Of each method
+the noises, and seeds, are the trials of one compiled batch. The first noise, 0, is the method as it is, without a clip.
 
 What is private differs, so epsilons of two kinds do not compare:
 - client: what a client adds to a sum is clipped, the sum noised; the server is trusted, so its sums are attacked

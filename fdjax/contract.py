@@ -185,8 +185,8 @@ class Exchange(NamedTuple):
     releases: tuple[Any, ...] = ()  # what a privacy accountant must know
     name: str = ""  # for errors and byte tables; if empty, the name of the function `client`
     shares: str = ""
-    # one of SHARES: what all of an upload is, where the attack on membership (`engine.membership`) can read it. "params"
-    # are the central model's; "logits" and "probabilities" [n, K] are of the proxy examples whose ids are all that the
+    # one of SHARES: what all of an upload is, where the attack on membership (`engine.membership`) can read it; params
+    # are the central model's, "logits" and "probabilities" [n, K] are of the proxy examples whose ids are all that the
     # broadcast shares. An exchange that says so is the first of a round, and has one reduction
 
     @property

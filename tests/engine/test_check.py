@@ -97,6 +97,13 @@ BAD = {
         {"server": lambda ctx, server, summary: (server * ctx.hparams["gama"], {})},
         r"^unknown hyperparameter \(in ctx\.hparams\) 'gama' \(did you mean 'gamma'\?\)",
     ),
+    "something shared that nobody knows": (
+        {"shares": "means"}, r"^fd, exchange train: shares='means', expected params, logits, probabilities with one",
+    ),
+    "something shared and several reductions": (
+        {"shares": "logits", "reduce": {"a": reductions.mean(), "b": reductions.stack()}},
+        r"^fd, exchange train: shares='logits' with several reductions, expected",
+    ),
     "an unknown way to combine": (
         {"reduce": reductions.mean()._replace(combine="total")},
         r"^unknown way to combine \(fd, exchange train: reduce\) 'total'; known: max, min, stack, sum",
