@@ -176,8 +176,8 @@ def _table(cells: dict[Row, list[Cell]]) -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("noises", ["0", "0.5", "1", "2", "4", "8"], "noise multipliers, trials of one batch")
-    flags.DEFINE_integer("seeds", 3, "number of seeds, from --seed on", lower_bound=1)
+    flags.DEFINE_list("noises", ["0", "1", "2", "4", "8"], "noise multipliers, trials of one batch")
+    flags.DEFINE_integer("seeds", 1, "number of seeds, from --seed on", lower_bound=1)
     settings.define_flags(
         skip=("algorithm", "privacy", "clip", "noise_multiplier", "target_epsilon", "count_noise_multiplier",
               "membership"),
