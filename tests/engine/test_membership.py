@@ -192,6 +192,12 @@ def test_every_method_can_be_attacked(name):
     assert ("local_auc" in clients) == (algorithm.personal is not None)
 
 
+def test_prototypes_of_several_architectures_are_not_taken_for_the_central_model():
+    task = cases.task(cohorts=(("2nn", 3), ("mclr", 4)), options=ALGORITHMS["feddf"].choices({}).items())
+    assert ALGORITHMS["feddf"].algorithm(task).round[0].shares == ""
+    assert ALGORITHMS["feddf"].algorithm(task._replace(models=task.models[1:], sizes=(7,))).round[0].shares == "params"
+
+
 SMALL = {
     "dataset": "synthetic", "model": "mclr", "num_clients": 8, "alpha": 0.0, "beta": 0.0, "samples_per_client": 30,
     "rounds": 2, "eval_every": 2, "local_epochs": 5, "learning_rate": 0.3, "progress": False, "devices": 1,
