@@ -120,16 +120,13 @@ def feddf(task: Task) -> Algorithm:
         return ctx.model.apply(prototypes[ctx.cohort], x)
 
     reduction = after(look_at, Reduction(partial, lambda ctx, totals: totals, per_cohort=True))
-    (train,) = fedavg.fedavg(task).round
-    shares = train.shares if all(model is task.model for model in task.models) else ""
+    train = (
+        fedavg.fedavg(task).round[0]._replace(shares="params" if {*map(id, task.models)} == {id(task.model)} else "")
+    )
     return Algorithm(
         init_server=init_server,
         init_client=lambda ctx, params: (),
-        round=(
-            train._replace(
-                broadcast=lambda ctx, ps: Broadcast(ps[ctx.cohort]), reduce=reduction, server=server, shares=shares
-            ),
-        ),
+        round=(train._replace(broadcast=lambda ctx, ps: Broadcast(ps[ctx.cohort]), reduce=reduction, server=server),),
         central=lambda ctx, prototypes, x: task.models[0].apply(prototypes[0], x),
         personal=own_prototype if len(task.models) > 1 else None,
         model_of=lambda ctx, prototypes, state: prototypes[ctx.cohort],
