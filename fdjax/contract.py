@@ -186,8 +186,9 @@ class Exchange(NamedTuple):
     name: str = ""  # for errors and byte tables; if empty, the name of the function `client`
     shares: str = ""
     # one of SHARES: what all of an upload is, where the attack on membership (`engine.membership`) can read it; params
-    # are the central model's, "logits" and "probabilities" [n, K] are of the proxy examples whose ids are all that the
-    # broadcast shares. An exchange that says so is the first of a round, and has one reduction
+    # are the central model's or, where shapes differ, of the client's architecture, "logits" and "probabilities" [n, K]
+    # of the proxy examples whose ids are all that the broadcast shares. Such an exchange is the first of a round, and
+    # has one reduction
 
     @property
     def label(self) -> str:

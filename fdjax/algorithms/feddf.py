@@ -120,9 +120,7 @@ def feddf(task: Task) -> Algorithm:
         return ctx.model.apply(prototypes[ctx.cohort], x)
 
     reduction = after(look_at, Reduction(partial, lambda ctx, totals: totals, per_cohort=True))
-    train = (
-        fedavg.fedavg(task).round[0]._replace(shares="params" if {*map(id, task.models)} == {id(task.model)} else "")
-    )
+    (train,) = fedavg.fedavg(task).round
     return Algorithm(
         init_server=init_server,
         init_client=lambda ctx, params: (),

@@ -42,7 +42,7 @@ from fdjax.engine.new_clients import never_train
 from fdjax.engine.step import Moment, context, exchange_step
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import after
-from fdjax.types import Array, Examples, Federation, PyTree
+from fdjax.types import Array, Examples, Federation, Model, PyTree
 
 PAIRS = 256  # members, and others, of one client, at most
 _NOBODY = -1.0  # in the place of the AUC of a client that has none
@@ -215,7 +215,8 @@ def _watched(exchange: Exchange, layout: Layout, federation: Federation, candida
         state, upload, _ = exchange.client(ctx, Received(received.shared, own, known), state, data)
         if candidates is None:
             key, others = ctx.at("membership").key, ClientData(test, order, start, count)
-            found = _of_pairs(key, lambda x: layout.central.apply(upload.tree, x), data, others)
+            model = _model_of(upload.tree, layout.central, ctx.model)
+            found = _of_pairs(key, functools.partial(model.apply, upload.tree), data, others)
             found = jnp.where(count > 0, found, _NOBODY)
         else:
             mine = candidates.counts & (candidates.owner == ctx.client)
@@ -235,6 +236,12 @@ def _watched(exchange: Exchange, layout: Layout, federation: Federation, candida
     sent = after(lambda ctx, upload: upload["sent"], exchange.reduce)
     reduce = {"sent": sent, "auc": reductions.stack(lambda upload: upload["auc"])}
     return exchange._replace(broadcast=broadcast, client=client, reduce=reduce, server=server, name=exchange.label)
+
+
+def _model_of(params: PyTree, central: Model, own: Model) -> Model:
+    """The central model if these are its params, by their shapes; else the client's own."""
+    first = jax.eval_shape(central.init, jax.random.key(0))
+    return central if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, first) else own
 
 
 def _of_outputs(exchange: Exchange, tree: PyTree, candidates: _Candidates, ids: Any) -> jax.Array:

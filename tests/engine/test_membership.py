@@ -193,9 +193,13 @@ def test_every_method_can_be_attacked(name):
 
 
 def test_prototypes_of_several_architectures_are_not_taken_for_the_central_model():
-    task = cases.task(cohorts=(("2nn", 3), ("mclr", 4)), options=ALGORITHMS["feddf"].choices({}).items())
-    assert ALGORITHMS["feddf"].algorithm(task).round[0].shares == ""
-    assert ALGORITHMS["feddf"].algorithm(task._replace(models=task.models[1:], sizes=(7,))).round[0].shares == "params"
+    federation, options = cases.federation(cohort_sizes=(3, 4)), ALGORITHMS["feddf"].choices({}).items()
+    task = cases.task(cohorts=(("2nn", 3), ("mclr", 4)), options=options, per_round=cases.PROXIES)
+    algorithm = ALGORITHMS["feddf"].algorithm(task)
+    pure = cases.bind(algorithm, task, (3, 4), membership=True).pure
+    state = jax.eval_shape(pure.init, 0, federation)
+    _, clients = jax.eval_shape(pure.evaluate, state, federation, cases.hparams_of("feddf"), np.int32(5))
+    assert clients["upload_auc"].shape == (7,)
 
 
 SMALL = {
