@@ -41,9 +41,9 @@ ROWS = (
     Row("FedAvg, client", "fedavg", "client", 1.0),
     Row("FedAvg, example", "fedavg", "example", 1.0),
     Row("FD, example given the models", "fd", "means", 1.0),
-    Row("DS-FL, client", "dsfl", "client", 8.0),
+    Row("DS-FL, client", "dsfl", "client", 20.0),
     Row("DS-FL, example", "dsfl", "example", 1.0),
-    Row("FedMD, client", "fedmd", "client", 100.0),
+    Row("FedMD, client", "fedmd", "client", 200.0),
 )
 AUCS = {"central_auc": "central model", "local_auc": "own models", "upload_auc": "one upload",
         "consensus_auc": "consensus"}  # fmt: skip
@@ -82,8 +82,6 @@ def _run(row: Row, noises: list[float]) -> list[Cell]:
         "privacy": row.privacy,
         "membership": True,
     }
-    if row.algorithm in ("fedavg", "fd"):
-        fixed |= {"proxy_per_round": 0}
     made = [
         settings.from_flags(**fixed, seed=given.seed + i, noise_multiplier=z, clip=row.clip if z else None)
         for z in noises
@@ -167,8 +165,7 @@ def _table(cells: dict[Row, list[Cell]]) -> str:
     note = (
         f"Test accuracy and AUCs after {used.rounds} rounds, {count} from {flags.FLAGS.seed} on. Epsilon at delta "
         f"{used.delta:g} ({used.accountant}); {relations}. Clips, with noise: {clips}. {used.num_clients} clients, "
-        f"{used.partition_name}, {used.model_title}, B = {used.batch_size}; {used.proxy_size} held-out examples, "
-        f"{flags.FLAGS.proxy_per_round} of them a round. An AUC of 0.5 is a guess; a cell is empty where there is "
+        f"{used.partition_name}, {used.model_title}, B = {used.batch_size}; {used.proxy_size} held-out examples. An AUC of 0.5 is a guess; a cell is empty where there is "
         "nothing to attack: of FD's means any two examples of a label are alike, and a trusted server sees no single "
         "upload."
     )
@@ -182,7 +179,7 @@ if __name__ == "__main__":
         skip=("algorithm", "privacy", "clip", "noise_multiplier", "target_epsilon", "count_noise_multiplier",
               "membership"),
         dataset="mnist_sample", num_clients=100, model="mclr", batch_size=10, local_epochs=5, learning_rate=0.05,
-        rounds=20, eval_every=20, proxy="held_out", proxy_size=500, proxy_per_round=100, partition_seed=0,
+        rounds=20, eval_every=20, proxy="held_out", proxy_size=500, partition_seed=0,
     )  # fmt: skip
     flags.DEFINE_string("out", "runs/privacy_utility", "folder for the table, results and the picture")
     flags.DEFINE_boolean("overwrite", False, "write over what --out holds")

@@ -39,7 +39,7 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 def means_of_others(table: jax.Array) -> jax.Array:
     """F^(k)[l] for every k: `[C, K, K]` of F_k, zeros for labels not held, to the means over all but k."""
-    holds = (jnp.sum(table, axis=-1, keepdims=True) > 0).astype(table.dtype)
+    holds = jnp.any(table != 0, axis=-1, keepdims=True).astype(table.dtype)
     holders = jnp.sum(holds, axis=0, keepdims=True) - holds
     total = jnp.sum(table, axis=0, keepdims=True) - table
     return jnp.where(holders > 0, total / jnp.maximum(holders, 1), 0)
@@ -50,7 +50,9 @@ def fd(task: Task) -> Algorithm:
     K = task.classes
 
     def broadcast(ctx, table):
-        return Broadcast((), own=means_of_others(table)[task.ids(ctx.cohort)])
+        means = means_of_others(table)
+        means = private_means.as_probabilities(means) if task.private_means else means
+        return Broadcast((), own=means[task.ids(ctx.cohort)])
 
     def train(ctx, received, params, data):
         def loss(params, x, y, key):

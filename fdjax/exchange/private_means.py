@@ -15,9 +15,9 @@ That holds **given the models alone**. The client's model was trained on the sam
 its outputs would be others, and not just one term missing; nothing here hides that. A guarantee in full needs models
 that are private by example themselves (DP-SGD, `client/private.py`), composed with this.
 
-What follows costs nothing, as it sees S and N alone, and is ours: numbers of F are cut to [0, 1], where means of
-probabilities lie, and a label of which N[l] is no more than twice the deviation of its noise is sent as one that the
-client does not hold. Without noise and clip F is the plain mean, bit by bit.
+What follows costs nothing, as it sees S and N alone, and is ours: a label of which N[l] is no more than twice the
+deviation of its noise is sent as one that the client does not hold; and the server makes probabilities of the means over
+clients, whose noise is less than that of each. Without noise and clip F is the plain mean, bit by bit.
 """
 
 import jax
@@ -28,6 +28,7 @@ from fdjax.exchange.privacy import noise_deviation, noised
 from fdjax.exchange.reductions import ByLabel
 
 _SURE = 2.0  # deviations
+_MOST = 1.001  # sum of what are probabilities but for rounding
 
 
 def clipped_outputs(ctx: Context, outputs: jax.Array) -> jax.Array:
@@ -44,4 +45,11 @@ def noised_means(ctx: Context, total: ByLabel) -> jax.Array:
     value = noised(ctx.at("sums"), total.value, seen * noise_deviation(ctx))
     count = noised(ctx.at("counts"), total.count, deviation)
     held = count > _SURE * deviation
-    return jnp.where(held[:, None], jnp.clip(value / jnp.maximum(count, 1)[:, None], 0, 1), 0)
+    return jnp.where(held[:, None], value / jnp.maximum(count, 1)[:, None], 0)
+
+
+def as_probabilities(means: jax.Array) -> jax.Array:
+    """Means [..., K] cut to [0, 1], and scaled down where they add up to more than 1, beyond rounding."""
+    positive = jnp.clip(means, 0, 1)
+    total = jnp.sum(positive, axis=-1, keepdims=True)
+    return jnp.where(total > _MOST, positive / jnp.maximum(total, 1), positive)

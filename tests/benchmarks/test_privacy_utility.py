@@ -10,7 +10,7 @@ import pytest
 def test_a_tiny_table_over_noise(tmp_path):
     done = programs.run(
         "benchmarks.privacy_utility", "--num_clients=4", "--train_fraction=0.05", "--proxy_size=40", "--seeds=1",
-        "--proxy_per_round=20", "--rounds=1", "--eval_every=1", "--local_epochs=1", "--noises=0,2", f"--out={tmp_path}",
+        "--rounds=1", "--eval_every=1", "--local_epochs=1", "--noises=0,2", f"--out={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]

@@ -96,11 +96,18 @@ def test_a_noised_mean_by_numpy():
     S = value + EPOCHS * 0.7 * 0.8 * draws("sums", (K, K))
     N = count + EPOCHS * 0.4 * draws("counts", (K,))
     held = N > 2 * EPOCHS * 0.4
-    expected = np.where(held[:, None], np.clip(S / np.maximum(N, 1)[:, None], 0, 1), 0)
+    expected = np.where(held[:, None], S / np.maximum(N, 1)[:, None], 0)
     found = private_means.noised_means(ctx, ByLabel(jnp.asarray(value), jnp.asarray(count)))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert held[:2].all()
     assert not held[3]
+
+
+def test_the_server_makes_probabilities_of_noised_means():
+    rows = np.float32([[0.2, 0.8, 0.0], [1.5, 0.5, -0.4], [-1, 0.3, 0.2], [0, 0, 0]])
+    found = np.asarray(private_means.as_probabilities(jnp.asarray(rows)))
+    np.testing.assert_allclose(found, [[0.2, 0.8, 0], [2 / 3, 1 / 3, 0], [0, 0.3, 0.2], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(found[0], rows[0])
 
 
 @pytest.mark.parametrize("clip", [0.3, 1.0, np.inf])
