@@ -16,8 +16,8 @@ its outputs would be others, and not just one term missing; nothing here hides t
 that are private by example themselves (DP-SGD, `client/private.py`), composed with this.
 
 What follows costs nothing, as it sees S and N alone, and is ours: a label of which N[l] is no more than twice the
-deviation of its noise is sent as one that the client does not hold; and the server makes probabilities of the means over
-clients, whose noise is less than that of each. Without noise and clip F is the plain mean, bit by bit.
+deviation of its noise is sent as one that the client does not hold; and the server makes probabilities of the means
+over clients, whose noise is less than that of each. Without noise and clip F is the plain mean, bit by bit.
 """
 
 import jax
