@@ -102,6 +102,7 @@ COMMANDS = (
     "--algorithm=fedmd",
     "--algorithm=fedmd --proxy=noise",
     "--proxy=held_out --proxy_size=6000",
+    "--algorithm=fedaux --proxy=held_out --proxy_size=2",
     "--algorithm=feddistill --models=2nn:3,mclr:3",
     "--algorithm=fedgkt",
     "--models=mclr:2,2nn:8",

@@ -118,13 +118,14 @@ def _panels(cells: dict[Row, list[Cell]]) -> list[report.Panel]:
     def curves(of: Any, form: str) -> list[report.Curve]:
         drawn: list[report.Curve] = []
         for row, each in cells.items():
-            points = [
-                (cell[0].privacy["epsilon"], of(cell)) for cell in each if np.isfinite(cell[0].privacy["epsilon"])
-            ]
-            plain = [of(cell) for cell in each if not np.isfinite(cell[0].privacy["epsilon"])]
-            if points and points[0][1] is not None:
+            spent = [(cell[0].privacy["epsilon"], cell) for cell in each if of(cell) is not None]
+            points = [(epsilon, of(cell)) for epsilon, cell in spent if np.isfinite(epsilon)]
+            plain = [of(cell) for epsilon, cell in spent if not np.isfinite(epsilon)]
+            if points:
                 label = row.label + (f" (plain {plain[0]:{form}})" if plain else "")
                 drawn.append((label, *map(list, zip(*points, strict=True))))  # pyright: ignore
+            else:  # in no legend, but so every row has its colour
+                drawn.append(("_", [np.nan], [np.nan]))
         return drawn
 
     return [
@@ -165,9 +166,10 @@ def _table(cells: dict[Row, list[Cell]]) -> str:
     note = (
         f"Test accuracy and AUCs after {used.rounds} rounds, {count} from {flags.FLAGS.seed} on. Epsilon at delta "
         f"{used.delta:g} ({used.accountant}); {relations}. Clips, with noise: {clips}. {used.num_clients} clients, "
-        f"{used.partition_name}, {used.model_title}, B = {used.batch_size}; {used.proxy_size} held-out examples. An AUC of 0.5 is a guess; a cell is empty where there is "
-        "nothing to attack: of FD's means any two examples of a label are alike, and a trusted server sees no single "
-        "upload."
+        f"{used.partition_name}, {used.model_title}, B = {used.batch_size}; {used.proxy_size} held-out examples. An "
+        "AUC of 0.5 is a guess; a cell is empty where there is nothing to attack: of FD's means any two examples of a "
+        "label are alike, and a trusted server sees no single upload. Uploads of outputs are attacked on as many "
+        "candidates as there are held-out examples, of all clients together."
     )
     return f"{report.table(lines, headers)}\n\n{note}"
 

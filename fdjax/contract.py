@@ -187,8 +187,7 @@ class Exchange(NamedTuple):
     shares: str = ""
     # one of SHARES: what all of an upload is, where the attack on membership (`engine.membership`) can read it; params
     # are the central model's or, where shapes differ, of the client's architecture, "logits" and "probabilities" [n, K]
-    # of the proxy examples whose ids are all that the broadcast shares. Such an exchange is the first of a round, and
-    # has one reduction
+    # of the proxy examples whose ids are all that the broadcast shares. Such an exchange is the first of a round
 
     @property
     def label(self) -> str:

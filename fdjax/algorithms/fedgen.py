@@ -30,12 +30,12 @@ from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses
-from fdjax.client.trained import path_of, paths_read
+from fdjax.client.trained import paths_read
 from fdjax.client.training import fit_observing, local_work
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.errors import InputError
 from fdjax.exchange import generator, reductions
-from fdjax.exchange.parts import only
+from fdjax.exchange.parts import only, with_zeros
 from fdjax.exchange.stacked import apply_each, present
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
 
@@ -80,8 +80,7 @@ def fedgen(task: Task) -> Algorithm:
 
     def head(leaves, h):
         """Logits [B, K] of a head that was sent, whatever the extractor."""
-        known = lambda path, leaf: leaves.get(path_of(path), jnp.zeros(leaf.shape, leaf.dtype))  # noqa: E731
-        return model.head(jax.tree_util.tree_map_with_path(known, shapes), h)
+        return model.head(with_zeros(leaves, shapes), h)
 
     def serve(ctx, server, summary):
         heads, counts = present(summary["heads"])

@@ -58,9 +58,8 @@ def _check_exchange(where: str, exchange: Exchange) -> None:
             raise InputError(f"{name} is a {type(reduction).__name__}, expected a Reduction")
         if reduction.combine not in COMBINES:
             raise unknown(f"way to combine ({name})", reduction.combine, COMBINES)
-    if exchange.shares and (exchange.shares not in SHARES or not isinstance(exchange.reduce, Reduction)):
-        given = f"shares={exchange.shares!r}" + ("" if exchange.shares not in SHARES else " with several reductions")
-        raise InputError(f"{where}: {given}, expected {', '.join(SHARES)} with one reduction, or nothing")
+    if exchange.shares and exchange.shares not in SHARES:
+        raise unknown(f"kind of what is shared ({where})", exchange.shares, SHARES)
 
 
 def check_logits(algorithm: Algorithm, field: str, logits: Any, x: jax.Array, classes: int) -> jax.Array:

@@ -40,6 +40,7 @@ from fdjax.engine import lift, rows
 from fdjax.engine.layout import Layout, State, rows_of
 from fdjax.engine.new_clients import never_train
 from fdjax.engine.step import Moment, context, exchange_step
+from fdjax.errors import InputError
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import after
 from fdjax.types import Array, Examples, Federation, Model, PyTree
@@ -94,7 +95,8 @@ def attack(
     scalars: dict[str, jax.Array] = {}
     exchange = algorithm.round[0]
     one_by_one = not any(getattr(release, "of_sum", False) for release in exchange.releases)
-    if exchange.shares and (one_by_one or exchange.shares != "params"):
+    readable = exchange.shares and isinstance(exchange.reduce, Reduction)
+    if readable and (one_by_one or exchange.shares != "params"):
         seen = _of_uploads(algorithm, exchange, layout, state, moment, keys.stream(root, "round", state.round))
         if one_by_one:
             by_rows = seen.uploads[federation.client]
@@ -215,7 +217,7 @@ def _watched(exchange: Exchange, layout: Layout, federation: Federation, candida
         state, upload, _ = exchange.client(ctx, Received(received.shared, own, known), state, data)
         if candidates is None:
             key, others = ctx.at("membership").key, ClientData(test, order, start, count)
-            model = _model_of(upload.tree, layout.central, ctx.model)
+            model = _model_of(exchange, upload.tree, layout.central, ctx.model)
             found = _of_pairs(key, functools.partial(model.apply, upload.tree), data, others)
             found = jnp.where(count > 0, found, _NOBODY)
         else:
@@ -238,10 +240,16 @@ def _watched(exchange: Exchange, layout: Layout, federation: Federation, candida
     return exchange._replace(broadcast=broadcast, client=client, reduce=reduce, server=server, name=exchange.label)
 
 
-def _model_of(params: PyTree, central: Model, own: Model) -> Model:
-    """The central model if these are its params, by their shapes; else the client's own."""
-    first = jax.eval_shape(central.init, jax.random.key(0))
-    return central if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, first) else own
+def _model_of(exchange: Exchange, params: PyTree, *models: Model) -> Model:
+    """The first of the models whose params these are, by their shapes. Raises InputError if there is none."""
+    for model in models:
+        first = jax.eval_shape(model.init, jax.random.key(0))
+        if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, first):
+            return model
+    raise InputError(
+        f"--membership: exchange {exchange.label} says that it shares params, but uploads something else; let it say "
+        'shares=""'
+    )
 
 
 def _of_outputs(exchange: Exchange, tree: PyTree, candidates: _Candidates, ids: Any) -> jax.Array:

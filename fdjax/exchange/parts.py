@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fdjax.client.trained import Paths, is_statistic, path_of
 from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Received
@@ -52,6 +53,13 @@ def _parts(model: Model, exchanged: Paths, trained: Paths | None) -> _Parts:
 def only(params: PyTree, wanted: set[str]) -> Leaves:
     """The leaves at `wanted` paths."""
     return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params) if path_of(keys) in wanted}
+
+
+def with_zeros(leaves: Leaves, like: PyTree) -> PyTree:
+    """Params in the form of `like` (shapes do): these leaves, and zeros where there is none."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: leaves.get(path_of(keys), jnp.zeros(leaf.shape, leaf.dtype)), like
+    )
 
 
 def _params_in(tree: PyTree) -> PyTree:

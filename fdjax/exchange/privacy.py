@@ -21,10 +21,12 @@ a private system, and is none. Metrics of the clients (`train_loss`) are the sim
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdjax import keys
 from fdjax.contract import Context, Exchange, Reduction, Stack
@@ -42,6 +44,16 @@ class GaussianRelease(NamedTuple):
 
     multiplier: str = "noise_multiplier"  # the hyperparameter
     of_sum: bool = True  # whether the server is to see the sum alone; otherwise clients add noise to their uploads
+
+
+class OwnRelease(NamedTuple):
+    """In `Exchange.releases`: what a method makes private by itself, by Gaussian noise and once, without --privacy."""
+
+    what: str  # such as "certainty scores"
+    relation: str  # between neighbouring federations, in words
+    delta: str  # the hyperparameter
+    multiplier: Callable[[Mapping[str, float], np.ndarray], float]
+    # (hparams by name, n_k [C]) -> deviation of the noise over the sensitivity, where it is least; 0 without noise
 
 
 class _Sent(NamedTuple):

@@ -14,6 +14,7 @@ from fdjax import keys
 from fdjax.client import testing
 from fdjax.client.data import Targets
 from fdjax.contract import Broadcast, ClientWork, Context, Exchange, InitServer, Reduction
+from fdjax.errors import InputError
 from fdjax.exchange import reductions
 from fdjax.method import Task
 from fdjax.types import Array, Examples, PyTree
@@ -52,6 +53,21 @@ def draw_ids(task: Task, key: jax.Array, labels: Array | None = None) -> Any:
     by_label = shuffled[jnp.argsort(jnp.asarray(labels)[shuffled], stable=True)]
     start, ends = jax.random.randint(keys.stream(key, "start"), (), 0, size), np.arange(n) * size  # int64, on the host
     return by_label[(ends // n).astype(np.int32) + ((ends % n).astype(np.int32) + start) // n]
+
+
+def in_two(size: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of two parts of `size` proxy examples, the first of `share` of them; the same parts for every seed.
+
+    Raises InputError if one of them has none.
+    """
+    first = round(share * size)
+    if not 0 < first < size:
+        raise InputError(
+            f"--proxy_size={size}: parts of {share:g} and {1 - share:g} have {first} and {size - first} examples; each "
+            "needs one, so give more"
+        )
+    order = np.random.default_rng(0).permutation(size).astype(np.int32)
+    return np.sort(order[:first]), np.sort(order[first:])
 
 
 def _draw_ids(task: Task, ctx: Context) -> Any:

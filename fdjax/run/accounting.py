@@ -16,6 +16,7 @@ apart:
   Gaussian of multiplier (z_s^-2 + z_n^-2)^(-1/2) a round, for each client, as if it took part in every one.
 
 That sampling amplifies needs it to be secret: who sees the traffic of a client has the epsilon of no sampling.
+What a method makes private by itself (`OwnRelease`) has an epsilon and a relation of its own beside these.
 Several releases of a round are made by the same participants: z / sqrt(their number) is one that is equal to them.
 """
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from fdjax.contract import Algorithm
 from fdjax.errors import InputError
+from fdjax.exchange.privacy import OwnRelease
 
 _ADD, _REPLACE, _EXAMPLE = "one client more or less", "one client's data replaced", "one example replaced"
 _AS_IF = "one example more or less, as if batches were Poisson samples"
@@ -220,6 +222,34 @@ def accounted(
         "clip": math.inf if settings.clip is None else settings.clip,
         "events": [repr(each.events(noise, done)) for each in ledger.apart],
     }
+
+
+def own_releases(algorithm: Algorithm) -> list[OwnRelease]:
+    """What the method makes private by itself."""
+    exchanges = (*algorithm.setup, *algorithm.round)
+    return [release for e in exchanges for release in e.releases if isinstance(release, OwnRelease)]
+
+
+def spent_on_its_own(settings: Any, algorithm: Algorithm, held: np.ndarray) -> dict[str, Any]:
+    """{"parts": what each of them spends}, of clients that hold so many examples [C]; {} of a method without any.
+
+    Epsilon is exact for a Gaussian (Balle, Wang 2018). It is that of the part alone: whatever else the method sends is
+    not hidden by it.
+    """
+    if not (releases := own_releases(algorithm)):
+        return {}
+    import dp_accounting as dp
+
+    hparams = settings.method.values(dict(settings.hparams))
+    parts = []
+    for release in releases:
+        noise, delta = release.multiplier(hparams, held), hparams[release.delta]
+        epsilon = float(dp.get_epsilon_gaussian(noise, delta)) if noise else math.inf
+        parts.append(
+            {"what": release.what, "epsilon": epsilon, "delta": delta, "relation": release.relation}
+            | {"noise_multiplier": noise}
+        )
+    return {"parts": parts}
 
 
 def _accountant(ledger: Ledger, name: str) -> Any:

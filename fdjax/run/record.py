@@ -18,7 +18,7 @@ from fdjax.engine.layout import NonFinite, Report
 from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
-from fdjax.run.accounting import accounted
+from fdjax.run.accounting import accounted, spent_on_its_own
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
 from fdjax.run.trained_model import Trained, TrainedModel
@@ -52,7 +52,8 @@ class Result(NamedTuple):
     # of every client in order of ids: what the means over clients are made of, see `holdings_of`
     trained: Trained | None = None  # the models, where they are kept
     privacy: Mapping[str, Any] = MappingProxyType({})
-    # of a private run: epsilon, delta, the relation that these are about, accountant, noise_multiplier and clip
+    # of a private run: epsilon, delta, the relation that these are about, accountant, noise_multiplier and clip; and
+    # "parts", the same of what the method makes private by itself
 
     @property
     def round(self) -> int:
@@ -143,9 +144,11 @@ class Recording:
         rounds, setup = dict(self.record["rounds"]), self.record["setup"]
         for name in ("bytes_up", "bytes_down"):
             rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
-        rounds, privacy = accounted(self._experiment.settings, self._experiment.ledger, rounds)
+        settings, held = self._experiment.settings, np.asarray(self._experiment.holdings.count)
+        rounds, privacy = accounted(settings, self._experiment.ledger, rounds)
+        privacy |= spent_on_its_own(settings, self._experiment.algorithm, held)
         return Result(
-            settings=self._experiment.settings,
+            settings=settings,
             rounds=rounds,
             evaluations=self.record["evaluations"],
             clients=self.record["clients"],

@@ -1,7 +1,8 @@
 """What a run, or the same with several seeds, gave: as a table and as curves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,18 +93,32 @@ def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
 def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:
     """The epsilon of what was shared, the largest of all seeds, and what it is about."""
     spent = max((result.privacy for result in results), key=lambda privacy: privacy.get("epsilon", 0.0))
-    if not spent:
-        return []
+    by_itself = [
+        (
+            f"epsilon of {part['what']} alone at delta {part['delta']:g}, {part['relation']}",
+            f"{part['epsilon']:.4g} (noise multiplier {part['noise_multiplier']:.4g})",
+        )
+        for part in _most_spent(results)
+    ]
+    if "epsilon" not in spent:
+        return by_itself
     noise = f"{spent['noise_multiplier']:.4g}"
     if "count_noise_multiplier" in spent:
         noise += f" of sums, {spent['count_noise_multiplier']:.4g} of counts"
     return [
+        *by_itself,
         (
             f"epsilon at delta {spent['delta']:g}, {spent['relation']}",
             f"{spent['epsilon']:.4g} ({spent['accountant']})",
         ),
         ("noise multiplier, clip", f"{noise}, {spent['clip']:g}"),
     ]
+
+
+def _most_spent(results: Sequence[Result]) -> list[Mapping[str, Any]]:
+    """What the method makes private by itself, each in the seed that spent most on it."""
+    of_seeds = zip(*(result.privacy.get("parts", ()) for result in results), strict=True)
+    return [max(seeds, key=lambda part: part["epsilon"]) for seeds in of_seeds]
 
 
 def _rounds(result: Result) -> str:
@@ -136,7 +151,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         ("training loss", "round", "", losses),
     ]
     stopped = f", round {_rounds(first)}" if first.round < first.settings.rounds else ""
-    if first.privacy and np.isfinite(first.privacy["epsilon"]):
+    if np.isfinite(first.privacy.get("epsilon", np.inf)):
         panels.append(("privacy", "round", f"epsilon, {first.privacy['relation']}", [_spent(first)]))
     report.draw_curves(path, panels, _title(first) + stopped)
 

@@ -12,7 +12,7 @@ from fdjax.errors import InputError
 from fdjax.exchange.parts import exchanging
 from fdjax.exchange.privacy import locally_private, private
 from fdjax.method import Task, Training
-from fdjax.run.accounting import Ledger, noise_of
+from fdjax.run.accounting import Ledger, noise_of, own_releases
 from fdjax.run.optimizers import STAGES, build_optimizer, optimizer_of, plateau
 from fdjax.run.settings import Settings
 from fdjax.types import Model
@@ -83,6 +83,12 @@ def method_of(settings: Settings, task: Task, participants: float, may_train: in
     default = "kept" if settings.method.keeps_optimizer else "fresh"
     if (settings.optimizer_state or default) == "kept":
         algorithm = with_kept_optimizers(algorithm, task)
+    own = [release.what for release in own_releases(algorithm)]
+    if own and settings.privacy in ("client", "local"):
+        raise InputError(
+            f"--privacy={settings.privacy}: {settings.method.name} makes its {own[0]} private by itself, against "
+            "another neighbour, and the two do not add up; leave it out"
+        )
     if settings.privacy == "client":
         algorithm = algorithm._replace(
             round=tuple(private(exchange, participants) for exchange in algorithm.round),

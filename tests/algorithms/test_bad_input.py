@@ -24,6 +24,10 @@ BAD = [
     ({"algorithm": "dsfl", "proxy": "noise"}, {"era_temperature": 0.0}, "--era_temperature=0.0: expected a finite num"),
     ({"algorithm": "dsfl", "proxy": "noise"}, {"era_beta": -1.0}, "--era_beta=-1.0: expected a finite number of at le"),
     ({"algorithm": "dsfl", "proxy": "noise"}, {"distill_epochs": 0}, "--distill_epochs=0: expected a whole number "),
+    ({"algorithm": "fedaux"}, {}, "fedaux needs proxy data, whose labels it does not use; give --proxy=held_out"),
+    ({"algorithm": "fedaux", "proxy": "noise"}, {"score_delta": 0.0}, "--score_delta=0.0: expected a number from 1e"),
+    ({"algorithm": "fedaux", "proxy": "noise"}, {"score_epsilon": 0}, "--score_epsilon=0: expected a number from 0"),
+    ({"algorithm": "fedaux", "proxy": "noise", "proxy_size": 2}, {}, "--proxy_size=2: parts of 0.2 and 0.8 have 0"),
     ({"algorithm": "ensemble", "local_eval": "own"}, {}, "ensemble tests an ensemble of personal models"),
 ]  # fmt: skip
 

@@ -120,6 +120,7 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
     "feddistill": lambda server: server,
     "centralized": lambda server: server,
     "feddf": lambda server: server[0],
+    "fedaux": lambda server: server,
     "cfd": lambda server: server["params"],
     "dsfl": lambda server: server.params,
     "fedad": lambda server: server.params,

@@ -98,11 +98,7 @@ BAD = {
         r"^unknown hyperparameter \(in ctx\.hparams\) 'gama' \(did you mean 'gamma'\?\)",
     ),
     "something shared that nobody knows": (
-        {"shares": "means"}, r"^fd, exchange train: shares='means', expected params, logits, probabilities with one",
-    ),
-    "something shared and several reductions": (
-        {"shares": "logits", "reduce": {"a": reductions.mean(), "b": reductions.stack()}},
-        r"^fd, exchange train: shares='logits' with several reductions, expected",
+        {"shares": "means"}, r"^unknown kind of what is shared \(fd, exchange train\) 'means'; known: logits, params, pro",
     ),
     "an unknown way to combine": (
         {"reduce": reductions.mean()._replace(combine="total")},
