@@ -98,7 +98,7 @@ BAD = {
         r"^unknown hyperparameter \(in ctx\.hparams\) 'gama' \(did you mean 'gamma'\?\)",
     ),
     "something shared that nobody knows": (
-        {"shares": "means"}, r"^unknown kind of what is shared \(fd, exchange train\) 'means'; known: logits, params, pro",
+        {"shares": "means"}, r"^unknown kind of what is shared \(fd, exchange train\) 'means'; known: logits, params",
     ),
     "an unknown way to combine": (
         {"reduce": reductions.mean()._replace(combine="total")},
