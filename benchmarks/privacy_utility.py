@@ -25,7 +25,7 @@ from benchmarks import cases
 from fdjax.errors import InputError
 from fdjax.run import program, report, settings
 from fdjax.run.batch import batch, experiments
-from fdjax.run.record import Result
+from fdjax.run.record import Result, clock
 
 
 class Row(NamedTuple):
@@ -88,8 +88,11 @@ def _run(row: Row, noises: list[float]) -> list[Cell]:
         for i in range(given.seeds)
     ]
     print(f"{row.label}: {len(made)} trials of {given.rounds} rounds", flush=True)
-    trials = experiments(made)
-    results = batch(trials, len(trials)).run(trials, lambda done, records: ())
+    with clock() as time_spent:
+        trials = experiments(made)
+        results = batch(trials, len(trials)).run(trials, lambda done, records: ())
+        share = {name: seconds / len(results) for name, seconds in time_spent.stamp({}).items()}
+    results = [result._replace(**share) for result in results]  # seconds of a trial are its part of the batch's
     return [results[i : i + given.seeds] for i in range(0, len(results), given.seeds)]
 
 
