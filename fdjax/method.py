@@ -149,6 +149,7 @@ class Method(NamedTuple):
     stages_for: tuple[str, str] | None = None  # an option and its value without which it does not
     example_fits: int = 0  # by how many fits on a client's own examples a round learns what is shared, if nothing else
     # of it depends on them; 0 if something does: then it cannot be private by example
+    looks_back: str = ""  # the option that says on how many past rounds it draws
     label_means: bool = False  # whether means by label are all that it shares, private if `Task.private_means` says so
     keeps_optimizer: bool = (
         False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise

@@ -123,3 +123,15 @@ def predict(ctx: Context, params: PyTree, ids: Any) -> jax.Array:
     if not isinstance(ids, tuple):
         chosen = chosen._replace(x=chosen.x[ids], y=chosen.y[ids])
     return testing.predict(lambda x: ctx.model.apply(params, x), chosen, _BATCH)
+
+
+def confusion(task: Task, ctx: Context, params: PyTree) -> jax.Array:
+    """[K, K]: the share of the examples of class c that the context's model takes for class j; a row of 0 without any.
+
+    Of all labelled proxy data, or of a fresh subset (`--proxy_per_round`); the context's key is consumed.
+    """
+    assert ctx.proxy is not None
+    ids = draw_ids(task, ctx.at("subset").key)
+    taken_for = jax.nn.one_hot(jnp.argmax(predict(ctx, params, ids), -1), task.classes)
+    total, count = reductions.sum_by_label(taken_for, ctx.proxy.y[positions(ctx.proxy, ids)], task.classes)
+    return jnp.asarray(total / jnp.maximum(count, 1)[:, None])

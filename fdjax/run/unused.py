@@ -137,6 +137,12 @@ def check_unused(settings: Any, explicit: Collection[str] = ()) -> None:
                 f"--{name}={given[name]:g}: {method.name} uses it with --{option}={' or '.join(values)} alone, not "
                 f"{options[option]}; {_LEAVE_OUT}"
             )
+    back = method.looks_back
+    if back and options[back] != method.options[back][0] and int(options[back]) > settings.rounds:
+        raise InputError(
+            f"--{back}={options[back]}: more past rounds than the run has, with --rounds={settings.rounds}; give "
+            "at most as many"
+        )
     if given.get("local_steps") and given["local_epochs"] != method.hparams["local_epochs"].default:
         raise InputError(
             f"--local_steps={given['local_steps']:g} and --local_epochs={given['local_epochs']:g}: steps are in place "

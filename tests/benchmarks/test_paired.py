@@ -1,9 +1,10 @@
-"""benchmarks.feddf_drift and benchmarks.fedmd_optimizer_state: the files, and what is paired."""
+"""benchmarks.feddf_drift, local_distillation and fedmd_optimizer_state: the files, and what is paired."""
 
 import json
 
 import numpy as np
 import programs
+import pytest
 
 TINY = ["--model=mclr", "--train_fraction=0.1", "--num_clients=4", "--seeds=1", "--rounds=2", "--batch_size=8"]
 
@@ -26,6 +27,23 @@ def test_feddf_and_fedavg_have_the_same_start_and_private_data(tmp_path):
     assert len({tuple(run["rounds"]["bytes_up"]) for run in runs.values()}) == 1
     table = (tmp_path / "table.md").read_text()
     assert "batches of 128, up to 10 steps, patience 1000" in table
+
+
+@pytest.mark.exhaustive  # ten compilations
+def test_methods_that_distil_locally_have_the_same_start(tmp_path):
+    done = programs.run(
+        "benchmarks.local_distillation", "--dataset=mnist_sample", "--local_epochs=1", "--proxy_size=100",
+        "--eval_every=1", "--target=0.1", *TINY, "--num_clients=12", "--participation=0.5", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = {name: of_seeds[0] for name, of_seeds in results(tmp_path).items()}
+    first = runs["FedAvg"]
+    for run in runs.values():
+        assert run["by_class"][0] == first["by_class"][0]  # before the first round
+        assert np.shape(run["by_class"]) == (3, 10)
+    assert runs["FedGKD"]["accuracy"] == runs["FedGKD, cached"]["accuracy"]
+    assert runs["FedSSD"]["down"] == runs["FedAvg"]["down"] + 40
+    assert "seeds 0 to 0" in (tmp_path / "table.md").read_text()
 
 
 def test_fedmd_with_fresh_and_kept_optimizers(tmp_path):
