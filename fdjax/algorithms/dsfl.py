@@ -100,7 +100,10 @@ def dsfl(task: Task, say: Say = lambda ctx, params, ids, targets: targets) -> Al
         ),
         init_client=own_model,
         round=(
-            Exchange(lambda ctx, server: Broadcast(server.ids), update_and_predict, reductions.mean(), aggregate),
+            Exchange(
+                lambda ctx, server: Broadcast(server.ids), update_and_predict, reductions.mean(), aggregate,
+                shares="logits" if aggregation == "era_logits" else "probabilities",
+            ),
             Exchange(
                 lambda ctx, server: Broadcast(server.targets, known=server.ids), distil, reductions.nothing(),
                 choose_subset,

@@ -38,6 +38,7 @@ def averaging(client: ClientWork, broadcast: SendBroadcast = lambda ctx, params,
         client=client,
         reduce=reductions.weighted_mean(),
         server=lambda ctx, params, mean: (mean, {}),
+        shares="params",
     )
 
 

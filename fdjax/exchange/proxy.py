@@ -82,10 +82,13 @@ def no_agreement(task: Task) -> InitServer:
     return lambda ctx, params: Agreement(_draw_ids(task, ctx), jnp.zeros((task.proxy_per_round, task.classes)))
 
 
-def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork) -> tuple[Exchange, Exchange]:
+def agree_and_learn(
+    task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork, shares: str
+) -> tuple[Exchange, Exchange]:
     """A round of an `Agreement`: ids down and outputs up; then the consensus down, which clients learn.
 
-    `predict` receives the ids, `learn` the consensus, and the ids as what it knows already.
+    `predict` receives the ids, `learn` the consensus, and the ids as what it knows already. `shares` says what outputs
+    these are, "logits" or "probabilities".
     """
 
     def choose_next(ctx, server, summary):
@@ -94,7 +97,7 @@ def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: C
     return (
         Exchange(
             lambda ctx, server: Broadcast(server.ids), predict, reduce,
-            lambda ctx, server, mean: (server._replace(consensus=mean), {}),
+            lambda ctx, server, mean: (server._replace(consensus=mean), {}), shares=shares,
         ),
         Exchange(
             lambda ctx, server: Broadcast(server.consensus, known=server.ids), learn, reductions.nothing(), choose_next

@@ -89,6 +89,10 @@ def _no_private_batches(settings: Any) -> str:
     return "" if settings.privacy == "example" else f"no batches are private; give --privacy=example, or {_LEAVE_OUT}"
 
 
+def _no_private_counts(settings: Any) -> str:
+    return "" if settings.privacy == "means" else f"no counts are private; give --privacy=means, or {_LEAVE_OUT}"
+
+
 def _no_privacy(settings: Any) -> str:
     return f"nothing is private; give --privacy too, or {_LEAVE_OUT}" if settings.privacy == "none" else ""
 
@@ -107,6 +111,7 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "fine_tune_epochs": _no_new_clients,
         "chunk": _no_chunks,
         "batch_accounting": _no_private_batches,
+        "count_noise_multiplier": _no_private_counts,
         **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
     }
 )  # why settings like these do not use a setting; an empty text if they do
