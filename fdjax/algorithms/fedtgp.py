@@ -30,7 +30,7 @@ from fdjax.client.training import fit
 from fdjax.contract import Algorithm, Broadcast, Exchange, common_model, params_of_state
 from fdjax.exchange import prototypes, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
-from fdjax.types import PyTree
+from fdjax.types import Array, PyTree
 
 
 def generate(params: PyTree) -> jax.Array:
@@ -39,7 +39,7 @@ def generate(params: PyTree) -> jax.Array:
     return h @ params["out"]["kernel"] + params["out"]["bias"]
 
 
-def distances(x: jax.Array, y: jax.Array) -> jax.Array:
+def distances(x: Array, y: Array) -> jax.Array:
     """|x_i - y_j| [N, M] of x [N, d] and y [M, d]; its slope is 0 where it is 0."""
     squared = jnp.sum(jnp.square(x[:, None] - y[None]), -1)
     return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
