@@ -38,7 +38,7 @@ from fdjax.run.runner import InterruptedRun, Result
 REFERENCE = "fedavg"
 OURS = {
     "fedgen": {"generated_weight": 1.0, "latent_weight": 1.0},  # its code's 10, at a fifth of this rate, diverge here
-    "fedftg": {"server_steps": 2},  # of ten participants; here are a hundred, and the generator learns from each in turn
+    "fedftg": {"server_steps": 2},  # of ten participants; here a hundred, from each of which the generator learns
 }  # in place of defaults
 
 
