@@ -107,6 +107,16 @@ COMMANDS = (
     "--algorithm=fedgkt",
     "--models=mclr:2,2nn:8",
     "--stragglers=0.5",
+    # privacy
+    "--privacy=client --noise_multiplier=1",
+    "--privacy=client --clip=1 --noise_multiplier=-1",
+    "--privacy=client --clip=1 --noise_multiplier=1 --delta=0",
+    "--privacy=client --clip=1 --target_epsilon=0",
+    "--privacy=client --clip=1 --noise_multiplier=1 --sampling=poisson --participation=0.5 --capacity=5",
+    "--privacy=client --clip=1 --algorithm=fd",
+    "--privacy=example --clip=1 --algorithm=fd",
+    "--privacy=means --clip=1",
+    "--clip=1",
     # files
     "--algorithm=nowhere.py",
     "--algorithm=broken.py",

@@ -89,20 +89,28 @@ def write(
     out: Path, title: str, text: str, results: dict[str, list[Result]], more: dict[str, Any] | None = None
 ) -> None:
     """Print the text and write table.md and results.json; both say command, versions, device, seeds and time."""
+    seconds = sum(r.seconds for runs in results.values() for r in runs)
+    compiling = sum(r.compile_seconds for runs in results.values() for r in runs)
+    runs = {name: [report.result_dict(r) for r in runs] for name, runs in results.items()}
+    write_runs(out, title, text, runs, f"{seconds:.0f} s of runs, {compiling:.0f} s of it compilation", more)
+
+
+def write_runs(
+    out: Path, title: str, text: str, runs: dict[str, list[Any]], time: str, more: dict[str, Any] | None = None
+) -> None:
+    """The same of runs that are JSON values already, and of what is to be said of their time."""
     environment = report.environment()
     command = shlex.join(["python", "-m", title, *_given_flags()])
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    seconds = sum(r.seconds for runs in results.values() for r in runs)
-    compiling = sum(r.compile_seconds for runs in results.values() for r in runs)
     footer = (
         f"`{command}`\n\n{environment['device']}; {environment['machine']}; {versions}; revision "
-        f"{environment['revision']}; {seconds:.0f} s of runs, {compiling:.0f} s of it compilation."
+        f"{environment['revision']}; {time}."
     )
     print(f"\n{text}\n")
     report.write_text(out / "table.md", f"# {title}\n\n{text}\n\n{footer}\n")
-    runs = {name: [report.result_dict(r) for r in runs] for name, runs in results.items()}
     report.write_json(out / "results.json", environment | {"command": command, "runs": runs} | (more or {}))
-    print(f"written: {out}/table.md, results.json, curves.png")
+    pictures = sorted(path.name for path in out.glob("*.png"))
+    print(f"written: {out}/{', '.join(('table.md', 'results.json', *pictures))}")
 
 
 def _given_flags() -> list[str]:

@@ -36,8 +36,10 @@ from fdjax.run.checkpoint import Checkpoints
 from fdjax.run.runner import InterruptedRun, Result
 
 REFERENCE = "fedavg"
-OURS = {"fedgen": {"generated_weight": 1.0, "latent_weight": 1.0}}
-# In place of defaults: FedGen's weights of 10 are its code's at a fifth of this learning rate, and diverge at this one.
+OURS = {
+    "fedgen": {"generated_weight": 1.0, "latent_weight": 1.0},  # its code's 10, at a fifth of this rate, diverge here
+    "fedftg": {"server_steps": 2},  # of ten participants; here a hundred, from each of which the generator learns
+}  # in place of defaults
 
 
 def main() -> None:

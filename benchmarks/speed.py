@@ -10,6 +10,7 @@ same first weights and the same batches in the same order, and must end at the s
 of neighbouring repeats: above 1, fdjax is faster. Compile time and peak memory are apart.
 
 With --against the fdjax of another checkout is timed instead of peers: see `benchmarks.speed_checkouts`.
+--suite=methods is about our own methods: see `benchmarks.speed_methods`.
 """
 
 import datetime
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from benchmarks import speed_checkouts, speed_suites
+from benchmarks import speed_checkouts, speed_methods, speed_suites
 from benchmarks.peers import PEERS, Peer, peak_bytes, reset_peak
 from benchmarks.speed_suites import SUITES, Case, Fdjax, Suite, make_work
 from fdjax import runtime
@@ -36,7 +37,8 @@ from fdjax.exchange.traffic import size as byte_count
 from fdjax.run import report
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("suite", ["cnn1"], f"what to time: all, or some of {', '.join(SUITES)}")
+flags.DEFINE_list("suite", ["cnn1"], f"what to time: all, methods, or some of {', '.join(SUITES)}")
+flags.DEFINE_list("methods", [], "of --suite=methods: names or files of methods; empty for all of ours")
 flags.DEFINE_list("peers", list(PEERS), "peers to time beside fdjax; empty for none")
 flags.DEFINE_string("peer_python", ".venv-bench/bin/python", "the peers' interpreter (make bench-venv)")
 flags.DEFINE_string("against", None, "another checkout of fdjax to be compared with, in the place of peers")
@@ -290,7 +292,7 @@ def given_flags() -> list[str]:
 def chosen_suites() -> list[str]:
     for name in FLAGS.suite:
         if name != "all" and name not in SUITES:
-            raise unknown("suite", name, [*SUITES, "all"])
+            raise unknown("suite", name, [*SUITES, "all", "methods"])
     names = list(SUITES) if "all" in FLAGS.suite else FLAGS.suite
     backend = jax.default_backend()
     if "gpu" in names and backend != "gpu":
@@ -304,6 +306,13 @@ def chosen_suites() -> list[str]:
 def measure() -> int:
     if FLAGS.against:  # JAX runs in three processes then, none of which may take a GPU's memory for itself
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if "methods" in FLAGS.suite:
+        if FLAGS.suite != ["methods"]:
+            raise InputError("--suite=methods is a table of its own; leave the other suites out")
+        repeats = 1 if FLAGS.smoke else FLAGS.repeats
+        names = speed_methods.chosen(FLAGS.methods)
+        speed_methods.measure(names, pathlib.Path(FLAGS.out), repeats, FLAGS.smoke)
+        return 0
     names = chosen_suites()
     if FLAGS.against:
         return 0 if compared(names) else 1

@@ -154,6 +154,7 @@ class ModelOf(Protocol):
 
 
 COMBINES = ("sum", "min", "max", "stack")
+SHARES = ("params", "logits", "probabilities")
 
 
 class Reduction(NamedTuple):
@@ -183,6 +184,10 @@ class Exchange(NamedTuple):
     server: ServerUpdate
     releases: tuple[Any, ...] = ()  # what a privacy accountant must know
     name: str = ""  # for errors and byte tables; if empty, the name of the function `client`
+    shares: str = ""
+    # one of SHARES: what all of an upload is, where the attack on membership (`engine.membership`) can read it; params
+    # are the central model's or, where shapes differ, of the client's architecture, "logits" and "probabilities" [n, K]
+    # of the proxy examples whose ids are all that the broadcast shares. Such an exchange is the first of a round
 
     @property
     def label(self) -> str:

@@ -17,6 +17,9 @@ FEW_LABELS = {
     "model": "2nn", "rounds": 5, "devices": 1, "chunk": 1,
 }  # fmt: skip
 HELD_OUT = {"proxy": "held_out", "proxy_size": 500}  # of the 1,500 images, so that 1,000 are left to the clients
+BESIDE = {  # measured in test_local_distillation_learning.py
+    "fedntd", "fedlsd", "fedavg_kd", "fedmlb", "fedgkd", "fedgkd_vote", "fedcad",
+}  # fmt: skip
 # What takes long here is training, unlike in other tests: XLA's optimisation pays for itself four times over.
 _COMPILED = {"xla_backend_optimization_level": 1}
 

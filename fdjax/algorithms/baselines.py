@@ -58,7 +58,7 @@ def centralized(task: Task) -> Algorithm:
         state, upload, metrics = exchange.client(ctx, received._replace(shared=received.known), state, data)
         return state, upload._replace(bytes=0.0), metrics
 
-    pooled = exchange._replace(broadcast=lambda ctx, params: Broadcast((), known=params), client=train)
+    pooled = exchange._replace(broadcast=lambda ctx, params: Broadcast((), known=params), client=train, shares="")
     return algorithm._replace(round=(pooled,))
 
 

@@ -92,7 +92,7 @@ def cronus(task: Task) -> Algorithm:
         init_server=proxy.no_agreement(task),
         init_client=own_model,
         setup=(without_traffic(first_phase),),
-        round=proxy.agree_and_learn(task, predict, robust_mean, learn),
+        round=proxy.agree_and_learn(task, predict, robust_mean, learn, "probabilities"),
         personal=predict_with_own_model,
     )
 

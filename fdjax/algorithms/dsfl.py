@@ -106,7 +106,10 @@ def dsfl(task: Task, say: Callable[[Context, PyTree, Any], jax.Array] | None = N
         init_server=lambda ctx, params: _Server(params, proxy.draw_ids(task, ctx.key), nothing),
         init_client=own_model,
         round=(
-            Exchange(lambda ctx, server: Broadcast(server.ids), update_and_predict, reductions.mean(), aggregate),
+            Exchange(
+                lambda ctx, server: Broadcast(server.ids), update_and_predict, reductions.mean(), aggregate,
+                shares="logits" if aggregation == "era_logits" else "probabilities",
+            ),
             Exchange(
                 lambda ctx, server: Broadcast(server.targets, known=server.ids), distil, reductions.nothing(),
                 choose_subset,

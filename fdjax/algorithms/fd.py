@@ -24,6 +24,7 @@ The paper leaves open, and we chose:
 
 Deviations: a period is `local_epochs` epochs, not 250 batches of 64 whatever the device holds. The server keeps every
 client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the paper's generator, is `faug.py`.
+--privacy=means noises F_k, which is ours: see `exchange/private_means.py`, also for what that does not hide.
 """
 
 import jax
@@ -32,13 +33,13 @@ import jax.numpy as jnp
 from fdjax.client import losses
 from fdjax.client.training import fit_observing, local_work
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
-from fdjax.exchange import reductions
+from fdjax.exchange import private_means, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
 def means_of_others(table: jax.Array) -> jax.Array:
     """F^(k)[l] for every k: `[C, K, K]` of F_k, zeros for labels not held, to the means over all but k."""
-    holds = (jnp.sum(table, axis=-1, keepdims=True) > 0).astype(table.dtype)
+    holds = jnp.any(table != 0, axis=-1, keepdims=True).astype(table.dtype)
     holders = jnp.sum(holds, axis=0, keepdims=True) - holds
     total = jnp.sum(table, axis=0, keepdims=True) - table
     return jnp.where(holders > 0, total / jnp.maximum(holders, 1), 0)
@@ -49,7 +50,9 @@ def fd(task: Task) -> Algorithm:
     K = task.classes
 
     def broadcast(ctx, table):
-        return Broadcast((), own=means_of_others(table)[task.ids(ctx.cohort)])
+        means = means_of_others(table)
+        means = private_means.as_probabilities(means) if task.private_means else means
+        return Broadcast((), own=means[task.ids(ctx.cohort)])
 
     def train(ctx, received, params, data):
         def loss(params, x, y, key):
@@ -59,13 +62,17 @@ def fd(task: Task) -> Algorithm:
             return hard + ctx.hparams["gamma"] * regulariser, jax.nn.softmax(logits)
 
         def observe(probabilities, y, weight):
-            return reductions.sum_by_label(probabilities, y, K, weight)
+            shown = private_means.clipped_outputs(ctx, probabilities) if task.private_means else probabilities
+            return reductions.sum_by_label(shown, y, K, weight)
 
         nothing = reductions.ByLabel(jnp.zeros((K, K)), jnp.zeros(K))
         params, train_loss, seen = fit_observing(
             task.training, loss, observe, nothing, params, data, ctx, epochs=local_work(ctx)
         )
-        means = seen.value / jnp.maximum(seen.count, 1)[:, None]
+        if task.private_means:
+            means = private_means.noised_means(ctx.at("means"), seen)
+        else:
+            means = seen.value / jnp.maximum(seen.count, 1)[:, None]
         return params, Upload(means), {"train_loss": train_loss}
 
     def server(ctx, table, stack):
@@ -85,4 +92,5 @@ METHOD = Method(
     build=fd,
     hparams=LOCAL_TRAINING | {"gamma": HParam(1.0, help="weight of the regulariser towards the others' mean outputs")},
     keeps_models=True,
+    label_means=True,
 )

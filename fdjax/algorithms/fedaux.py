@@ -121,7 +121,7 @@ def fedaux(task: Task) -> Algorithm:
     return plain._replace(
         init_client=lambda ctx, params: jnp.zeros(len(distilled)) if certain else (),
         setup=(pretraining,) * (task.options["pretraining"] == "simclr") + (scoring,) * certain,
-        round=(averaging._replace(client=train, reduce=reduce, server=distil),),
+        round=(averaging._replace(client=train, reduce=reduce, server=distil, shares=""),),
         model_of=params_of_server,
     )
 

@@ -15,7 +15,9 @@ every `swa_every`-th iterate; if there is none, the last one is broadcast.
 Sent: the server's model down, w_k up, 4P each way. Unlabelled proxy data stay on the server.
 
 Ours: epochs of proxy data whose last batch is filled up with first examples; the clients' learning rates are the run's;
-the mean, and not the ensemble, is what is tested.
+the mean, and not the ensemble, is what is tested. Where clients drift (`test_learning.py`) it has 0.686, 0.608, 0.598
+with a `server_learning_rate` of 0.5, and FedAvg 0.616, 0.492, 0.529; with 1e-3, which the code has for ten times the
+steps, it is FedAvg (0.614, 0.491, 0.514).
 """
 
 from typing import Any, NamedTuple

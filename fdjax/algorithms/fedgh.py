@@ -10,7 +10,9 @@ one length d, and a head h.
 
 Sent: h down, d numbers of each label that the client holds up. Extractors stay where they are; h_k is not kept.
 
-Ours: the server's head is that of the run's central model, and starts as it does. Batches are as large as the clients'.
+Ours: the server's head is that of the run's central model, and starts as it does; clients of one architecture start
+alike. Batches are as large as the clients'. Accuracy on the whole test set in `test_learning.py`: 0.315, 0.292, 0.303;
+alone 0.230, 0.249, 0.235; on own labels 0.940, 0.933, 0.944 and 0.922, 0.937, 0.928.
 """
 
 import jax
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from fdjax.client import losses
 from fdjax.client.trained import path_of, paths_read
 from fdjax.client.training import fit, local_work, supervised
-from fdjax.contract import Algorithm, Broadcast, Exchange, own_model
+from fdjax.contract import Algorithm, Broadcast, Exchange, common_model
 from fdjax.errors import InputError
 from fdjax.exchange import prototypes, reductions
 from fdjax.exchange.parts import only
@@ -86,7 +88,7 @@ def fedgh(task: Task) -> Algorithm:
 
     return Algorithm(
         init_server=lambda ctx, params: common.of(params),
-        init_client=own_model,
+        init_client=common_model,
         round=(Exchange(lambda ctx, head: Broadcast(head), train, reductions.stack(), serve),),
         personal=lambda ctx, head, params, x: ctx.model.apply(model_of(ctx, head, params), x),
         model_of=model_of,

@@ -18,6 +18,11 @@ In KL the other net's outputs are fixed, and so is d, which the code differentia
 it then raises CE. H moves both nets. Ours: d is of each example (the code's of a batch), and at least 0.1; the term of
 attention maps, which these nets have not, is left out; one change of E epochs is sent, where the paper sends a gradient
 of each batch; the optimiser is one for both nets, fresh in every round.
+
+In `test_learning.py`, where clients have one or two labels, a mentee of 32 units has 0.275, 0.338, 0.313 after 15
+rounds (with an energy of 1 0.325, 0.391, 0.449), clients alone 0.230, 0.249, 0.235, and FedAvg of that net 0.598,
+0.641, 0.656 after 5: as d falls, the mentor of few labels comes to weigh ten times what the labels do. The paper's four
+clients have like data. A 200 x 200 matrix takes 0.1 to 0.2 s of a core.
 """
 
 import jax
@@ -26,7 +31,7 @@ from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses
-from fdjax.client.training import fit, local_work
+from fdjax.client.training import fit, local_work, of_several
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.exchange import low_rank, prototypes, reductions, traffic
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs
@@ -36,9 +41,8 @@ _LEAST = 0.1  # of d
 
 def fedkd(task: Task) -> Algorithm:
     """FedKD; the task's model is the mentee, the cohorts' are the mentors; hparams: see METHOD."""
-    mentee, chosen = task.model, task.training.trained
-    trains = chosen and (lambda path: path.startswith("bridge") or chosen(path.partition("/")[2]))
-    training, narrow = task.training._replace(trained=trains), prototypes.features_of(task.model, task.inputs)
+    mentee, training = task.model, of_several(task.training)
+    narrow = prototypes.features_of(mentee, task.inputs)
 
     def energy(ctx):
         start, end = ctx.hparams["energy_start"], ctx.hparams["energy_end"]

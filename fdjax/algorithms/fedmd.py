@@ -69,7 +69,7 @@ def fedmd(task: Task) -> Algorithm:
         init_server=proxy.no_agreement(task),
         init_client=own_model,
         setup=(without_traffic(transfer_learning),),
-        round=proxy.agree_and_learn(task, communicate, reductions.mean(), digest_and_revisit),
+        round=proxy.agree_and_learn(task, communicate, reductions.mean(), digest_and_revisit, "logits"),
         personal=predict_with_own_model,
     )
     return selection.selecting(task, algorithm, logits=True)

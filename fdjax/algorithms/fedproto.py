@@ -18,6 +18,12 @@ their number too. Nets never leave their clients, and must have features of one 
 Ours: C_i^(j) is of the trained net, by a further forward pass, as equation 3 has it (the code adds up features while
 it trains, in the last epoch); a label that no participant of a round holds keeps the prototype that it had; before
 there are prototypes a client predicts by its head.
+
+Clients of one architecture start alike (ours): features that were drawn apart have no common mean. Accuracy on the
+whole test set in `test_learning.py`, of three seeds: 0.322, 0.291, 0.335; drawn apart 0.285, 0.258, 0.278; alone 0.230,
+0.249, 0.235. On their own labels clients are level with training alone there (0.92, 0.91, 0.96 and 0.92, 0.94, 0.93),
+and ahead with 15 images each by Dirichlet(0.5) (0.826, 0.828, 0.830 and 0.804, 0.828, 0.823). The paper's gain there is
+3 points.
 """
 
 import jax
@@ -31,7 +37,7 @@ from fdjax.contract import (
     ClientWork,
     Context,
     Exchange,
-    own_model,
+    common_model,
     params_of_state,
     predict_with_own_model,
 )
@@ -82,7 +88,7 @@ def fedproto(task: Task) -> Algorithm:
     )
     return Algorithm(
         init_server=lambda ctx, params: reductions.ByLabel(jnp.zeros((K, d)), jnp.zeros(K)),
-        init_client=own_model,
+        init_client=common_model,
         round=(exchange,),
         personal=by_nearest if task.options["inference"] == "prototypes" else predict_with_own_model,
         model_of=params_of_state,

@@ -13,7 +13,9 @@ Sent: w_k up, and from a client's second round on its own w_k' down, 4P_k each w
 models. A client predicts by the model that it trained last, the central model is F.
 
 Ours: everything above beside SL and that there is a proximal term; G is dense (`exchange/inputs.py`) and goes on from
-round to round, its Adam begins anew; noise is new in each step, batches have 50.
+round to round, its Adam begins anew; noise is new in each step, batches have 50. In `test_learning.py` F has 0.560,
+0.428, 0.416 and devices 0.234, 0.244, 0.243: level with training alone (0.230, 0.249, 0.235), as what they are handed
+down is unlearned in an epoch on one or two labels.
 """
 
 import jax

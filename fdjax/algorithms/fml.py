@@ -13,13 +13,18 @@ Sent: m down and m_k up, 4P(m) bytes each way. w_k stays and goes on from round 
 Ours: both nets have one optimiser, which is fresh in every round (the code: two, which go on), so a clip by the norm is
 of both. `weighting` = examples averages by n_k. `train_loss` is L(w_k) + L(m_k). alpha is the hparam `own_weight`, beta
 `meme_weight`.
+
+In `test_learning.py` the meme has 0.585, 0.630, 0.602 of the whole test set, clients alone 0.230, 0.249, 0.235; on
+their own labels the clients' nets have 0.891, 0.920, 0.878, FedAvg's one net 0.701, 0.719, 0.695, and training alone
+0.922, 0.937, 0.928: what a client's own net learns from the meme does not pay there, nor with 15 rounds (0.932, 0.946,
+0.937 and 0.929, 0.946, 0.941).
 """
 
 from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses
-from fdjax.client.training import fit, local_work
+from fdjax.client.training import fit, local_work, of_several
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
@@ -28,12 +33,11 @@ from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 def fml(task: Task) -> Algorithm:
     """FML of the task's model, the meme; hparams and options: see METHOD."""
     average = reductions.mean if task.options["weighting"] == "uniform" else reductions.weighted_mean
-    chosen, smoothing = task.training.trained, task.training.label_smoothing
-    training = task.training._replace(trained=chosen and (lambda path: chosen(path.partition("/")[2])))
+    training = of_several(task.training)
 
     def learn(hard_weight, z, other, y):
         soft = losses.kl_divergence(lax.stop_gradient(other), z)
-        return hard_weight * losses.cross_entropy(z, y, smoothing) + (1 - hard_weight) * soft
+        return hard_weight * losses.cross_entropy(z, y, training.label_smoothing) + (1 - hard_weight) * soft
 
     def train(ctx, received, own, data):
         def loss(nets, x, y, key):

@@ -51,6 +51,16 @@ def soft_cross_entropy(target: Array, student: Array, temperature: Array | float
     return -jnp.sum(target * jax.nn.log_softmax(student / temperature), axis=-1)
 
 
+def others(logits: Array, labels: Array) -> jax.Array:
+    """The logits of all classes but the label's, in order: `[..., K]` and labels `[...]` to `[..., K - 1]`.
+
+    Source: Lee et al. (2022), FedNTD's not-true logits.
+    """
+    labels = jnp.asarray(labels)[..., None]
+    before = jnp.arange(logits.shape[-1] - 1).reshape(*(1,) * (labels.ndim - 1), -1) < labels
+    return jnp.where(before, logits[..., :-1], logits[..., 1:])
+
+
 def entropy(probabilities: Array) -> jax.Array:
     """H(p) = -sum_c p_c log p_c in nats, with 0 log 0 = 0."""
     positive = probabilities > 0  # log sees no 0, whose gradient would be NaN

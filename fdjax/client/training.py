@@ -50,6 +50,14 @@ def from_probabilities(model: Model) -> Loss:
     return lambda params, x, target, key: losses.soft_cross_entropy(target, model.apply(params, x, key))
 
 
+def of_several(training: Training) -> Training:
+    """The training of a dict of nets in one fit: its patterns mean paths within each net; a leaf beside them learns."""
+    chosen = training.trained
+    if chosen is None:
+        return training
+    return training._replace(trained=lambda path: "/" not in path or chosen(path.partition("/")[2]))
+
+
 def fit(
     training: Training,
     loss: Loss,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdjax.client.trained import path_of
-from fdjax.contract import COMBINES, ENSEMBLE, Algorithm, Broadcast, Exchange, Reduction, Upload
+from fdjax.contract import COMBINES, ENSEMBLE, SHARES, Algorithm, Broadcast, Exchange, Reduction, Upload
 from fdjax.errors import InputError, unknown
 from fdjax.types import PyTree
 
@@ -58,6 +58,8 @@ def _check_exchange(where: str, exchange: Exchange) -> None:
             raise InputError(f"{name} is a {type(reduction).__name__}, expected a Reduction")
         if reduction.combine not in COMBINES:
             raise unknown(f"way to combine ({name})", reduction.combine, COMBINES)
+    if exchange.shares and exchange.shares not in SHARES:
+        raise unknown(f"kind of what is shared ({where})", exchange.shares, SHARES)
 
 
 def check_logits(algorithm: Algorithm, field: str, logits: Any, x: jax.Array, classes: int) -> jax.Array:

@@ -11,7 +11,7 @@ from fdjax import keys
 from fdjax.client import losses, testing
 from fdjax.client.data import ClientData, whole
 from fdjax.contract import ENSEMBLE, Algorithm, HParams
-from fdjax.engine import lift, new_clients
+from fdjax.engine import lift, membership, new_clients
 from fdjax.engine.check import check_logits
 from fdjax.engine.layout import Layout, State, classes_of, rows_of
 from fdjax.engine.step import Moment, context
@@ -74,7 +74,7 @@ def evaluate(
     one for methods without personal ones) on the client's own test part. What the layout says is not tested is not
     there.
     Validation, where the federation has such examples: the central model or the ensemble on them, or else the mean over
-    clients of their own model.
+    clients of their own model. Membership, if the layout says so: see `membership.attack`.
     """
     key = keys.stream(jax.random.wrap_key_data(state.root), "evaluate", state.round)
     moment = Moment(federation, hparams, state.round, key)
@@ -104,6 +104,9 @@ def evaluate(
     if federation.validation is not None:
         validation = _validation(test, state, trained, federation.validation)
         scalars["validation_accuracy"], scalars["validation_loss"] = validation
+    if layout.membership:
+        means, each = membership.attack(algorithm, layout, state, federation, hparams)
+        return scalars | means, clients | each
     return scalars, clients
 
 

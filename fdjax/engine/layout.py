@@ -49,6 +49,7 @@ class Layout(NamedTuple):
     policy: Policy = Policy()  # how participants are drawn, and what they do
     new: tuple[int, ...] = ()  # clients of each cohort that never train, its last rows; () for none
     fine_tuning: FineTuning | None = None  # of these, at the end
+    membership: bool = False  # attack models and uploads at every evaluation
 
     @property
     def slices(self) -> list[slice]:

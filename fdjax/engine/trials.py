@@ -175,6 +175,9 @@ def _calls(pure: Pure, rounds: int, shapes: Inputs, varies: Inputs) -> tuple[_Ca
         before, state_varies = state_varies, jax.tree.map(lambda a, b: a or b, state_varies, after)
         if state_varies == before:
             break
+    if pure.setup is not None:  # which is given states as they differ later, where no more than rounds may differ yet
+        given = (state, *shapes[1:3]), (state_varies, *varies[1:3])
+        _, setup_varies = lift_trials.what_varies(pure.setup, *given)
     tests_vary = lift_trials.what_varies(pure.evaluate, (state, *shapes[1:]), (state_varies, *varies[1:]))
     seen = Seen(report_varies, *tests_vary)
     calls = _Calls(pure.init, pure.setup, superstep, pure.evaluate, varies, setup_varies, state_varies, seen)

@@ -14,7 +14,7 @@ from jax import lax
 
 from fdjax.types import Array, PyTree
 
-_SWEEPS = 8
+_SWEEPS, _SMALL = 8, 1e-6  # at most so many, until what is beside the diagonal is so small a part of what is on it
 
 
 def truncated(tree: PyTree, energy: Array) -> tuple[PyTree, jax.Array]:
@@ -72,8 +72,15 @@ def eigenvectors(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = lax.rsqrt(1 + t**2)
         return turn(turn(a, c, t * c).T, c, t * c), turn(vectors, c, t * c)
 
-    steps = _SWEEPS * (2 * half - 1)
-    a, vectors = lax.fori_loop(0, steps, step, (a, jnp.eye(2 * half)))
+    def sweep(carry):
+        return carry[0] + 1, lax.fori_loop(0, 2 * half - 1, step, carry[1])
+
+    def goes_on(carry):
+        sweeps, (a, _) = carry
+        beside = jnp.where(jnp.eye(2 * half, dtype=bool), 0, jnp.abs(a))
+        return (sweeps < _SWEEPS) & (jnp.max(beside) > _SMALL * jnp.max(jnp.diagonal(a)))
+
+    _, (a, vectors) = lax.while_loop(goes_on, sweep, (jnp.int32(0), (a, jnp.eye(2 * half))))
     # A row that was padded has no part in the others; it is the one of which the first `size` numbers are 0.
     order = jnp.argsort(jnp.sum(vectors[:, :size] ** 2, 1) < 0.5, stable=True)[:size]
     return jnp.diagonal(a)[order], vectors[order, :size]

@@ -131,4 +131,4 @@ def _exchanging(exchange: Exchange, parts: _Parts) -> Exchange:
         state, metrics = exchange.server(ctx, server.state, summary)
         return server._replace(state=state), metrics
 
-    return exchange._replace(broadcast=broadcast, client=client, server=server, name=exchange.label)
+    return exchange._replace(broadcast=broadcast, client=client, server=server, name=exchange.label, shares="")

@@ -43,6 +43,7 @@ class GaussianRelease(NamedTuple):
     """In `Exchange.releases`: a sum with Gaussian noise of `noise_multiplier` times what one client can add."""
 
     multiplier: str = "noise_multiplier"  # the hyperparameter
+    of_sum: bool = True  # whether the server is to see the sum alone; otherwise clients add noise to their uploads
 
 
 class OwnRelease(NamedTuple):
@@ -132,7 +133,7 @@ def locally_private(exchange: Exchange) -> Exchange:
 
     reduce = exchange.reduce
     alike = _alike(reduce) if isinstance(reduce, Reduction) else {label: _alike(r) for label, r in reduce.items()}
-    return exchange._replace(client=client, reduce=alike, releases=(GaussianRelease(),), name=name)
+    return exchange._replace(client=client, reduce=alike, releases=(GaussianRelease(of_sum=False),), name=name)
 
 
 def _alike(reduction: Reduction) -> Reduction:

@@ -38,7 +38,7 @@ def features_of(model: Model, inputs: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def flat(h: Array) -> jax.Array:
+def flat(h: jax.Array) -> jax.Array:
     """Features [B, ...] as vectors [B, d]."""
     return h.reshape(len(h), -1)
 
@@ -91,7 +91,7 @@ def pooled(stack: Stack) -> tuple[Pool, ByLabel]:
     return pool, ByLabel(mean, holders.astype(jnp.float32))
 
 
-def nearest(h: Array, prototypes: ByLabel, logits: PyTree) -> jax.Array:
+def nearest(h: jax.Array, prototypes: ByLabel, logits: PyTree) -> jax.Array:
     """Minus the squared distance of features [B, d] to each label's prototype [K, d]; `logits` if there is none yet.
 
     A label without a prototype is as far as can be.

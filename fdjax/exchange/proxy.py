@@ -98,10 +98,13 @@ def no_labels(task: Task) -> Any:
     return Labelled(nothing, jnp.zeros(task.proxy_per_round, bool))
 
 
-def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork) -> tuple[Exchange, Exchange]:
+def agree_and_learn(
+    task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork, shares: str
+) -> tuple[Exchange, Exchange]:
     """A round of an `Agreement`: ids down and outputs up; then the consensus down, which clients learn.
 
-    `predict` receives the ids, `learn` the consensus, and the ids as what it knows already.
+    `predict` receives the ids, `learn` the consensus, and the ids as what it knows already. `shares` says what outputs
+    these are, "logits" or "probabilities".
     """
 
     def choose_next(ctx, server, summary):
@@ -110,7 +113,7 @@ def agree_and_learn(task: Task, predict: ClientWork, reduce: Reduction, learn: C
     return (
         Exchange(
             lambda ctx, server: Broadcast(server.ids), predict, reduce,
-            lambda ctx, server, mean: (server._replace(consensus=mean), {}),
+            lambda ctx, server, mean: (server._replace(consensus=mean), {}), shares=shares,
         ),
         Exchange(
             lambda ctx, server: Broadcast(server.consensus, known=server.ids), learn, reductions.nothing(), choose_next
@@ -152,3 +155,15 @@ def predict(ctx: Context, params: PyTree, ids: Any) -> jax.Array:
     if not isinstance(ids, tuple):
         chosen = chosen._replace(x=chosen.x[ids], y=chosen.y[ids])
     return testing.predict(lambda x: ctx.model.apply(params, x), chosen, _BATCH)
+
+
+def confusion(task: Task, ctx: Context, params: PyTree) -> jax.Array:
+    """[K, K]: the share of the examples of class c that the context's model takes for class j; a row of 0 without any.
+
+    Of all labelled proxy data, or of a fresh subset (`--proxy_per_round`); the context's key is consumed.
+    """
+    assert ctx.proxy is not None
+    ids = draw_ids(task, ctx.at("subset").key)
+    taken_for = jax.nn.one_hot(jnp.argmax(predict(ctx, params, ids), -1), task.classes)
+    total, count = reductions.sum_by_label(taken_for, ctx.proxy.y[positions(ctx.proxy, ids)], task.classes)
+    return jnp.asarray(total / jnp.maximum(count, 1)[:, None])

@@ -146,8 +146,8 @@ def sum_by_label(values: Array, labels: Array, num_labels: int, mask: Array | No
     return ByLabel(member.T @ values, jnp.sum(member, axis=0))
 
 
-def label_mean(by_example: bool = False) -> Reduction:
-    """Means by label of uploads `ByLabel(sum [K, D], count [K])`; the summary is `ByLabel(mean, count)`.
+def label_mean(by_example: bool = False, each: Callable[[PyTree], PyTree] = _same) -> Reduction:
+    """Means by label of f(x_k) = `ByLabel(sum [K, D], count [K])`; the summary is `ByLabel(mean, count)`; f = `each`.
 
     - by client: F[l] = (1/S_l) sum_k sum_k[l] / count_k[l] over the S_l clients that hold l, and count = S_l
       (Jeong et al. 2018, FD; Tan et al. 2022, FedProto, in its code)
@@ -157,6 +157,7 @@ def label_mean(by_example: bool = False) -> Reduction:
     """
 
     def partial(ctx, upload, weight):
+        upload = each(upload)
         holds = (weight > 0) & (upload.count > 0)
         size = upload.count if by_example else jnp.ones_like(upload.count)
         value = upload.value if by_example else _ratio(upload.value, upload.count[:, None])

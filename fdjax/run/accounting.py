@@ -11,6 +11,9 @@ apart:
   the client who has spent most, as if it had taken part in every round. That bound is wide. `poisson` is the usual
   approximation in its place: q = B / n, z whole, one example more or less.
 - local: one client's data are others, 2 S again, and nobody's participation hides it.
+- means: one example of one client more or less, of the means by label that it sends, **given the models**, which
+  learned from the same examples: that is not accounted for. Sums and counts are noised by z_s and z_n, which is one
+  Gaussian of multiplier (z_s^-2 + z_n^-2)^(-1/2) a round, for each client, as if it took part in every one.
 
 That sampling amplifies needs it to be secret: who sees the traffic of a client has the epsilon of no sampling.
 What a method makes private by itself (`OwnRelease`) has an epsilon and a relation of its own beside these.
@@ -29,6 +32,7 @@ from fdjax.exchange.privacy import OwnRelease
 
 _ADD, _REPLACE, _EXAMPLE = "one client more or less", "one client's data replaced", "one example replaced"
 _AS_IF = "one example more or less, as if batches were Poisson samples"
+_GIVEN = "one example more or less in the means, given the models, whose training on it is not hidden"
 _WORST = 4  # of the least numbers of steps: with more of them, the share of the examples in a step falls faster
 
 
@@ -42,6 +46,7 @@ class Ledger(NamedTuple):
     in_setup: int  # of all clients, before the first one
     samples: tuple[tuple[int, int, int], ...] = ()  # example: a client's examples, those of a step, steps of a round
     poisson: bool = False  # example: as if batches were Poisson samples
+    of_counts: float | None = None  # means: noise of the counts, None where it is that of the sums
 
     @property
     def apart(self) -> tuple["Ledger", ...]:
@@ -53,6 +58,8 @@ class Ledger(NamedTuple):
         """The relation between neighbouring federations, in words."""
         if self.level == "example":
             return _AS_IF if self.poisson else _EXAMPLE
+        if self.level == "means":
+            return _GIVEN
         return _ADD if self.level == "client" and self.fixed is None else _REPLACE
 
     def events(self, noise_multiplier: float, rounds: int) -> Any:
@@ -61,7 +68,7 @@ class Ledger(NamedTuple):
 
         once = dp.GaussianDpEvent(self._multiplier(noise_multiplier, self.releases))
         before = [dp.GaussianDpEvent(self._multiplier(noise_multiplier, self.in_setup))] if self.in_setup else []
-        if not noise_multiplier:
+        if not self.hides(noise_multiplier):
             return dp.NonPrivateDpEvent() if before or (rounds and self.releases) else dp.NoOpDpEvent()
         if self.level == "example":
             held, batch, steps = self.samples[0]
@@ -79,9 +86,24 @@ class Ledger(NamedTuple):
         rounds = rounds if self.releases else 0
         return dp.ComposedDpEvent([*before, *([dp.SelfComposedDpEvent(once, rounds)] if rounds else [])])
 
+    def counts_noise(self, noise_multiplier: float) -> float:
+        """Of means: z_n."""
+        return noise_multiplier if self.of_counts is None else self.of_counts
+
+    def hides(self, noise_multiplier: float) -> bool:
+        """Whether there is noise on all that is released."""
+        return noise_multiplier > 0 and self.of_counts != 0
+
     def _multiplier(self, noise_multiplier: float, releases: int) -> float:
+        if self.level == "means":
+            return joint_multiplier(noise_multiplier, self.counts_noise(noise_multiplier))
         sensitivity = 1 if self.relation in (_ADD, _AS_IF) else 2
         return noise_multiplier / sensitivity / math.sqrt(max(releases, 1))
+
+
+def joint_multiplier(of_sums: float, of_counts: float) -> float:
+    """(z_s^-2 + z_n^-2)^(-1/2), of the one Gaussian that both together are; 0 if one of them is."""
+    return of_sums * of_counts / math.hypot(of_sums, of_counts) if of_sums and of_counts else 0.0
 
 
 def ledger_of(
@@ -96,6 +118,8 @@ def ledger_of(
     by_poisson = settings.batch_accounting == "poisson"
     if settings.privacy == "example":
         return Ledger("example", 1.0, None, settings.method.example_fits, 0, _samples(settings, held), by_poisson)
+    if settings.privacy == "means":
+        return Ledger("means", 1.0, None, 1, 0, of_counts=settings.count_noise_multiplier)
     releases, in_setup = (sum(len(e.releases) for e in exchanges) for exchanges in (algorithm.round, algorithm.setup))
     if not releases + in_setup:
         raise InputError(f"--privacy={settings.privacy}: {algorithm.name} sends nothing that could tell; leave it out")
@@ -155,7 +179,7 @@ def _calibrated(ledger: Ledger, rounds: int, accountant: str, epsilon: float, de
 @functools.lru_cache(maxsize=64)
 def epsilons(ledger: Ledger, noise_multiplier: float, rounds: int, accountant: str, delta: float) -> tuple[float, ...]:
     """Epsilon after each of the rounds; infinite without noise."""
-    if not noise_multiplier:
+    if not ledger.hides(noise_multiplier):
         return (math.inf,) * rounds
     if len(ledger.apart) > 1:
         each = [epsilons(one, noise_multiplier, rounds, accountant, delta) for one in ledger.apart]
@@ -187,12 +211,14 @@ def accounted(
         return rounds, {}
     noise, done = noise_of(settings, ledger), len(rounds["bytes_up"])
     spent = epsilons(ledger, noise, done, settings.accountant, settings.delta)
+    of_counts = {"count_noise_multiplier": ledger.counts_noise(noise)} if ledger.level == "means" else {}
     return rounds | {"epsilon": list(spent)}, {
         "epsilon": spent[-1] if spent else math.nan,
         "delta": settings.delta,
         "relation": ledger.relation,
         "accountant": settings.accountant,
         "noise_multiplier": noise,
+        **of_counts,
         "clip": math.inf if settings.clip is None else settings.clip,
         "events": [repr(each.events(noise, done)) for each in ledger.apart],
     }

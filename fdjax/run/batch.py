@@ -12,7 +12,6 @@ from fdjax.engine.new_clients import never_train
 from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
-from fdjax.method import HParam
 from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
@@ -152,9 +151,14 @@ def _varies(like: Sequence[Experiment], space: Collection[str]) -> Inputs:
     settings, method = like[0].settings, like[0].settings.method
     varies = differ([_inputs(experiment) for experiment in like])
     lowered = settings.schedule == "plateau"
-    known = dict(method.hparams) | {"noise_multiplier": HParam("target_epsilon"), "clip": HParam("clip")}
+    of_privacy = {
+        "noise_multiplier": {"target_epsilon"},
+        "count_noise_multiplier": {"target_epsilon", "noise_multiplier"},
+    }
+    follows = {name: {record.default} for name, record in method.hparams.items()} | of_privacy
+    rates = {name for name, record in method.hparams.items() if record.learning_rate} if lowered else set()
     hparams = {
-        name: differs or bool({name, known[name].default} & {*space}) or (lowered and known[name].learning_rate)
+        name: differs or name in rates or bool(({name} | follows.get(name, set())) & {*space})
         for name, differs in varies.hparams.items()
     }
     federation = varies.federation

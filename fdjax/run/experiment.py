@@ -337,6 +337,7 @@ def _task(settings: Settings, shapes: Shapes) -> Task:
         proxy_per_round=min(settings.proxy_per_round or shapes.proxy, shapes.proxy),
         options=dict(settings.options),
         inputs=shapes.inputs,
+        private_means=settings.privacy == "means",
     )
 
 
@@ -370,6 +371,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             drop_nonfinite=settings.drop_nonfinite,
             policy=policy_of(settings),
             new=shapes.new,
+            membership=settings.membership,
             fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)

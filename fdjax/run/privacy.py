@@ -1,4 +1,4 @@
-"""Settings of privacy: what is private, how much noise that takes, and how it is accounted for."""
+"""Settings of privacy: what is private, how much noise that takes, how it is accounted for, and an attack on it."""
 
 import dataclasses
 from types import MappingProxyType
@@ -14,6 +14,7 @@ LEVELS = MappingProxyType(
         "client": "all that a client has, against who sees what the server sends: uploads clipped, their sum noised",
         "example": "each example of a client, against all others: DP-SGD, gradients clipped one by one and noised",
         "local": "all that a client has, against the server too: every client noises its own uploads",
+        "means": "each example of a client in fd's means by label, given the models: sums and counts noised",
     }
 )
 BATCHES = MappingProxyType(
@@ -29,7 +30,7 @@ ACCOUNTANTS = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class PrivacySettings:
-    """The settings of differential privacy, which `Settings` has among its own."""
+    """The settings of privacy, which `Settings` has among its own."""
 
     privacy: str = _setting("none", "what is kept private", choices=LEVELS)
     clip: float | None = _setting(
@@ -38,6 +39,9 @@ class PrivacySettings:
     )  # fmt: skip
     noise_multiplier: float = _setting(
         0.0, "standard deviation of the noise, in multiples of clip", role="traced", low=0
+    )
+    count_noise_multiplier: float | None = _setting(
+        None, "privacy means: the same of the counts; default: noise_multiplier", float, role="traced", low=0
     )
     delta: float = _setting(
         1e-5, "probability with which epsilon may not hold", role="run", low=0, above=True, high=1, below=True,
@@ -51,6 +55,10 @@ class PrivacySettings:
         "fixed", "privacy example: how batches are accounted for", choices=BATCHES, role="run", resumable=True
     )
     accountant: str = _setting("rdp", "how epsilon is computed", choices=ACCOUNTANTS, role="run", resumable=True)
+    membership: bool = _setting(
+        False,
+        "attack models and uploads at every evaluation: who was trained on, as AUC; up to a round's work each time",
+    )
 
 
 def check_privacy(settings: Any) -> None:
@@ -71,6 +79,8 @@ def check_privacy(settings: Any) -> None:
             f"--privacy=example: not all that {settings.method.name} shares of a client's examples is learned by one "
             "fit on them; use fedavg, fedprox, fedopt or dsfl, or another --privacy"
         )
+    if settings.privacy == "means":
+        _check_means(settings)
     if settings.clip is None and (noise or target is not None):
         given = f"--noise_multiplier={noise:g}" if noise else f"--target_epsilon={target:g}"
         raise InputError(f"{given} without --clip: no noise hides what is not clipped; give --clip, such as 1")
@@ -87,6 +97,19 @@ def check_privacy(settings: Any) -> None:
         raise InputError(
             "--accountant=pld knows no sampling of so many clients without replacement; use --accountant=rdp, or "
             "--sampling=poisson"
+        )
+
+
+def _check_means(settings: Any) -> None:
+    if not settings.method.label_means:
+        raise InputError(
+            f"--privacy=means: means by label are not all that {settings.method.name} shares; use fd, or another "
+            "--privacy"
+        )
+    if dict(settings.hparams).get("local_steps"):
+        raise InputError(
+            "--privacy=means with --local_steps: how often an example is seen then tells how many there are; use "
+            "--local_epochs"
         )
 
 

@@ -22,6 +22,12 @@ _NAMES = {
     "new_accuracy_tuned": "new clients after fine-tuning, own test part, %",
     "validation_accuracy": "accuracy on the validation split, %",
 }
+_ATTACKED = {
+    "central_auc": "the central model",
+    "local_auc": "clients' own models",
+    "upload_auc": "what one client sends",
+    "consensus_auc": "what the server makes of it",
+}
 _DRAWN = ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client", "validation_accuracy")
 
 
@@ -35,10 +41,15 @@ def summary(results: Sequence[Result]) -> str:
     setup = [way for way in ("up", "down") if first.setup.get(f"bytes_{way}")]
     rows = [
         *((text.format(examples=examples), _percent(results, n)) for n, text in _NAMES.items() if n in final),
-        *((name.replace("_", " "), _loss(results, name)) for name in losses),
+        *((name.replace("_", " "), _spread(results, name, 4)) for name in losses),
         *([("test examples for local accuracy at evaluations before", between)] if between else []),
         *_trained_on(results),
         *_privacy(results),
+        *(
+            (f"AUC of a membership attack on {text}", _spread(results, n))
+            for n, text in _ATTACKED.items()
+            if n in final
+        ),
         ("bytes up, of one client a round", _of_one_client(results, "up")),
         ("bytes down, to one client a round", _of_one_client(results, "down")),
         *((f"bytes {way} of the set-up, all clients", report.byte_size(first.setup[f"bytes_{way}"])) for way in setup),
@@ -63,9 +74,9 @@ def _percent(results: Sequence[Result], name: str) -> str:
     return report.percent(*report.spread([result.final[name] for result in results]))
 
 
-def _loss(results: Sequence[Result], name: str) -> str:
+def _spread(results: Sequence[Result], name: str, digits: int = 3) -> str:
     mean, std = report.spread([result.final[name] for result in results])
-    return f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None else "")
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
 def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -91,13 +102,16 @@ def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:
     ]
     if "epsilon" not in spent:
         return by_itself
+    noise = f"{spent['noise_multiplier']:.4g}"
+    if "count_noise_multiplier" in spent:
+        noise += f" of sums, {spent['count_noise_multiplier']:.4g} of counts"
     return [
         *by_itself,
         (
             f"epsilon at delta {spent['delta']:g}, {spent['relation']}",
             f"{spent['epsilon']:.4g} ({spent['accountant']})",
         ),
-        ("noise multiplier, clip", f"{spent['noise_multiplier']:.4g}, {spent['clip']:g}"),
+        ("noise multiplier, clip", f"{noise}, {spent['clip']:g}"),
     ]
 
 

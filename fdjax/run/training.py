@@ -48,7 +48,10 @@ def hparams_of(settings: Settings, ledger: Ledger | None) -> dict[str, np.ndarra
         return hparams
     clip = np.inf if settings.clip is None else settings.clip
     noise = noise_of(settings, ledger)
-    return hparams | {"clip": np.asarray(clip, np.float32), "noise_multiplier": np.asarray(noise, np.float32)}
+    more = {"clip": clip, "noise_multiplier": noise}
+    if ledger.level == "means":
+        more["count_noise_multiplier"] = ledger.counts_noise(noise)
+    return hparams | {name: np.asarray(value, np.float32) for name, value in more.items()}
 
 
 def hparams_now(

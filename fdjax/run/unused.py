@@ -89,6 +89,10 @@ def _no_private_batches(settings: Any) -> str:
     return "" if settings.privacy == "example" else f"no batches are private; give --privacy=example, or {_LEAVE_OUT}"
 
 
+def _no_private_counts(settings: Any) -> str:
+    return "" if settings.privacy == "means" else f"no counts are private; give --privacy=means, or {_LEAVE_OUT}"
+
+
 def _no_privacy(settings: Any) -> str:
     return f"nothing is private; give --privacy too, or {_LEAVE_OUT}" if settings.privacy == "none" else ""
 
@@ -107,6 +111,7 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "fine_tune_epochs": _no_new_clients,
         "chunk": _no_chunks,
         "batch_accounting": _no_private_batches,
+        "count_noise_multiplier": _no_private_counts,
         **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
     }
 )  # why settings like these do not use a setting; an empty text if they do
@@ -132,6 +137,12 @@ def check_unused(settings: Any, explicit: Collection[str] = ()) -> None:
                 f"--{name}={given[name]:g}: {method.name} uses it with --{option}={' or '.join(values)} alone, not "
                 f"{options[option]}; {_LEAVE_OUT}"
             )
+    back = method.looks_back
+    if back and options[back] != method.options[back][0] and int(options[back]) > settings.rounds:
+        raise InputError(
+            f"--{back}={options[back]}: more past rounds than the run has, with --rounds={settings.rounds}; give "
+            "at most as many"
+        )
     if given.get("local_steps") and given["local_epochs"] != method.hparams["local_epochs"].default:
         raise InputError(
             f"--local_steps={given['local_steps']:g} and --local_epochs={given['local_epochs']:g}: steps are in place "

@@ -27,7 +27,11 @@ UNUSED = {
     "fedftg": ("generator_learning_rate", "class_weight", "diversity_weight"),
     "faug": ("scarcity",),  # a label of these clients is their most frequent one, or a single example, or none
     "feddf": ("server_patience",),
+    "fedgkd_vote": ("vote_temperature",),  # the second round has one past model, and the first none
     "fedmd": ("pretrain_patience", "private_patience"),
+    # The best of a few teachers stays the best; two rounds have one loss before, and few of these clients two peers.
+    "group_distillation": ("similarity", "memory"),
+    "group_distillation_proxy": ("similarity", "revenue_temperature"),
 }
 # The single proxy example that validates here says nothing by accuracy.
 CHOSEN = {"feddf": {"model_selection": "kl"}}
@@ -38,6 +42,8 @@ FEW = {
     "fedaux": {"pretrain_steps": 3, "distill_learning_rate": 0.01, "score_epsilon": 5.0, "score_penalty": 1.0},
     "feddf": {"server_steps": 20},
     "fedmd": {"pretrain_epochs": 3, "private_epochs": 5},
+    "fedmlb": {"learning_rate": 0.05},
+    "fedntd": {"learning_rate": 0.1},
     "fedgen": {"generated_weight": 0.5, "latent_weight": 0.5, "generator_steps": 5},
     "fedma": {"sweeps": 1},
     "fedgkt": {"server_epochs": 2, "learning_rate": 0.03},
@@ -58,9 +64,9 @@ FEW = {
 
 # What their clients keep no round changes.
 FROM_THE_SET_UP = ("fedaux",)
-# What is matched, averaged or projected are hidden units, and what is pre-trained is what a head is given.
+# What is matched, averaged, projected or run through a frozen net are hidden units, and so is what a head is given.
 HIDDEN = {"model": functools.partial(nets.TwoNN, width=12)}
-FIELDS = dict.fromkeys(("fedaux", "fedma", "fedproto", "fedtgp", "fedgh", "fedkd"), HIDDEN)
+FIELDS = dict.fromkeys(("fedaux", "fedma", "fedmlb", "fedproto", "fedtgp", "fedgh", "fedkd"), HIDDEN)
 
 # A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
 pytestmark = pytest.mark.parametrize(

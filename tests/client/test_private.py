@@ -87,13 +87,12 @@ class _Examples:
         return self.x[position], self.y[position]
 
 
-def trained(clip, noise, *, is_private=True, batch_size=4, epochs=1, key=5):
+def trained(clip, noise, *, is_private=True, batch_size=4, epochs=1, key=None):
     model, _, params, x, y, _ = batch()
     training = cases.training(batch_size)._replace(private=is_private)
     hparams = {"learning_rate": 0.5, "clip": clip, "noise_multiplier": noise}
-    ctx = Context(
-        model, 0, jnp.int32(0), {n: jnp.float32(v) for n, v in hparams.items()}, jnp.int32(0), jax.random.key(key), None
-    )
+    key = jax.random.key(5) if key is None else key
+    ctx = Context(model, 0, jnp.int32(0), {n: jnp.float32(v) for n, v in hparams.items()}, jnp.int32(0), key, None)
     end, loss = fit(training, supervised(model, training), params, _Examples(x, y), ctx, epochs=jnp.int32(epochs))
     return params, end, loss, x, y
 
@@ -123,10 +122,13 @@ def test_steps_are_of_samples_drawn_anew():
 
 def test_noise_of_a_step_has_the_deviation_that_it_says():
     """eta z S / b on every number, over 60 fits of one step."""
-    differences = []
-    for key in range(60):
+
+    def difference(key):
         exact, noisy = (trained(0.8, z, batch_size=16, key=key)[1] for z in (0, 3.0))
-        differences += [np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (exact, noisy)), strict=True)]
-    draws = np.concatenate(differences) / (0.5 * 3.0 * 0.8 / B)
+        return jax.tree.map(lambda a, b: a - b, exact, noisy)
+
+    differences = jax.vmap(difference)(jax.random.split(jax.random.key(5), 60))
+    draws = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(differences)]) / (0.5 * 3.0 * 0.8 / B)
+    assert draws.size == 1680
     assert abs(draws.mean()) < 0.1
     assert abs(draws.std() - 1) < 0.07  # 4 deviations of 1680 draws

@@ -97,6 +97,9 @@ BAD = {
         {"server": lambda ctx, server, summary: (server * ctx.hparams["gama"], {})},
         r"^unknown hyperparameter \(in ctx\.hparams\) 'gama' \(did you mean 'gamma'\?\)",
     ),
+    "something shared that nobody knows": (
+        {"shares": "means"}, r"^unknown kind of what is shared \(fd, exchange train\) 'means'; known: logits, params",
+    ),
     "an unknown way to combine": (
         {"reduce": reductions.mean()._replace(combine="total")},
         r"^unknown way to combine \(fd, exchange train: reduce\) 'total'; known: max, min, stack, sum",

@@ -66,6 +66,18 @@ def test_a_trial_in_a_batch_is_the_trial_alone(name):
     assert len(losses) > len(chosen) // 2  # and trials do differ
 
 
+def test_trials_that_differ_in_what_rounds_alone_use_begin_with_one_set_up():
+    rates = (0.01, 0.3)
+    fields = SMALL | FIELDS["fedmd"] | {"rounds": 2, "algorithm": "fedmd"}
+    few = {"pretrain_epochs": 2, "private_epochs": 2}
+    chosen = [settings.make({"digest_learning_rate": rate} | few, **fields) for rate in rates]
+    results = run(chosen, devices=1)
+    check_equal(results[1], alone(chosen[1]))
+    assert results[0].setup == results[1].setup
+    assert results[0].evaluations["local_loss"][0] == results[1].evaluations["local_loss"][0]
+    assert results[0].evaluations["local_loss"][-1] != results[1].evaluations["local_loss"][-1]
+
+
 def test_a_plateau_lowers_each_trials_own_rates():
     fields = {"validation_fraction": 0.2, "schedule": "plateau", "decay": 0.01, "eval_every": 1}
     chosen = [settings.make({"learning_rate": rate}, **SMALL | fields) for rate in (0.01, 30.0)]

@@ -130,6 +130,11 @@ def test_noise_is_an_axis_of_a_batch():
         (PRIVATE | {"sampling": "examples", "participation": 0.5}, "--sampling=examples: who is drawn tells"),
         (PRIVATE | {"accountant": "pld", "participation": 0.5}, "--accountant=pld knows no sampling of so many"),
         (PRIVATE | {"algorithm": "centralized"}, "centralized has one client with all data"),
+        (PRIVATE | {"privacy": "means"}, "means by label are not all that fedavg shares; use fd, or another"),
+        (PRIVATE | {"algorithm": "faug", "privacy": "means"}, "not all that faug shares; use fd"),
+        (PRIVATE | {"algorithm": "fd", "privacy": "means", "local_steps": 5}, "--privacy=means with --local_steps"),
+        (PRIVATE | {"count_noise_multiplier": 1.0}, "no counts are private; give --privacy=means"),
+        ({"algorithm": "fd", "privacy": "means", "noise_multiplier": 1.0}, "--noise_multiplier=1 without --clip"),
         (PRIVATE | {"algorithm": "local"}, "local sends nothing that could tell; leave it out"),
         (PRIVATE | {"algorithm": "fd"}, "exchange train reduces by stack; use --privacy=local"),
         (PRIVATE | {"sampling": "poisson", "participation": 0.5, "capacity": 3}, "with probability 0.72 some draw"),
@@ -168,6 +173,49 @@ def test_examples_are_accounted_for_by_hand(quiet):
     event = dp.PoissonSampledDpEvent(8 / n, dp.GaussianDpEvent(2.0))
     assert usual.privacy["epsilon"] == pytest.approx(RdpAccountant().compose(event, steps).get_epsilon(1e-5), rel=1e-9)
     assert "as if batches were Poisson samples" in summary([usual])
+
+
+MEANS = TINY | {
+    "algorithm": "fd", "privacy": "means", "clip": 1.0, "noise_multiplier": 3.0, "count_noise_multiplier": 4.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_means_by_label_are_accounted_for_by_hand(accountant, quiet):
+    """Sums of noise 3 and counts of noise 4 are one Gaussian of 2.4, once a round, whoever takes part."""
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    result = fdjax.run(**MEANS, accountant=accountant, participation=0.5)
+    made = {"rdp": RdpAccountant, "pld": PLDAccountant}[accountant]
+    by_hand = [made().compose(dp.GaussianDpEvent(2.4), r).get_epsilon(1e-5) for r in (1, 2, 3)]
+    np.testing.assert_allclose(result.rounds["epsilon"], by_hand, rtol=1e-9)
+    table = summary([result])
+    assert "one example more or less in the means, given the models, whose training on it is not hidden" in table
+    assert "3 of sums, 4 of counts, 1" in table
+    assert result.traffic.per_participant("up") == (400,)
+
+
+def test_noise_of_means_for_an_epsilon_is_that_of_sums_and_counts(quiet):
+    given = {name: value for name, value in MEANS.items() if "noise" not in name}
+    result = fdjax.run(**given, target_epsilon=4.0)
+    assert 3.9 < result.privacy["epsilon"] <= 4.0
+    assert result.privacy["count_noise_multiplier"] == result.privacy["noise_multiplier"] > 1
+    everything = Ledger("means", 1.0, None, 1, 0)
+    assert everything.events(2.0, 1) == everything._replace(of_counts=2.0).events(2.0, 1)
+    assert epsilons(everything._replace(of_counts=0.0), 2.0, 1, "rdp", 1e-5) == (math.inf,)
+
+
+def test_local_noise_is_accounted_for_by_hand(quiet):
+    """A client's data replaced change its upload by 2 S, in every round, whoever takes part."""
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+
+    result = fdjax.run(**PRIVATE | {"algorithm": "fd", "privacy": "local", "participation": 0.5})
+    event, relation = dp.GaussianDpEvent(0.75), dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    by_hand = [RdpAccountant(neighboring_relation=relation).compose(event, r).get_epsilon(1e-5) for r in (1, 2, 3)]
+    np.testing.assert_allclose(result.rounds["epsilon"], by_hand, rtol=1e-9)
 
 
 def test_the_client_who_spends_most_counts():
