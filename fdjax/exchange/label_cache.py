@@ -120,7 +120,7 @@ def _asking(exchange: Exchange) -> Exchange:
         state, metrics = exchange.server(ctx, server.state, labels)
         return Server(state, cache), metrics
 
-    return exchange._replace(broadcast=broadcast, client=client, server=server, name=exchange.label)
+    return exchange._replace(broadcast=broadcast, client=client, server=server, name=exchange.label, shares="")
 
 
 def _telling(exchange: Exchange) -> Exchange:

@@ -186,7 +186,8 @@ def _labelling(exchange: Exchange, by_clients: bool, server) -> Exchange:
 
     if not by_clients:
         return exchange._replace(server=select)
-    return exchange._replace(client=client, reduce=mean._replace(partial=partial, finish=finish), server=select)
+    reduce = mean._replace(partial=partial, finish=finish)
+    return exchange._replace(client=client, reduce=reduce, server=select, shares="")
 
 
 def _kept_by_server(by_clients: bool, by_server: bool, logits: bool):
