@@ -20,7 +20,8 @@ for one example of a client replaced, and for the scores alone: params are sent 
 Sent: in the set-up h_0 down, 4 |D_dist| up; in a round 4P each way. A client keeps its scores in the server's place.
 
 Ours: parts without overlap (the code's may); SimCLR's views, steps and projection; teachers in test mode; an Adam that
-starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3); one architecture.
+starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3); one architecture;
+no proximal term, which the released code has. Clients have the auxiliary data themselves.
 With `scores` = equal and `pretraining` = off it is FedDF of uniform weights, without its validation.
 
 A 2nn, Dirichlet(0.01), 5 rounds, means of three seeds (`test_learning.py`): with Adam FedAvg has 0.611, neither part

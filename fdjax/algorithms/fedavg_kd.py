@@ -8,7 +8,8 @@ model, which is fixed; there is no temperature.
     server:  w <- sum_k (n_k / n) w_k,  n = sum_k n_k, over the participants of the round
 
 Sent: w down and w_k up, 4P bytes each way, as in FedAvg, which is gamma = 0. It is FedLSD with T = 1 and gamma = 0.2,
-and FedGKD with a buffer of one model but for the scale of the loss: (1 - gamma) (CE + gamma / (1 - gamma) KL).
+and FedGKD with a buffer of one model but for the scale of the loss, (1 - gamma) (CE + gamma / (1 - gamma) KL), and the
+first round, in which FedGKD has none.
 
 Accuracy for three seeds of `test_local_distillation_learning.py`: 0.783, 0.777, 0.765 (FedAvg 0.765, 0.764, 0.696).
 """

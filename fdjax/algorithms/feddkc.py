@@ -11,7 +11,8 @@ tau is found by bisection, example by example: the peak falls as it rises, the e
 r(z_k) in the place of softmax(z_k / T); all else, what is sent and what FedGKT leaves open is in `fedgkt.py`.
 
 Ours: both are searched for; `peak` = 0.5, `entropy` = 1 nat. Logits that are all equal stay so. What no tau gives (a
-peak of 1/K or less) is come as near to as a tau of 1e-3 to 1e3 times the range of the logits does.
+peak of 1/K or less, or of 1, an entropy of log K or more) is come as near to as a tau of 1e-3 to 1e3 times the range of
+the logits does.
 """
 
 import jax

@@ -75,10 +75,12 @@ def fedgh(task: Task) -> Algorithm:
         found = prototypes.sums(lambda x: ctx.model.features(params, x), data, K, d)
         return params, prototypes.upload(found), {"train_loss": loss}
 
+    def of_mean(leaves, h, y, key):
+        return losses.cross_entropy(common.apply(leaves, h), y, training.label_smoothing)
+
     def serve(ctx, head, stack):
         head, loss = fit(
-            training, lambda leaves, x, y, key: losses.cross_entropy(common.apply(leaves, x), y), head,
-            prototypes.pooled(stack)[0], ctx, epochs=ctx.hparams["server_epochs"],
+            training, of_mean, head, prototypes.pooled(stack)[0], ctx, epochs=ctx.hparams["server_epochs"],
             learning_rate=ctx.hparams["server_learning_rate"], keeps=False,
         )  # fmt: skip
         return head, {"server_loss": loss}

@@ -11,8 +11,8 @@ the features and d = CE(t) + CE(s), of each example:
     server:  the mean of what is sent by n_k, at such a rank again, changes the mentee, and is sent to the clients
 
 Sent, up and down: 4 r (m + n + 1) bytes of an [m, n] matrix of rank r (`exchange/low_rank.py`), or 4 m n where that is
-less. A client that was away is sent the changes that it missed, or the whole mentee where that is less. The mentee's
-first params are known to all.
+less. A client that was away is sent the changes that it missed, or the whole mentee where that is less; so is one that
+was dropped from the round before, as it keeps nothing of it. The mentee's first params are known to all.
 
 In KL the other net's outputs are fixed, and so is d, which the code differentiates too: where soft losses are above d^2
 it then raises CE. H moves both nets. Ours: d is of each example (the code's of a batch), and at least 0.1; the term of
@@ -67,9 +67,9 @@ def fedkd(task: Task) -> Algorithm:
         nets = {"mentor": state["mentor"], "mentee": start, "bridge": state["bridge"]}
         nets, train_loss = fit(training, loss, nets, data, ctx, epochs=local_work(ctx), keeps=False)
         change, size = low_rank.truncated(jax.tree.map(jnp.subtract, nets["mentee"], start), energy(ctx))
-        missed = jnp.minimum(sent - state["sent"], traffic.size(start))
+        missed = jnp.minimum(4.0 * (sent - state["sent"]), traffic.size(start))
         new = {"mentor": nets["mentor"], "bridge": nets["bridge"], "sent": sent}
-        return new, Upload(change, size, missed), {"train_loss": train_loss}
+        return new, Upload(change, 4.0 * size, missed), {"train_loss": train_loss}
 
     def serve(ctx, server, mean):
         change, size = low_rank.truncated(mean, energy(ctx))
@@ -78,11 +78,11 @@ def fedkd(task: Task) -> Algorithm:
 
     def init_client(ctx, params):
         wide = prototypes.features_of(ctx.model, task.inputs)
-        bridge = jax.nn.initializers.lecun_normal()(keys.stream(ctx.key, "bridge"), (narrow, wide))
-        return {"mentor": ctx.model.init(ctx.key), "bridge": bridge, "sent": jnp.float32(0)}
+        bridge = jax.nn.initializers.lecun_normal()(ctx.at("bridge").key, (narrow, wide))
+        return {"mentor": ctx.model.init(ctx.at("mentor").key), "bridge": bridge, "sent": jnp.int32(0)}
 
     return Algorithm(
-        init_server=lambda ctx, params: {"params": params, "sent": jnp.float32(0)},
+        init_server=lambda ctx, params: {"params": params, "sent": jnp.int32(0)},
         init_client=init_client,
         round=(
             Exchange(

@@ -86,19 +86,22 @@ def fedzkt(task: Task) -> Algorithm:
         start = server["generator"], adam.init(server["generator"]), server["params"], jnp.float32(0)
         made, _, params, value = lax.fori_loop(0, ctx.hparams["server_steps"], play, start)
 
+        sgd = optax.sgd(ctx.hparams["device_learning_rate"] / _BATCH)
+        of_devices = [on_trained(sgd, each, task.serving.trained) for each in devices]
+
         def hand_down(i, devices):
             """Each device's own step, as the sum of their losses has each one's slope."""
             x = generate(made, "device", i)
             target = jax.nn.softmax(central(params, x))
             new = []
-            for model, each in zip(task.models, devices, strict=True):
+            for model, each, optimizer in zip(task.models, devices, of_devices, strict=True):
                 slope = jax.grad(
                     lambda each, model=model: jnp.sum(
                         losses.soft_cross_entropy(target[None], apply_each(model.apply, each, x))
                     )
                 )(each)
-                rate = ctx.hparams["device_learning_rate"] / _BATCH
-                new.append(jax.tree.map(lambda w, g, rate=rate: w - rate * g, each, slope))
+                update, _ = optimizer.update(slope, optimizer.init(each), each)
+                new.append(optax.apply_updates(each, update))
             return new
 
         devices = lax.fori_loop(0, ctx.hparams["device_steps"], hand_down, devices)

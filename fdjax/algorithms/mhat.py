@@ -8,7 +8,8 @@ concretisation, and a round is one of DS-FL (`dsfl.py`):
     update:     train w_k on the private data by CE
     predict:    p_k(x) = softmax(w_k(x)) for x in o_t, public data
     aggregate:  the server minimises CE(p(x), softmax(w(x))), p(x) = (1 / m) sum_k p_k(x)
-    distil:     clients minimise KL(softmax(w(x)) || softmax(w_k(x))) over x in o_t, w as trained just now
+    distil:     clients minimise CE(softmax(w(x)), softmax(w_k(x))) over x in o_t, w as trained just now: the slope
+                of KL(softmax(w(x)) || softmax(w_k(x)))
 
 The server's model w goes on from round to round, and is the central one.
 

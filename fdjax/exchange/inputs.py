@@ -1,8 +1,9 @@
 """A generator of inputs for nets, where there are no data: a server trains it against what clients' nets say.
 
 Noise and a one-hot label, if there are labels; dense layers of 256 and 512 units, each with BatchNorm (in the place of
-a bias) and LeakyReLU(0.2); one to the input, the hyperbolic tangent, and BatchNorm without scale and shift, so that
-inputs are standardised, as those of nets are. All normalise by the batch: there is no running statistic.
+a bias) and LeakyReLU(0.2); one to the input, the hyperbolic tangent, and BatchNorm of channels (of numbers, where an
+input is a vector) without scale and shift, so that inputs have mean 0 and variance 1, as those of nets do. All
+normalise by the batch: there is no running statistic.
 """
 
 import itertools
@@ -43,9 +44,10 @@ def generate(params: PyTree, noise: Array, y: Array | None, shape: tuple[int, ..
         h = _standardised(h @ layer["kernel"]) * layer["scale"] + layer["shift"]
         h = jax.nn.leaky_relu(h, _LEAK)
     h = jnp.tanh(h @ params[-1]["kernel"] + params[-1]["bias"])
-    return _standardised(h).reshape(-1, *shape)
+    return _standardised(h.reshape(-1, *shape))
 
 
 def _standardised(h: jax.Array) -> jax.Array:
-    mean, var = jnp.mean(h, 0, keepdims=True), jnp.var(h, 0, keepdims=True)
+    axes = tuple(range(h.ndim - 1))
+    mean, var = jnp.mean(h, axes, keepdims=True), jnp.var(h, axes, keepdims=True)
     return (h - mean) * jax.lax.rsqrt(var + _EPSILON)

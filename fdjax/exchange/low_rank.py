@@ -1,7 +1,7 @@
 """Matrices sent as factors of a rank that their own spectrum asks for, under shapes that do not change.
 
-What is sent of an [m, n] matrix A of rank r are U_r [m, r], the singular values [r] and V_r [r, n]: 4 r (m + n + 1)
-bytes. Here A_r = U_r S_r V_r itself goes on, masked and not cut, and the bytes are counted. The decomposition is
+What is sent of an [m, n] matrix A of rank r are U_r [m, r], the singular values [r] and V_r [r, n]: r (m + n + 1)
+numbers. Here A_r = U_r S_r V_r itself goes on, masked and not cut, and these are counted. The decomposition is
 Jacobi's, of A^T A: LAPACK in a round waits for threads that other host devices hold.
 """
 
@@ -18,18 +18,18 @@ _SWEEPS, _SMALL = 8, 1e-6  # at most so many, until what is beside the diagonal 
 
 
 def truncated(tree: PyTree, energy: Array) -> tuple[PyTree, jax.Array]:
-    """Every matrix at the least rank r with sum_{i <= r} s_i^2 > energy sum_i s_i^2, and the bytes of all leaves.
+    """Every matrix at the least rank r with sum_{i <= r} s_i^2 > energy sum_i s_i^2, and how many numbers are sent.
 
     A leaf of more axes is one of its last axis; one of fewer than two is sent as it is, and so is one of which the
     factors are no smaller, so that an energy of 1 is exact. Source: Wu et al. (2022), FedKD, equation of its section 3.
     """
     leaves, structure = jax.tree.flatten(tree)
     found = [_truncated(leaf, energy) for leaf in leaves]
-    return jax.tree.unflatten(structure, [leaf for leaf, _ in found]), sum((size for _, size in found), jnp.float32(0))
+    return jax.tree.unflatten(structure, [leaf for leaf, _ in found]), sum((size for _, size in found), jnp.int32(0))
 
 
 def _truncated(leaf: jax.Array, energy: Array) -> tuple[jax.Array, jax.Array]:
-    whole = jnp.float32(4 * leaf.size)
+    whole = jnp.int32(leaf.size)
     if leaf.ndim < 2:
         return leaf, whole
     m, n = math.prod(leaf.shape[:-1]), leaf.shape[-1]
@@ -42,7 +42,7 @@ def _truncated(leaf: jax.Array, energy: Array) -> tuple[jax.Array, jax.Array]:
     rank = jnp.where(jnp.sum(values) > 0, jnp.minimum(1 + jnp.sum(share <= energy), len(values)), 0)
     kept = vectors * (jnp.arange(len(values)) < rank)[:, None]
     lower = (tall @ kept.T) @ kept
-    size = 4.0 * rank * (m + n + 1)
+    size = rank * (m + n + 1)
     lower = (lower if n <= m else lower.T).reshape(leaf.shape)
     return jnp.where(size < whole, lower, leaf), jnp.minimum(size, whole)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax import keys
+from fdjax.client.trained import is_statistic, path_of
 from fdjax.contract import Stack
 from fdjax.exchange.stacked import present
 from fdjax.types import PyTree
@@ -20,7 +21,8 @@ def sample(kind: str, mean: PyTree, stack: Stack, concentration: jax.Array, key:
                 w + mean_k |d_k| (mu + 0.1 s e),  e ~ N(0, 1)
     dirichlet   sum_k g_k n_k w_k / sum_k g_k n_k,  g ~ Dirichlet(`concentration`)
 
-    Source: Chen and Chao (2021), FedBE; the second one is their code's.
+    Running statistics of BatchNorm are those of w but for the last one. Source: Chen and Chao (2021), FedBE; the second
+    one is their code's.
     """
     models, there = present(stack), (stack.weight > 0).astype(jnp.float32)
     share = stack.weight / jnp.sum(stack.weight)
@@ -29,7 +31,7 @@ def sample(kind: str, mean: PyTree, stack: Stack, concentration: jax.Array, key:
         return jnp.tensordot(weights / jnp.sum(weights), values, 1)
 
     if kind == "dirichlet":
-        drawn = share * jax.random.gamma(key, concentration, share.shape)
+        drawn = jax.nn.softmax(jax.random.loggamma(key, concentration, share.shape) + jnp.log(share))
         return jax.tree.map(lambda w: over(drawn, w), models)
 
     def of_tensor(number, w, each):
@@ -41,6 +43,6 @@ def sample(kind: str, mean: PyTree, stack: Stack, concentration: jax.Array, key:
         mu = over(there, unit)
         return w + over(there, length) * (mu + _SHRUNK * jnp.sqrt(over(there, (unit - mu[None]) ** 2)) * noise)
 
-    leaves, tree = jax.tree.flatten(mean)
-    drawn = [of_tensor(i, w, each) for i, (w, each) in enumerate(zip(leaves, jax.tree.leaves(models), strict=True))]
-    return jax.tree.unflatten(tree, drawn)
+    pairs = zip(jax.tree.leaves_with_path(mean), jax.tree.leaves(models), strict=True)
+    drawn = [w if is_statistic(path_of(path)) else of_tensor(i, w, each) for i, ((path, w), each) in enumerate(pairs)]
+    return jax.tree.unflatten(jax.tree.structure(mean), drawn)

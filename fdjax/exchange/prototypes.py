@@ -14,7 +14,7 @@ from fdjax.errors import InputError
 from fdjax.exchange.reductions import ByLabel, sum_by_label
 from fdjax.exchange.stacked import present
 from fdjax.method import Task
-from fdjax.types import Array, Model, PyTree
+from fdjax.types import Array, Model
 
 _BATCH = 256  # of examples whose features are looked at
 
@@ -91,11 +91,12 @@ def pooled(stack: Stack) -> tuple[Pool, ByLabel]:
     return pool, ByLabel(mean, holders.astype(jnp.float32))
 
 
-def nearest(h: jax.Array, prototypes: ByLabel, logits: PyTree) -> jax.Array:
+def nearest(h: jax.Array, prototypes: ByLabel, logits: jax.Array) -> jax.Array:
     """Minus the squared distance of features [B, d] to each label's prototype [K, d]; `logits` if there is none yet.
 
-    A label without a prototype is as far as can be.
+    A label without a prototype is further than any that has one.
     """
     known = prototypes.count[None] > 0
     distance = jnp.sum(jnp.square(flat(h)[:, None] - prototypes.value[None]), -1)
-    return jnp.where(jnp.any(known), jnp.where(known, -distance, -1e6), logits)
+    furthest = jnp.max(jnp.where(known, distance, 0), -1, keepdims=True)
+    return jnp.where(jnp.any(known), -jnp.where(known, distance, furthest + 1), logits)

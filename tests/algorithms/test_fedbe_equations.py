@@ -2,11 +2,14 @@
 
 import engine_cases as cases
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from server_cases import BATCH, EPOCHS, RATE, descend, hard, orders, participants, proxies, server_key, simulate_rounds
 
 from fdjax import keys
+from fdjax.contract import Stack
+from fdjax.exchange import posterior
 
 DRAWS, SERVER_EPOCHS, SERVER_RATE, SHARPENING, CONCENTRATION = 3, 4, 0.5, 0.4, 0.7
 BEGINS, EVERY = 0.3, 2
@@ -104,3 +107,15 @@ def test_without_an_iterate_to_average_the_last_one_is_sent():
     (_, ((same, *_),)) = simulate_rounds("fedavg", 1)
     (_, ((fixed, *_),)) = simulate_rounds("fedbe", 1, **H | {"server_learning_rate": 0.0})
     np.testing.assert_allclose(fixed.server["Dense_0"]["kernel"], same.server["Dense_0"]["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", posterior.KINDS)
+def test_statistics_stay_positive_and_small_concentrations_finite(kind):
+    """Variances of BatchNorm are not drawn, and draws of a Gamma distribution that underflow are not divided by."""
+    models = {"kernel": jnp.ones((3, 4)) * jnp.arange(3.0)[:, None], "batch_stats": {"var": jnp.full((3, 4), 1e-6)}}
+    mean = jax.tree.map(lambda w: w.mean(0), models)
+    for seed in range(20):
+        stack = Stack(models, jnp.arange(3), jnp.array([1.0, 2.0, 0.0]))
+        drawn = posterior.sample(kind, mean, stack, jnp.float32(1e-4), jax.random.key(seed))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drawn))
+        assert (np.asarray(drawn["batch_stats"]["var"]) > 0).all()
