@@ -111,7 +111,7 @@ def fedbe(task: Task) -> Algorithm:
         "models": reductions.stack(),
         "outputs": after(teach, reductions.mean()),
     }
-    return base._replace(round=(base.round[0]._replace(reduce=reduce, server=server),))
+    return base._replace(round=(base.round[0]._replace(reduce=reduce, server=server, shares=""),))
 
 
 METHOD = Method(

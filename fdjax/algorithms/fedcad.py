@@ -54,4 +54,5 @@ METHOD = Method(
     },
     proxy="labelled",
     one_architecture=True,
+    example_fits=1,
 )

@@ -47,7 +47,7 @@ def fedftg(task: Task) -> Algorithm:
         return state, Upload(label_counts(data, K)), {}
 
     def keep_counts(ctx, server, stack):
-        counts = present(stack)
+        counts = jnp.maximum(present(stack), 0)  # noise that clients added may have made them negative
         return server | {"counts": server["counts"].at[stack.client].set(counts)}, {}
 
     def draw(ctx, odds):
@@ -117,6 +117,7 @@ def fedftg(task: Task) -> Algorithm:
                 broadcast=lambda ctx, server: Broadcast(server["params"]),
                 reduce={"mean": reductions.weighted_mean(), "models": reductions.stack()},
                 server=serve,
+                shares="",
             ),
         ),
         central=lambda ctx, server, x: net(server["params"], x),

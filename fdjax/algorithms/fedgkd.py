@@ -104,7 +104,7 @@ def _fedgkd(task: Task, vote: bool) -> Algorithm:
             jnp.zeros(M) if vote else (),
         ),
         init_client=lambda ctx, params: jnp.int32(-1) if cached else (),
-        round=(Exchange(broadcast, train, average(), serve),),
+        round=(Exchange(broadcast, train, average(), serve, shares="params"),),
         central=lambda ctx, server, x: ctx.model.apply(server.params, x),
         model_of=lambda ctx, server, state: server.params,
     )  # fmt: skip

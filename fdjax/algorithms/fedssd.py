@@ -71,4 +71,5 @@ METHOD = Method(
     },
     proxy="labelled",
     one_architecture=True,
+    example_fits=1,
 )

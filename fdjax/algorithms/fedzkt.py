@@ -126,7 +126,7 @@ def fedzkt(task: Task) -> Algorithm:
     return Algorithm(
         init_server=init_server,
         init_client=own_model,
-        round=(Exchange(broadcast, train, reductions.stack()._replace(per_cohort=True), serve),),
+        round=(Exchange(broadcast, train, reductions.stack()._replace(per_cohort=True), serve, shares="params"),),
         central=lambda ctx, server, x: central(server["params"], x),
         personal=predict_with_own_model,
     )

@@ -58,6 +58,7 @@ def fml(task: Task) -> Algorithm:
                 client=train,
                 reduce=average(),
                 server=lambda ctx, meme, mean: (mean, {}),
+                shares="params",
             ),
         ),
         central=lambda ctx, meme, x: task.model.apply(meme, x),

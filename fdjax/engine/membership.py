@@ -21,7 +21,14 @@ client holds, up to `PAIRS` of each. Clients that never train, or have no test p
 - consensus: what becomes of these outputs, with the noise of a private sum; members are those of any client
 
 Of FD there is no upload: its means say the same of all examples of a label, so between examples of like labels this
-attack is a guess whatever they are.
+attack is a guess whatever they are. None is made either, and no AUC of it is told, where an upload
+
+- is reduced in more than one way: FedBE, FedFTG, FedAUX, FedDistill+, and selected or cached outputs
+- has more in it than one model or the outputs: FedGen, FedAD, FedMA, FedGEMS, CFD, FedKD (a change of low rank)
+- has features or prototypes: FedGKT, FedDKC, FedProto, FedTGP, FedGH
+- is a part of a model (`--exchanged`), or one that is a group's: group distillation
+
+So a run of these with `upload_auc` missing tells nothing of their uploads, which may leak as much as any other.
 """
 
 import functools
@@ -102,7 +109,7 @@ def attack(
             by_rows = seen.uploads[federation.client]
             clients["upload_auc"] = jnp.where(by_rows == _NOBODY, jnp.nan, by_rows)
         if exchange.shares != "params":
-            scalars["consensus_auc"] = seen.consensus
+            scalars["consensus_auc"] = jnp.where(seen.consensus == _NOBODY, jnp.nan, seen.consensus)
     return {name: jnp.nanmean(values) for name, values in clients.items()} | scalars, clients
 
 

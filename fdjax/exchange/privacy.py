@@ -4,7 +4,7 @@ McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Langu
 exchange that is reduced by a sum. With S = hparam `clip`, z = `noise_multiplier`, w what was broadcast, and x_k what
 client k adds to the sum, all leaves of it taken as one vector:
 
-    clipped:  c(x_k) = w + min(1, S / |x_k - w|) (x_k - w)           w = 0 where nothing of that form was broadcast
+    clipped:  c(x_k) = w + min(1, S / |x_k - w|) (x_k - w)           w = 0 where no params of that form were sent
     noised:   sum_k (c(x_k) - w) + N(0, (z S)^2)
     mean:     w + (noised sum) / N                                   N a number that is public, `number`
 
@@ -13,7 +13,12 @@ client k adds to the sum, all leaves of it taken as one vector:
   each client comes by itself with probability q (Poisson), and what one client changes would not be bounded by S / N
   any more; with N = q C the mean is unbiased (the paper's first estimator). Where the number is fixed both are the
   same, but for clients without examples, which count as ones that upload w.
+- Params alone are clipped around what was received: that itself, or its entry `params`. Outputs and sums by label are
+  clipped around 0, whatever was received. With --privacy=local params that the server sent to this client alone count
+  too; FedZKT's clients receive none before their second round, so what they send in the first is clipped around 0.
 - Any other sum is clipped around 0 and noised whole, its counts with it; `finish` sees nothing else.
+- A label of which the noised count is no more than twice the deviation of the noise is taken for one that nobody holds.
+  This sees noised numbers alone, so it costs nothing, and is ours.
 - An upload that is not finite counts as w: one client must not be able to spoil the sum.
 
 Floats leak in their last bits what real numbers would not, and JAX's generator is no cryptographic one: this simulates
@@ -31,11 +36,12 @@ import numpy as np
 from fdjax import keys
 from fdjax.contract import Context, Exchange, Reduction, Stack
 from fdjax.errors import InputError
-from fdjax.exchange.reductions import Averaged, sends_nothing
+from fdjax.exchange.reductions import Averaged, ByLabel, sends_nothing
 from fdjax.exchange.traffic import Known
 from fdjax.exchange.wrappers import require_sum
 from fdjax.types import Array, PyTree
 
+SURE = 2.0  # deviations of a noised count above which a label is held
 _ADVICE = "use --privacy=local, or a method whose uploads are averaged"
 
 
@@ -90,14 +96,14 @@ def private(exchange: Exchange, number: float) -> Exchange:
     def partial(ctx, sent, weight):
         part = reduction.partial(ctx, sent.tree, (weight > 0).astype(jnp.float32))
         if isinstance(part, Averaged):
-            center = _center(sent.received.tree, part.value)
+            center = _center(part.value, sent.received.tree)
             return part._replace(value=clipped(part.value, center, ctx.hparams["clip"], name))
         return clipped(part, jax.tree.map(jnp.zeros_like, part), ctx.hparams["clip"], name)
 
     def finish(ctx, total):
         deviation = noise_deviation(ctx)
         if not isinstance(total, Averaged):
-            return _Summary(reduction.finish(ctx, noised(ctx, total, deviation)))
+            return _Summary(reduction.finish(ctx, _held(noised(ctx, total, deviation), deviation)))
         mean = Averaged(noised(ctx, total.value, deviation), jnp.float32(number))
         return _Summary(reduction.finish(ctx, mean), (number - total.weight) / number)
 
@@ -105,7 +111,7 @@ def private(exchange: Exchange, number: float) -> Exchange:
     def server(ctx, server, summary):
         tree, absent = summary
         if absent is not None:
-            center = _center(exchange.broadcast(ctx.at("center"), server).shared, tree)
+            center = _center(tree, exchange.broadcast(ctx.at("center"), server).shared)
             tree = jax.tree.map(lambda x, w: x + absent * w, tree, center)
         return exchange.server(ctx, server, tree)
 
@@ -118,7 +124,8 @@ def locally_private(exchange: Exchange) -> Exchange:
     """`exchange` whose clients clip their uploads and add noise themselves: the server sees nothing else.
 
     Whatever the reduction, whose clients count alike: N(0, (z S)^2) is added to every upload, clipped as above. A mean
-    of n uploads has the n-th part of that variance; a private sum would have the n-th part of this one.
+    of n uploads has the n-th part of that variance; a private sum would have the n-th part of this one. Every number is
+    noised, so all of the arrays are sent and counted, also of a method that would have sent them coded or in part.
     """
     if sends_nothing(exchange):
         return exchange
@@ -127,9 +134,10 @@ def locally_private(exchange: Exchange) -> Exchange:
     @functools.wraps(exchange.client)
     def client(ctx, received, state, data):
         state, upload, metrics = exchange.client(ctx, received, state, data)
-        near = clipped(upload.tree, _center(received.shared, upload.tree), ctx.hparams["clip"], name)
-        sent = noised(ctx.at("own noise"), near, noise_deviation(ctx))
-        return state, upload._replace(tree=sent), metrics
+        center, deviation = _center(upload.tree, received.shared, received.own), noise_deviation(ctx)
+        near = clipped(upload.tree, center, ctx.hparams["clip"], name)
+        sent = _held(noised(ctx.at("own noise"), near, deviation), deviation)
+        return state, upload._replace(tree=sent, bytes=None), metrics
 
     reduce = exchange.reduce
     alike = _alike(reduce) if isinstance(reduce, Reduction) else {label: _alike(r) for label, r in reduce.items()}
@@ -184,12 +192,42 @@ def noised(ctx: Context, tree: PyTree, deviation: Array) -> PyTree:
     return jax.tree.unflatten(structure, [x + more.astype(x.dtype) for x, more in zip(leaves, noise, strict=True)])
 
 
-def _center(received: PyTree, value: PyTree) -> PyTree:
-    """What was received in the form of `value`; entry by entry of a dict; zeros for what nothing was received for."""
-    if isinstance(received, dict) and isinstance(value, dict) and received.keys() != value.keys():
-        return {name: _center(received.get(name, ()), leaves) for name, leaves in value.items()}
-    alike = jax.tree.structure(received) == jax.tree.structure(value) and all(
+def _center(value: PyTree, shared: PyTree, own: PyTree = ()) -> PyTree:
+    """The params that were received in the form of `value`; entry by entry of a dict; zeros for what has none.
+
+    `shared` is what all clients received, or has it as its entry `params`; so is `own`, which may be a tuple with it.
+    """
+    parts = [*own.values()] if isinstance(own, dict) else [*own] if isinstance(own, tuple) else []
+    for received in (shared, shared.get("params") if isinstance(shared, dict) else None, own, *parts):
+        if _same_params(value, received):
+            return received
+    if isinstance(value, dict):
+        entries = shared if isinstance(shared, dict) else {}
+        return {name: _center(leaves, entries.get(name, ())) for name, leaves in value.items()}
+    return jax.tree.map(jnp.zeros_like, value)
+
+
+def _same_params(value: PyTree, received: PyTree) -> bool:
+    """Whether both are params of one net: trees alike. An array by itself is none, and neither are sums by label."""
+    structure = jax.tree.structure(value)
+    if jax.tree.structure(received) != structure or jax.tree_util.treedef_is_leaf(structure):
+        return False
+    return not any(map(_by_label, jax.tree.leaves(value, is_leaf=_by_label))) and all(
         jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
         for a, b in zip(jax.tree.leaves(received), jax.tree.leaves(value), strict=True)
     )
-    return received if alike else jax.tree.map(jnp.zeros_like, value)
+
+
+def _by_label(node: PyTree) -> bool:
+    return isinstance(node, ByLabel)
+
+
+def _held(noisy: PyTree, deviation: Array) -> PyTree:
+    """Sums by label without those of labels of which the noise may be all that was counted."""
+
+    def sure(node):
+        if not _by_label(node):
+            return node
+        return node._replace(count=jnp.where(node.count > SURE * deviation, node.count, 0))
+
+    return jax.tree.map(sure, noisy, is_leaf=_by_label)

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.contract import Context
-from fdjax.exchange.privacy import noise_deviation, noised
+from fdjax.exchange.privacy import SURE, noise_deviation, noised
 from fdjax.exchange.reductions import ByLabel
 
-_SURE = 2.0  # deviations
 _MOST = 1.001  # sum of what are probabilities but for rounding
 
 
@@ -44,7 +43,7 @@ def noised_means(ctx: Context, total: ByLabel) -> jax.Array:
     deviation = seen * ctx.hparams["count_noise_multiplier"]
     value = noised(ctx.at("sums"), total.value, seen * noise_deviation(ctx))
     count = noised(ctx.at("counts"), total.count, deviation)
-    held = count > _SURE * deviation
+    held = count > SURE * deviation
     return jnp.where(held[:, None], value / jnp.maximum(count, 1)[:, None], 0)
 
 

@@ -57,12 +57,16 @@ def test_draws_are_even_over_what_is_held(count):
     assert (np.abs(often - membership.PAIRS / count) < 2).all()
 
 
-def look(name, *, wrap=None, devices=1, **more):
+def look(name, *, wrap=None, devices=1, tests=True, **more):
     """(state, scalars, values by row, federation) of the attack on what a method begins with."""
     federation = cases.federation(devices=devices)
     proxy = jax.device_get(federation.proxy)
     many = proxy._replace(x=np.resize(proxy.x, (M, *proxy.x.shape[1:])), y=np.resize(proxy.y, M))
     federation = federation._replace(proxy=cases.replicated(many, federation))
+    if not tests:
+        federation = federation._replace(
+            test_holdings=federation.test_holdings._replace(count=0 * federation.test_holdings.count)
+        )
     task = cases.task(options=ALGORITHMS[name].choices({}).items())._replace(proxy_size=M, proxy_per_round=N)
     algorithm = ALGORITHMS[name].algorithm(task)
     if wrap is not None:
@@ -164,6 +168,24 @@ def test_what_noise_hides_and_from_whom():
     assert np.isfinite(each["upload_auc"]).sum() >= 4
     assert not np.array_equal(own["upload_auc"], each["upload_auc"], equal_nan=True)
     assert "upload_auc" not in look("fedavg", wrap=lambda exchange: privacy.private(exchange, 7), **noise)[1]
+
+
+def test_there_is_no_consensus_on_nobody():
+    _, scalars, found, _ = look("fedmd", tests=False)
+    assert np.isnan(scalars["consensus_auc"])
+    assert np.isnan(found["upload_auc"]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("fedgkd", {}), ("fedgkd_vote", {}), ("fml", {"own_weight": 1, "meme_weight": 1})],
+    ids=["fedgkd", "fedgkd_vote", "fml"],
+)
+def test_uploads_of_params_are_attacked_as_those_of_fedavg(name, given):
+    """What these send in the first round is what FedAvg's clients send."""
+    plain, found = look("fedavg")[2]["upload_auc"], look(name, **given)[2]["upload_auc"]
+    assert np.isfinite(plain).sum() >= 4
+    np.testing.assert_allclose(found, plain, atol=2e-3)
 
 
 @pytest.mark.exhaustive

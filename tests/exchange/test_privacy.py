@@ -1,5 +1,7 @@
 """Clipped uploads and noised sums, against NumPy in float64."""
 
+import functools
+
 import engine_cases as cases
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,11 @@ import pytest
 
 from fdjax import keys
 from fdjax.algorithms import ALGORITHMS
-from fdjax.contract import Broadcast, Context, Exchange, Upload, unchanged
+from fdjax.contract import Broadcast, Context, Exchange, Received, Stack, Upload, unchanged
 from fdjax.engine import participation
 from fdjax.errors import InputError
 from fdjax.exchange import privacy, reductions
+from fdjax.exchange.reductions import ByLabel
 
 EQUAL = (5,) * 7
 RATE = 0.3
@@ -188,3 +191,95 @@ def test_an_exchange_that_sends_nothing_stays_as_it_is():
     exchange = Exchange(lambda ctx, server: Broadcast(()), lambda *_: _, reductions.nothing(), unchanged)
     assert privacy.private(exchange, 5) is exchange
     assert privacy.locally_private(exchange) is exchange
+
+
+@functools.cache
+def private_params(name):
+    """Of a method that is FedAvg's with these hparams: the params before and after a round of clip 0.05, by Poisson."""
+    off = {"fedgkd": {"gamma": 0}, "fedgkd_vote": {"gamma": 0}, "fedcad": {"distill_weight": 0}, "fedssd": {"m_max": 0}}
+    federation, task = cases.federation(), cases.task(options=ALGORITHMS[name].choices({}).items())
+    policy = participation.Policy("poisson", 0.5)
+    simulation = cases.bind(privately(ALGORITHMS[name].algorithm(task), 3.5), task, (7,), policy=policy)
+    state = simulation.init(0, federation)
+    found = [jax.device_get(getattr(state.server, "params", state.server))]
+    state, _ = simulation.run(state, federation, hparams_of(0.05, 0, federation, name, **off.get(name, {})), 1)
+    return [*found, jax.device_get(getattr(state.server, "params", state.server))]
+
+
+@pytest.mark.parametrize("name", ["fedgkd", "fedgkd_vote", "fedcad", "fedssd"])
+def test_params_are_clipped_around_those_that_were_sent_with_more(name):
+    """Without its own term such a method is FedAvg, and so is its private round."""
+    before, after = private_params(name)
+    assert 0 < norm(jax.tree.map(np.subtract, after, before)) <= 0.05 * 7 / 3.5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, private_params("fedavg")[1])
+
+
+W = {"a": jnp.full(3, 4.0), "b": jnp.full((2, 2), -1.0)}
+MEANS = ByLabel(jnp.full((2, 3), 5.0), jnp.full(2, 3.0))
+ZEROS = functools.partial(jax.tree.map, jnp.zeros_like)
+
+
+@pytest.mark.parametrize(
+    ("received", "sent", "center"),
+    [
+        (Received(W, (), ()), W, W),
+        (Received({"params": W, "votes": jnp.ones(2)}, (), ()), W, W),
+        (Received((), W, ()), W, W),
+        (Received((), (jnp.float32(1), W), ()), W, W),
+        (Received({"params": W}, (), ()), {"params": W, "outputs": MEANS}, {"params": W, "outputs": ZEROS(MEANS)}),
+        (Received(MEANS, (), ()), MEANS, ZEROS(MEANS)),
+        (Received((), jnp.ones((4, 4)), ()), jnp.ones((4, 4)), jnp.zeros((4, 4))),
+        (Received({"params": ZEROS(W["b"])}, (), ()), W, ZEROS(W)),
+    ],
+    ids=["shared", "with more", "own", "part of own", "entries", "by label", "outputs", "another net"],
+)
+def test_what_uploads_are_clipped_around(received, sent, center):
+    sent = jax.tree.map(lambda x: x + 2.0, sent)
+    exchange = Exchange(lambda *_: None, lambda *_: ((), Upload(sent, bytes=1.0), {}), reductions.stack(), unchanged)
+    _, upload, _ = privacy.locally_private(exchange).client(context(clip=0.5, noise_multiplier=0), received, (), None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), upload.tree, clip_around(center, sent, 0.5))
+    assert upload.bytes is None  # all of it is noised, and sent
+
+
+def test_students_of_a_group_are_clipped_around_those_that_it_had():
+    name, federation = "group_distillation", cases.federation()
+    task = cases.task(options=ALGORITHMS[name].choices({}).items())
+    algorithm = ALGORITHMS[name].algorithm(task)
+    algorithm = algorithm._replace(round=tuple(map(privacy.locally_private, algorithm.round)))
+    simulation, hparams = cases.bind(algorithm, task, (7,)), hparams_of(1e-4, 0, federation, name)
+    state = cases.begin(simulation, federation, hparams)
+    before = jax.device_get(state.server["students"])
+    after = jax.device_get(simulation.run(state, federation, hparams, 1)[0].server["students"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), before, after)
+
+
+def test_a_noised_upload_is_counted_whole():
+    """FedProto: K vectors and counts, and not those of the labels that a client holds."""
+    federation, net = cases.federation(), cases.model("2nn")
+    task = cases.task(options=ALGORITHMS["fedproto"].choices({}).items())._replace(model=net, models=(net,))
+    algorithm = ALGORITHMS["fedproto"].algorithm(task)
+    algorithm = algorithm._replace(round=tuple(map(privacy.locally_private, algorithm.round)))
+    traffic = cases.bind(algorithm, task, (5,)).traffic(federation, hparams_of(1, 1, federation, "fedproto"))
+    assert traffic.round[0][0].up == 4 * cases.CLASSES * (5 + 1)
+
+
+def test_labels_that_only_noise_counts_are_held_by_nobody():
+    ctx = context(3, clip=0.5, noise_multiplier=4.0)
+    count = np.concatenate([np.zeros(1000), np.full(1000, 6.0)])
+    exchange = Exchange(lambda *_: None, lambda *_: None, reductions.label_mean(), unchanged)
+    total = ByLabel(jnp.full((2000, 2), 7.0), jnp.float32(count))
+    found = privacy.private(exchange, 5).reduce.finish(ctx, total).tree
+    noise = [jax.random.normal(keys.stream(ctx.key, "noise", i), x.shape) for i, x in enumerate(total)]
+    value, noisy = (np.asarray(x + 2.0 * n, np.float64) for x, n in zip(total, noise, strict=True))
+    held = noisy > 4
+    np.testing.assert_allclose(found.count, np.where(held, noisy, 0), rtol=1e-5)
+    np.testing.assert_allclose(found.value, np.where(held[:, None], value / noisy[:, None], 0), rtol=1e-4)
+    assert held[:1000].mean() < 0.05 < 0.75 < held[1000:].mean()
+
+
+def test_noised_counts_of_labels_are_not_negative_at_the_server():
+    task = cases.task(options=ALGORITHMS["fedftg"].choices({}).items())
+    (exchange,) = ALGORITHMS["fedftg"].algorithm(task).setup
+    sent = Stack(jnp.float32([[3, -2, 0.5, -0.1]]), jnp.int32([2]), jnp.ones(1))
+    server, _ = exchange.server(None, {"counts": jnp.zeros((7, 4))}, sent)
+    np.testing.assert_array_equal(server["counts"][2], np.float32([3, 0, 0.5, 0]))

@@ -1,14 +1,17 @@
 """Runs whose uploads are private: what they account for, calibrate and refuse."""
 
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from absl import logging
 
 import fdjax
+from fdjax.algorithms import ALGORITHMS
 from fdjax.errors import InputError
 from fdjax.run.accounting import Ledger, epsilons
 from fdjax.run.batch import batch, experiments
@@ -173,6 +176,23 @@ def test_examples_are_accounted_for_by_hand(quiet):
     event = dp.PoissonSampledDpEvent(8 / n, dp.GaussianDpEvent(2.0))
     assert usual.privacy["epsilon"] == pytest.approx(RdpAccountant().compose(event, steps).get_epsilon(1e-5), rel=1e-9)
     assert "as if batches were Poisson samples" in summary([usual])
+
+
+def test_distillation_from_a_model_and_proxy_data_is_one_fit_on_examples():
+    """Without their terms FedCAD and FedSSD are one method, private by example, and spend what FedAvg spends."""
+    named = EXAMPLES | {"proxy": "held_out", "rounds": 1}
+    off = {"fedcad": {"distill_weight": 0.0}, "fedssd": {"m_max": 0.0}}
+    one, other = (fdjax.run(**named, algorithm=name, **given) for name, given in off.items())
+    np.testing.assert_allclose(one.final["central_loss"], other.final["central_loss"], rtol=1e-5)
+    assert 0 < one.privacy["epsilon"] == other.privacy["epsilon"] < math.inf
+    assert fdjax.run(**named, algorithm="fedcad").final["central_loss"] != one.final["central_loss"]
+
+
+def test_the_readme_lists_what_can_be_private_by_example():
+    text = (Path(fdjax.__file__).parents[1] / "README.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| `--privacy=example`"))
+    able = {name for name, method in ALGORITHMS.items() if method.example_fits}
+    assert {*re.findall("`([a-z_]+)`", row)} & {*ALGORITHMS} == able
 
 
 MEANS = TINY | {
