@@ -91,7 +91,7 @@ def test_every_method_is_measured():
     assert {*BETTER, *ELSEWHERE, *BESIDE, "local"} == {*ALGORITHMS}
 
 
-# One for each kind of what is exchanged; `make test` has equations and contract of the others, `make test-all` this too.
+# One for each kind of what is exchanged; `make test` has equations and contract of all, `make test-all` this too.
 KINDS = {
     "fedavg",
     "feddistill",
