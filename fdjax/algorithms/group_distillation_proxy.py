@@ -18,7 +18,9 @@ alpha and beta are as in `group_distillation.py`, with CE on the labels of the r
 has. Peers by loss-based revenue (`peers` = revenue): each round a client gets the logits of one peer, drawn (4NK
 bytes), and takes a trial step of SGD at `learning_rate` on D(p_i, p_j) for a batch of proxy examples. What that takes
 off its CE on its first 256 own examples, at least 0, is the revenue, sent in 4 bytes and averaged (keeping `memory`) to
-r_ij; w_ij = softmax over peers of r_ij / `revenue_temperature`. With `peers` = uniform w_ij are equal, and no trial.
+r_ij, which starts from 0, where the average of losses starts from the first; w_ij = softmax over peers of r_ij /
+`revenue_temperature`. With `peers` = uniform w_ij are equal, and no trial. Where the teacher, or every peer, is absent,
+the others have all of alpha: rho does not hold there.
 
 Histograms of labels, 4K bytes, are sent once, models never. alpha_max = beta_max = 0 is training alone. Who takes no
 part in a round does not teach in it. What we saw is in `group_distillation.py`; peers by revenue were not better ones.
@@ -90,7 +92,7 @@ def group_distillation_proxy(task: Task) -> Algorithm:
         def loss(params):
             return losses.weighted_mean(losses.cross_entropy(ctx.model.apply(params, x), y), position < data.count)
 
-        slope = jax.grad(distance(ctx, received.known, received.own["peer"]))(params, keys.stream(ctx.key, "trial"))
+        slope = jax.grad(distance(ctx, received.known, received.own["peer"]))(params, ctx.at("trial").key)
         stepped = jax.tree.map(lambda w, g: w - ctx.hparams["learning_rate"] * g, params, slope)
         return received.own["tries"] * jax.nn.relu(loss(params) - loss(stepped))
 
@@ -103,7 +105,7 @@ def group_distillation_proxy(task: Task) -> Algorithm:
             hard = losses.cross_entropy(ctx.model.apply(params, x, key), y, task.training.label_smoothing)
             return (1 - weight) * hard + weight * soft(params, keys.stream(key, "proxy"))
 
-        params, train_loss = fit(task.training, loss, params, data, ctx, epochs=local_work(ctx))
+        params, train_loss = fit(task.training, loss, params, data, ctx.at("train"), epochs=local_work(ctx))
         upload = Upload(gain, bytes_received=4.0 * N * task.classes * arrays + 4.0)
         return params, upload, {"train_loss": train_loss, "soft_weight": weight}
 

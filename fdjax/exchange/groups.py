@@ -15,8 +15,9 @@ Options: `levels`, one a cohort, the first of --models lowest, or 2 or 3 by the 
 at most: then a linear assignment (the Hungarian method) replaces everybody's own best choice, and who is left over has
 no teacher.
 
-A histogram leaks 4K bytes of its client, once. Laplace noise of scale `histogram_noise` on its numbers hides a single
-example (epsilon = 1 / scale).
+A histogram leaks 4K bytes of its client, once. Laplace noise of scale `histogram_noise` on its numbers hides whether an
+example was added or removed (epsilon = 1 / scale); an example with another label in its place costs 2 / scale. Numbers
+below 0 count as 0 at the server, whoever made the noise.
 """
 
 from typing import NamedTuple
@@ -149,10 +150,11 @@ def forest(teacher: jax.Array) -> Forest:
 
 
 def averaging(trees: Forest, present: Array, consistency: Array) -> jax.Array:
-    """How much each group [C, .] takes of each client's [., C] upload; a row of zeros where nobody is `present` [C].
+    """How much each group [C, .] takes of each client's [., C] upload; the sum of a row is 1, or 0.
 
     A group's mean is over its members and those of all groups below it, alike; then, from above, groups are pulled to
-    the one above them: mean_g <- (1 - c) mean_g + c mean_parent(g).
+    the one above them: mean_g <- (1 - c) mean_g + c mean_parent(g). Where none of them is `present` [C] a group keeps
+    what it has, even if others are above it: its row is 0, and so are those of ids that lead no group.
     """
     C = len(trees.group)
     me = jnp.arange(C)
@@ -166,7 +168,8 @@ def averaging(trees: Forest, present: Array, consistency: Array) -> jax.Array:
     zeros = jnp.zeros((C, C))
     _, _, above, share = lax.fori_loop(0, C, climb, (me.astype(jnp.int32), jnp.ones(C), zeros, zeros))
     under = above[trees.group].T * jnp.asarray(present)[None]
-    return share @ (under / jnp.maximum(jnp.sum(under, -1, keepdims=True), 1))
+    number = jnp.sum(under, -1, keepdims=True)
+    return jnp.where(number > 0, share @ (under / jnp.maximum(number, 1)), 0)
 
 
 def by_client(task: Task, stack: Stack, values: jax.Array) -> jax.Array:
@@ -180,10 +183,11 @@ def matching(task: Task) -> Exchange:
 
     def send_histogram(ctx, received, state, data):
         noise = ctx.hparams["histogram_noise"] * jax.random.laplace(ctx.key, (task.classes,))
-        return state, Upload(jnp.maximum(label_counts(data, task.classes) + noise, 0)), {}
+        return state, Upload(label_counts(data, task.classes) + noise), {}
 
     def match(ctx, server, stack):
-        histograms, present = by_client(task, stack, stacked.present(stack)), by_client(task, stack, stack.weight > 0)
+        histograms = jnp.maximum(by_client(task, stack, stacked.present(stack)), 0)  # with noise some are negative
+        present = by_client(task, stack, stack.weight > 0)
         allowed = edges(levels_of(task, histograms), task.options["paths"]) & present[:, None] & present[None]
         found, h = criteria(histograms), ctx.hparams
         scores = sum((h[name] * value for name, value in found._asdict().items()), start=jnp.zeros(allowed.shape))

@@ -19,7 +19,7 @@ WEIGHTS = {
     "alpha_max": HParam(1.0, high=2 * _MOST, help="twice alpha, a student's weight of soft labels, at equal losses"),
     "beta_max": HParam(1.0, high=2 * _MOST, help="twice beta, a teacher's weight of soft labels, at equal losses"),
     "kappa": HParam(1.0, help="how much alpha and beta follow the difference of losses"),
-    "memory": HParam(0.5, high=1.0, help="what is kept of the losses, and revenues, of the rounds before"),
+    "memory": HParam(0.5, high=0.99, help="what is kept of the losses, and revenues, of the rounds before"),
 }
 
 
@@ -82,8 +82,9 @@ def is_peer(teacher: jax.Array, present: Array) -> jax.Array:
 def influence(teacher: jax.Array, present: Array, weights: Weights) -> jax.Array:
     """How much each client [C, .] learns from each other one [., C]; what is left of 1 is for its own labels.
 
-    As a student alpha ((1 - rho) from its teacher, rho from its peers by their worth), scaled up to alpha where some of
-    them are not present; as a teacher beta, from its students alike. Who is both does half of each.
+    As a student alpha: (1 - rho) from its teacher, rho from its peers by their worth. Where the teacher, or every peer,
+    is absent, the others have all of alpha, so rho does not hold. As a teacher beta, from its students alike. Who is
+    both does half of each.
     """
     above = (1 - weights.rho) * is_teacher(teacher, present)
     beside = weights.rho * _shares(is_peer(teacher, present) * weights.worth)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from fdjax.contract import Context, Stack
 from fdjax.errors import InputError
 from fdjax.exchange import groups, influence
 
@@ -112,25 +113,29 @@ def test_forest_and_averages(teacher):
     group, parent = forest(teacher)
     np.testing.assert_array_equal(found.group, group)
     np.testing.assert_array_equal(found.parent, parent)
-    present, c = (rng.random(7) < 0.7).astype(np.float32), 0.3
-    shares = np.asarray(groups.averaging(found, present, c))
+    drawn, c = (rng.random((20, 7)) < 0.4).astype(np.float32), 0.3
+    averages = np.asarray(jax.vmap(lambda present: groups.averaging(found, present, c))(drawn))
 
     def under(g):
         below = [h for h in range(7) if parent[h] == g and h != g]
         return [s for s in range(7) if group[s] == g] + [s for h in below for s in under(h)]
 
-    def mean(g):
-        row = np.zeros(7)
-        members = [s for s in under(g) if present[s]]
-        row[members] = 1 / max(len(members), 1)
-        return row if parent[g] == g else (1 - c) * row + c * mean(parent[g])
+    def mean(g, present):
+        row, members = np.zeros(7), [s for s in under(g) if present[s]]
+        if not members:
+            return row  # keeps what it has
+        row[members] = 1 / len(members)
+        return row if parent[g] == g else (1 - c) * row + c * mean(parent[g], present)
 
-    for g in {*group}:
-        if any(present[s] for s in under(g)):
-            np.testing.assert_allclose(shares[g], mean(g), atol=1e-6)
-            assert shares[g].sum() == pytest.approx(1)
+    kept = 0
+    for shares, present in zip(averages, drawn, strict=True):
+        for g in range(7):  # ids that lead nobody too: nobody is under them
+            np.testing.assert_allclose(shares[g], mean(g, present), atol=1e-6)
+            kept += g in group and parent[g] != g and not shares[g].any() and bool(shares[parent[g]].any())
     if teacher is FORESTS["uniform scores"]:
         assert {*group} == {0}
+    if teacher is FORESTS["three levels"]:
+        assert kept  # a group without participants under one that has some
 
 
 def test_influence():
@@ -182,6 +187,24 @@ def test_soft_weights():
     alpha, beta = influence.soft_weights(weights, teacher, jnp.float32([1.0, 2.0, 7.0, 0.5]), known)
     np.testing.assert_allclose(alpha[:3], [1 / (1 + np.exp(-1)), 0.9, 0.9], rtol=1e-6)
     assert beta[3] == pytest.approx(0.5 / (1 + np.exp(2)), rel=1e-6)  # its students' mean is 1.5, one of three unknown
+
+
+def test_noise_below_nothing_counts_as_nothing():
+    options = {"levels": "cohorts", "paths": "any", "students": "all"}
+    exchange, given = groups.matching(cases.task(options=options)), histograms(6)
+    ctx = context({"similarity": 1.0, "uniformity": 0.5, "complementarity": 0.5, "chance": 0.0})
+    noised = given - 3.0 * (given == 0)
+
+    def teachers(numbers):
+        stack = Stack(jnp.asarray(numbers), jnp.arange(7), jnp.ones(7))
+        return np.asarray(exchange.server(ctx, {}, stack)[0]["teacher"])
+
+    np.testing.assert_array_equal(teachers(noised), teachers(given))
+    assert len({*teachers(given)}) > 1
+
+
+def context(hparams):
+    return Context(None, 0, np.int32(-1), hparams, np.int32(0), jax.random.key(0), None)
 
 
 def test_levels_by_examples_and_by_cohorts():
