@@ -40,7 +40,8 @@ at a learning rate of 0.1 the poster's divergence, whose slope has no bound, mad
 have 75 examples each of all digits it is 1.2, 1.4 and 2.6 points ahead after 20 rounds. On proxy data
 (`group_distillation_proxy.py`) it is ahead on the whole test set by 6 points with teachers by similarity, 11 by
 uniformity, 9 by complementarity, 6 at random, 2 with one for all, and behind on own kinds of examples by 3 to 10, least
-by similarity: personality or consistency. There kappa = 5 adds 2 points to a constant 0.5, peers 1, their revenue none.
+by similarity: personality or consistency. There kappa = 5 adds 2 points to a constant 0.5, peers 1, their revenue none;
+with ten logistic regressions and ten seeds peers add nothing that can be told from noise (-0.7, standard error 0.4).
 """
 
 import jax

@@ -20,9 +20,9 @@ def accuracy(metric, **hparams):
 
 
 def test_question_1_teachers_who_hold_what_one_lacks_teach_most():
-    """Whole test set: alone 0.404, 0.348, 0.362; similarity 0.395, 0.360, 0.336; uniformity 0.430, 0.416, 0.386.
+    """Whole test set: alone 0.412, 0.344, 0.362; similarity 0.393, 0.367, 0.328; uniformity 0.448, 0.424, 0.384.
 
-    Complementarity has 0.438, 0.404, 0.386, a draw 0.418, 0.364, 0.371. All lose about 0.06 on own kinds of examples.
+    Complementarity has 0.452, 0.407, 0.384, a draw 0.417, 0.382, 0.360. All lose about 0.05 on own kinds of examples.
     """
     criteria = {name: {name: 1.0} for name in ("similarity", "uniformity", "complementarity", "chance")}
     alone = {"alpha_max": 0.0, "beta_max": 0.0}
@@ -40,25 +40,29 @@ def test_question_1_teachers_who_hold_what_one_lacks_teach_most():
 
 
 def test_question_2_weights_that_follow_losses_are_a_little_ahead():
-    """kappa = 5 above 0, whole test set: 0.002, 0.008, 0.034 by uniformity, 0.015, 0.014, 0.004 by similarity."""
+    """kappa = 5 above 0, whole test set: -0.001, 0.005, 0.024 by uniformity, 0.018, 0.009, 0.012 by similarity.
+
+    With ten seeds 0.006 (standard error 0.003) and 0.016 (0.002), on own kinds of examples -0.014 (0.008) and -0.001
+    (0.003).
+    """
     for criterion in ("uniformity", "similarity"):
         constant, dynamic = (accuracy("local", kappa=kappa, **{criterion: 1.0}) for kappa in (0.0, 5.0))
         assert (dynamic - constant).mean() > 0.005, (constant, dynamic)
         assert (dynamic - constant).min() > -0.005, (constant, dynamic)
 
 
-def test_question_3_peers_add_a_little_and_revenue_does_not_choose_them_better():
-    """Peers alike above none: 0.007, 0.002, 0.008 on the whole test set, 0.007, 0.012, 0.018 on own kinds of examples.
+def test_question_3_neither_peers_nor_their_revenue_make_a_difference_that_can_be_told():
+    """Peers alike above none: -0.001, -0.007, -0.001 on the whole test set, 0.002, 0.016, 0.004 on own kinds.
 
-    By revenue they are below alike by 0.005, 0.024, 0.001, and above alone by 0.028, 0.046, 0.031 (whole test set).
+    With ten seeds -0.007 (standard error 0.004) and 0.003 (0.003); with other random numbers 0.000 and 0.010. On the
+    whole test set those by revenue are below alike by 0.004, 0.024, -0.004 and above alone by 0.030, 0.048, 0.026.
     """
     by_uniformity = {"uniformity": 1.0}
     for metric in ("local", "own"):
         none, alike = (accuracy(metric, rho=rho, **by_uniformity, **ALIKE) for rho in (0.0, 0.5))
-        assert (alike - none).mean() > 0.002, (metric, none, alike)
-        assert (alike - none).min() > -0.01, (metric, none, alike)
+        assert abs((alike - none).mean()) < 0.015, (metric, none, alike)
     alike, revenue = (accuracy("local", rho=0.5, **by_uniformity, **more) for more in (ALIKE, {}))
-    assert (revenue - alike).mean() < 0.005, (alike, revenue)
+    assert abs((revenue - alike).mean()) < 0.015, (alike, revenue)
     assert (revenue - accuracy("local", alpha_max=0.0, beta_max=0.0)).min() > 0.01, revenue
 
 
