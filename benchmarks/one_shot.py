@@ -5,7 +5,7 @@
 
 Ten clients of Dirichlet(0.5) train once, and share what they learned once. FedMA and FedAD begin with nets of different
 starts, as their papers have it; FedAvg and FedDF with one. FedAD and FedDF distil on proxy data without labels, which
-are held out of the training data of all. The ensemble sends whole nets and keeps them all: it is what distillation aims
+are held out of the training data of all. The ensemble, whose nets stay where they are here, is what distillation aims
 at. Bytes are those of one client, up and down, in the round.
 """
 
