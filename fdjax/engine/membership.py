@@ -20,7 +20,7 @@ client holds, up to `PAIRS` of each. Clients that never train, or have no test p
   add is in what is attacked; where the server is trusted to see a noised sum alone, there is nothing to attack
 - consensus: what becomes of these outputs, with the noise of a private sum; members are those of any client
 
-Of FD and FAug there is no upload: means say the same of all examples of a label, so between examples of like labels this
+Of FD and FAug there is no upload: means say the same of all examples of a label, so between those of like labels this
 attack is a guess whatever they are. None is made either, and no AUC of it is told, where an upload
 
 - is reduced in more than one way: FedBE, FedFTG, FedAUX, FedDistill+, and selected or cached outputs
