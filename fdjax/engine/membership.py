@@ -20,13 +20,13 @@ client holds, up to `PAIRS` of each. Clients that never train, or have no test p
   add is in what is attacked; where the server is trusted to see a noised sum alone, there is nothing to attack
 - consensus: what becomes of these outputs, with the noise of a private sum; members are those of any client
 
-Of FD there is no upload: its means say the same of all examples of a label, so between examples of like labels this
+Of FD and FAug there is no upload: means say the same of all examples of a label, so between those of like labels this
 attack is a guess whatever they are. None is made either, and no AUC of it is told, where an upload
 
 - is reduced in more than one way: FedBE, FedFTG, FedAUX, FedDistill+, and selected or cached outputs
 - has more in it than one model or the outputs: FedGen, FedAD, FedMA, FedGEMS, CFD, FedKD (a change of low rank)
 - has features or prototypes: FedGKT, FedDKC, FedProto, FedTGP, FedGH
-- is a part of a model (`--exchanged`), or one that is a group's: group distillation
+- is a part of a model (`--exchanged`), or is a group's or for a group: group distillation, in both forms
 
 So a run of these with `upload_auc` missing tells nothing of their uploads, which may leak as much as any other.
 """

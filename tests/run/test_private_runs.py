@@ -180,7 +180,7 @@ def test_examples_are_accounted_for_by_hand(quiet):
 
 def test_distillation_from_a_model_and_proxy_data_is_one_fit_on_examples():
     """Without their terms FedCAD and FedSSD are one method, private by example, and spend what FedAvg spends."""
-    named = EXAMPLES | {"proxy": "held_out", "rounds": 1}
+    named = EXAMPLES | {"proxy": "held_out", "proxy_size": 20, "rounds": 1}
     off = {"fedcad": {"distill_weight": 0.0}, "fedssd": {"m_max": 0.0}}
     one, other = (fdjax.run(**named, algorithm=name, **given) for name, given in off.items())
     np.testing.assert_allclose(one.final["central_loss"], other.final["central_loss"], rtol=1e-5)
