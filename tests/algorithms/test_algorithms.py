@@ -22,6 +22,7 @@ from fdjax.run.contract_check import LIFTINGS, Contract, changed_clients
 # Pinned to NumPy elsewhere: of another option, or what cuts a training that is too short here to be cut.
 UNUSED = {
     "fedbe": ("concentration",),
+    "fedkd": ("energy_rounds",),  # between its two energies are too few others to change a rank
     "feddkc": ("entropy",),
     # Adam's steps are of one size whatever the slope, so only tiny ones are the same on two devices.
     "fedftg": ("generator_learning_rate", "class_weight", "diversity_weight"),
