@@ -59,6 +59,7 @@ FEW = {
     "fedftg": {"server_steps": 1, "student_steps": 2, "generator_learning_rate": 1e-5},
     "fedzkt": {"server_steps": 2, "student_steps": 2, "device_steps": 2, "generator_learning_rate": 1e-4},
     "fedkd": {"learning_rate": 0.03, "energy_rounds": 1},
+    "fedproto": {"learning_rate": 0.03},
     "fedtgp": {"server_epochs": 3, "margin": 0.1},
     "fedgh": {"server_epochs": 3},
 }
