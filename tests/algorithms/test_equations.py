@@ -135,6 +135,12 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
     "fedgems": lambda server: server["params"],
     "fedgen": lambda server: server["params"],
     "fedma": lambda server: server["params"],
+    "fedbe": lambda server: server,
+    "fedftg": lambda server: server["params"],
+    "fedzkt": lambda server: server["params"],
+    "fedkd": lambda server: server["params"],
+    "fml": lambda server: server,
+    "mhat": lambda server: server.params,
 }
 
 
