@@ -138,6 +138,7 @@ def _spread(values: list[float]) -> str:
 def _foot(environment: dict[str, Any], repeats: int) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     return (
+        f"`python -m benchmarks.speed --suite=methods --repeats={repeats}`\n\n"
         f"Median [least-greatest] of {repeats} repeats. {environment['device']}; {environment['machine']}; {versions}; "
         f"revision {environment['revision']}."
     )
