@@ -3,7 +3,7 @@
 import programs
 
 FILES = ("as_in_use.py", "algorithms/test_algorithms.py", "engine/test_scale.py")
-NAMES = "as_in_use or memory_follows_the_chunk or (the_same_on_two_devices and feddistill)"
+NAMES = "as_in_use or memory_follows_the_chunk or (the_same_on_two_devices and feddistill and not feddistill_plus)"
 
 
 def test_numbers_and_memory_are_right_as_compiled_in_use():
