@@ -24,7 +24,7 @@ from fdjax.client.training import fit, local_work, supervised
 from fdjax.contract import Algorithm, Broadcast, Exchange, common_model
 from fdjax.errors import InputError
 from fdjax.exchange import prototypes, reductions
-from fdjax.exchange.parts import only
+from fdjax.exchange.parts import only, with_zeros
 from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
 from fdjax.types import Model, PyTree
 
@@ -51,7 +51,7 @@ class _Head:
 
     def apply(self, leaves: Leaves, h: jax.Array) -> jax.Array:
         """Logits [B, K] of features [B, d]."""
-        params = self.put(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes), leaves)
+        params = with_zeros(dict(zip(self.paths, leaves, strict=True)), self._shapes)
         return self._model.head(params, h.reshape(-1, *self.space.shape[1:]))
 
 

@@ -58,8 +58,9 @@ def fedzkt(task: Task) -> Algorithm:
     def serve(ctx, server, stacks):
         there = jnp.concatenate([stack.weight for stack in stacks]) > 0
         devices = [present(stack) for stack in stacks]
-        adam, sgd = optax.adam(ctx.hparams["generator_learning_rate"]), optax.sgd(ctx.hparams["server_learning_rate"])
-        sgd_of_central = on_trained(sgd, server["params"], task.serving.trained)
+        adam = optax.adam(ctx.hparams["generator_learning_rate"])
+        of_central = optax.sgd(ctx.hparams["server_learning_rate"])
+        of_central = on_trained(of_central, server["params"], task.serving.trained)
 
         def generate(made, purpose, *numbers):
             return inputs.generate(made, inputs.draw(ctx.at(purpose, *numbers).key, _BATCH), None, shape)
@@ -78,7 +79,7 @@ def fedzkt(task: Task) -> Algorithm:
                 params, _ = carry
                 x = generate(made, "student", i, j)
                 value, slope = jax.value_and_grad(apart)(params, x, ctx.at("net", i, j).key)
-                update, _ = sgd_of_central.update(slope, sgd_of_central.init(params), params)
+                update, _ = of_central.update(slope, of_central.init(params), params)
                 return optax.apply_updates(params, update), value
 
             return made, state, *lax.fori_loop(0, ctx.hparams["student_steps"], learn, (params, jnp.float32(0)))

@@ -14,8 +14,8 @@ concretisation, and a round is one of DS-FL (`dsfl.py`):
 The server's model w goes on from round to round, and is the central one.
 
 Sent: as in DS-FL, the ids of o_t down (4n bytes, none where it is all public data), p_k up and the server's predictions
-down, 4nK each. Models stay where they are. With `selection` (`exchange/selection.py`) the
-server's model learns what is selected, and what it predicts for all of o_t goes down.
+down, 4nK each. Models stay where they are. With `selection` (`exchange/selection.py`) the server's model learns what is
+selected, and what it predicts for all of o_t goes down.
 """
 
 import jax

@@ -107,7 +107,7 @@ def _asking(exchange: Exchange) -> Exchange:
         state, upload, metrics = exchange.client(ctx, received._replace(shared=ids), own.state, data)
         asked = jnp.sum(~good)
         size = asked * (traffic.size(upload.tree) / len(good))
-        counted = upload._replace(bytes=size, bytes_received=float(traffic.size(ids) + bits(len(good))))
+        counted = upload._replace(bytes=size, bytes_received=float(traffic.size(ids) + traffic.flags(len(good))))
         return own._replace(state=state), counted, metrics | {"labels_asked": asked / len(good)}
 
     @functools.wraps(exchange.server)
@@ -135,7 +135,7 @@ def _telling(exchange: Exchange) -> Exchange:
         state, upload, metrics = exchange.client(ctx, received._replace(known=ids), own.state, data)
         at = proxy.positions(ctx.proxy, ids)
         missed = own.held[at] != made[at]
-        size = jnp.sum(missed) * (traffic.size(received.shared) / len(at)) + bits(len(at))
+        size = jnp.sum(missed) * (traffic.size(received.shared) / len(at)) + traffic.flags(len(at))
         return Client(state, own.held.at[at].set(made[at])), upload._replace(bytes_received=size), metrics
 
     @functools.wraps(exchange.server)
@@ -144,8 +144,3 @@ def _telling(exchange: Exchange) -> Exchange:
         return server._replace(state=state), metrics
 
     return exchange._replace(broadcast=broadcast, client=client, server=server, name=exchange.label)
-
-
-def bits(number: int) -> int:
-    """Bytes of so many flags."""
-    return -(-number // 8)

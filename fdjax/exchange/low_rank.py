@@ -54,7 +54,7 @@ def eigenvectors(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     move on by one place, as at a round-robin tournament, until each has met each other one; that is a sweep.
     """
     size = len(matrix)
-    half = max((size + 1) // 2, 1)
+    half = (size + 1) // 2
     a = jnp.pad(matrix, (0, 2 * half - size))
     top, bottom = np.arange(half), np.arange(half, 2 * half)
     moved = np.concatenate([top[:1], bottom[:1], top[1:-1], bottom[1:], top[-1:]]) if half > 1 else np.arange(2)

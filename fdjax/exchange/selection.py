@@ -50,7 +50,6 @@ from fdjax.client import testing
 from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Upload, unchanged
 from fdjax.errors import InputError
 from fdjax.exchange import density_ratio, proxy, reductions, traffic
-from fdjax.exchange.label_cache import bits
 from fdjax.exchange.proxy import Labelled
 from fdjax.exchange.wrappers import require_sum
 from fdjax.method import HParam, Task
@@ -203,4 +202,4 @@ def _kept_by_server(by_clients: bool, by_server: bool, logits: bool):
 
 def _size(labels: Labelled) -> jax.Array:
     a_label = traffic.size(labels.values) / len(labels.there)
-    return jnp.sum(labels.there) * a_label + bits(len(labels.there))
+    return jnp.sum(labels.there) * a_label + traffic.flags(len(labels.there))

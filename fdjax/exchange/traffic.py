@@ -67,6 +67,11 @@ def count_bytes(sizes: Sequence[Sequence[Sizes]], sent: Sequence[Sequence[Sent]]
     return total
 
 
+def flags(number: int) -> int:
+    """Bytes of so many flags, a bit each."""
+    return -(-number // 8)
+
+
 def size(tree: PyTree) -> int:
     """Bytes of a pytree of arrays or of their shapes and dtypes; what is `Known` takes none."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Known))

@@ -366,12 +366,11 @@ def test_dsfl_sharpens_the_mean(aggregation, rng):
 
 @pytest.mark.parametrize("aggregation", [*some(SHARPEN, "era", "era_logits"), "mhat"])
 def test_dsfl_and_mhat(aggregation):
-    federation, distils, distil_rate = cases.federation(), 3, 0.2
+    federation, distils, rate = cases.federation(), 3, 0.2
     named = {"aggregation": aggregation}, {"era_temperature": 0.2, "era_beta": 1.5}
     name, (options, more) = ("mhat", ({}, {})) if aggregation == "mhat" else ("dsfl", named)
-    start, state, metrics, _ = simulate_rounds(
-        name, options, distill_epochs=distils, distill_learning_rate=distil_rate, **more
-    )
+    more |= {"distill_epochs": distils, "distill_learning_rate": rate}
+    start, state, metrics, _ = simulate_rounds(name, options, **more)
     x_public, _ = proxy_of(federation)
     models, central, ids = models_of(start), cases.Logistic(start.server.params), first_subset()
     for r in range(ROUNDS):
@@ -384,11 +383,11 @@ def test_dsfl_and_mhat(aggregation):
         targets = SHARPEN["sa" if name == "mhat" else aggregation](np.mean(uploads, axis=0))
         entropy = -(targets * np.log(targets)).sum(-1).mean()
         shuffled = orders(keys.stream(server_key(r, exchange=0), "distil"), N, distils)
-        server_loss = descend(central, x_public[ids], soft(targets), shuffled, distil_rate)
+        server_loss = descend(central, x_public[ids], soft(targets), shuffled, rate)
         targets = cases.softmax(central(x_public[ids])) if name == "mhat" else targets
         for row, _, _, key in turns(federation, r, exchange=1):
             shuffled = orders(keys.stream(key, "distil"), N, distils)
-            distil_losses.append(descend(models[row], x_public[ids], soft(targets), shuffled, distil_rate))
+            distil_losses.append(descend(models[row], x_public[ids], soft(targets), shuffled, rate))
         last, ids = ids, subset(server_key(r, exchange=1))
         assert_another_subset(last, ids)
         expected = [*np.average([losses, distil_losses], axis=1, weights=weights), server_loss, entropy]
