@@ -9,12 +9,11 @@ import difflib
 import functools
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from absl import flags
 
-from fdjax import data, own
+from fdjax import own
 from fdjax.algorithms import ALGORITHMS
 from fdjax.client.augment import AUGMENTATIONS
 from fdjax.engine.lift import KINDS
@@ -23,73 +22,26 @@ from fdjax.method import Method
 from fdjax.models import MODELS
 from fdjax.models import own as nets
 from fdjax.run import methods
+from fdjax.run.data import DataSettings
+from fdjax.run.evaluation import EvaluationSettings
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
 from fdjax.run.participation import ParticipationSettings, check_participation
 from fdjax.run.privacy import PrivacySettings, bound_to_rounds, check_privacy
 from fdjax.run.setting import Role, Setting, pairs, plain, setting_field
 from fdjax.run.unused import check_unused
 
-LOCAL_EVALS = MappingProxyType(
-    {
-        "auto": "on as many test examples as take a quarter of the time at most, on all at the last evaluation",
-        "full": "on the full test set at every evaluation",
-        "own": "on the client's own part of it alone",
-        "none": "on nothing, and no client on its own part",
-    }
-)
-
 _setting = setting_field
-_data = functools.partial(setting_field, role="data")
-_partition = functools.partial(setting_field, None, role="partition")
 _run = functools.partial(setting_field, role="run")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
+class Settings(DataSettings, EvaluationSettings, OptimizerSettings, ParticipationSettings, PrivacySettings):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
     algorithm: str = _setting(
         "fedavg", "the method, or the file of one of your own (my.py)", choices=ALGORITHMS,
         resolve=lambda given: methods.resolve(given, SETTINGS),
     )  # fmt: skip
-    dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
-    data_dir: str | None = _data(None, "folder of the data set's files", str, resumable=True, folder=True)
-    cache_dir: str | None = _data(
-        None, "folder for decoded tfds sets; default $FDJAX_CACHE or ~/.cache/fdjax", str, resumable=True, folder=True
-    )
-    labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
-    writers: str | None = _data(
-        None, "npz with the writers of mnist's images (train_writer, test_writer)", str, resumable=True, folder=True
-    )
-
-    partition: str | None = _data(
-        None, "who holds what; default natural for synthetic, else iid", str, choices=data.PARTITIONS
-    )
-    num_clients: int | None = _data(
-        None, "number of clients; default 30 for synthetic, all for writer, else 10", int, low=1
-    )
-    alpha: float | None = _partition("concentration of a Dirichlet partition, or alpha of synthetic", float, low=0)
-    beta: float | None = _partition("concentration of the quantity partition, or beta of synthetic", float, low=0)
-    iid: bool | None = _data(None, "synthetic: whether all clients draw from one distribution", bool)
-    samples_per_client: int | None = _data(
-        None, "synthetic: examples of every client, instead of lognormally many; scarce: before labels are cut", int,
-        low=1,
-    )  # fmt: skip
-    shards_per_client: int | None = _partition("partitions shards and shards_fedntd", int, low=1)
-    labels_per_client: int | None = _partition("partitions labels and jiang", int, low=1)
-    min_size: int | None = _partition("least examples of a client: dirichlet_a, _e, _f, quantity", int, low=0)
-    scarce_labels: int | None = _partition("partition scarce: labels of a client that are cut", int, low=0)
-    scarce_size: int | None = _partition("partition scarce: examples that are left of each of them", int, low=0)
-    merge: bool | None = _partition("partition writer: several writers to a client", bool)
-    standardize: bool = _data(True, "inputs to mean 0 and std 1 per channel; otherwise images are in [0, 1]")
-    train_fraction: float = _data(
-        1.0, "fraction of the training examples that is used, drawn by partition_seed", low=0, above=True, high=1
-    )
-    validation_fraction: float = _data(
-        0.0, "fraction of these, less proxy data, that nobody trains on and every evaluation tests too; 0: none",
-        low=0, high=1, below=True,
-    )  # fmt: skip
-
     model: str = _setting(
         "2nn", "the central (student) model, or one of your own (path/net.py:Net)", choices=MODELS, resolve=nets.resolve
     )
@@ -134,21 +86,6 @@ class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
     augment: str = _setting("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
 
     seed: int = _setting(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
-    partition_seed: int | None = _data(
-        None, "seed of the partition and of synthetic data; default: seed", int, low=0, high=2**63 - 1
-    )
-    eval_every: int = _run(1, "rounds between evaluations, compiled as one call", low=1)
-    eval_batch: int = _setting(500, "examples of a step of an evaluation", low=1)
-    local_eval: str = _setting("auto", "where personal models are tested", choices=LOCAL_EVALS)
-    central_eval: bool = _setting(True, "test the central model, or the ensemble, on the full test set")
-    proxy: str | None = _data(
-        None, "proxy data, by default none: the name of a data set, or a kind", str,
-        choices={**data.PROXIES, **data.SOURCES}, noun="proxy data",
-    )  # fmt: skip
-    proxy_dir: str | None = _data(
-        None, "folder of the proxy data's files; default data_dir", str, resumable=True, folder=True
-    )
-    proxy_size: int = _data(1000, "number of proxy examples", low=1)
     proxy_per_round: int = _setting(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
     distill_batch_size: int = _setting(0, "examples of a step on proxy data; 0: the method's own, or batch_size", low=0)
 
@@ -191,11 +128,6 @@ class Settings(OptimizerSettings, ParticipationSettings, PrivacySettings):
     def cohorts(self) -> tuple[tuple[str, int], ...]:
         """(model, clients) of each cohort that `models` names; none if all clients have `model`."""
         return cohorts_of(self.models) if self.models is not None else ()
-
-    @property
-    def partition_name(self) -> str:
-        """The partition that `partition` names or defaults to."""
-        return self.partition or ("natural" if self.dataset == "synthetic" else "iid")
 
     @property
     def data_seed(self) -> int:

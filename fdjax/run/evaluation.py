@@ -1,0 +1,29 @@
+"""Settings of what is tested, and when."""
+
+import dataclasses
+import functools
+from types import MappingProxyType
+
+from fdjax.run.setting import setting_field
+
+_setting = setting_field
+_run = functools.partial(setting_field, role="run")
+
+LOCAL_EVALS = MappingProxyType(
+    {
+        "auto": "on as many test examples as take a quarter of the time at most, on all at the last evaluation",
+        "full": "on the full test set at every evaluation",
+        "own": "on the client's own part of it alone",
+        "none": "on nothing, and no client on its own part",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The settings of evaluations, which `Settings` has among its own."""
+
+    eval_every: int = _run(1, "rounds between evaluations, compiled as one call", low=1)
+    eval_batch: int = _setting(500, "examples of a step of an evaluation", low=1)
+    local_eval: str = _setting("auto", "where personal models are tested", choices=LOCAL_EVALS)
+    central_eval: bool = _setting(True, "test the central model, or the ensemble, on the full test set")
