@@ -38,6 +38,7 @@ class Shapes(NamedTuple):
     proxy: int
     participants: tuple[int, ...]  # of a round, of each cohort
     new: tuple[int, ...]  # clients of each cohort that never train
+    features: models.Features = models.NUMBERS  # what inputs are
 
     @property
     def may_train(self) -> tuple[int, ...]:
@@ -107,6 +108,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         proxy=0 if proxy is None else len(proxy.y),
         participants=who.places,
         new=who.new,
+        features=models.Features(len(source.vocabulary)),
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -264,16 +266,16 @@ class _Networks(NamedTuple):
 def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     names = [name for name, _ in shapes.cohorts]
     build = functools.partial(_network, settings, classes=shapes.classes)
-    clients = {name: build(name, shapes.inputs) for name in names}
+    clients = {name: build(name, shapes.inputs, features=shapes.features) for name in names}
     if not settings.method.split:
-        central = clients.get(settings.model) or build(settings.model, shapes.inputs)
+        central = clients.get(settings.model) or build(settings.model, shapes.inputs, features=shapes.features)
         return _Networks(central, tuple(clients[name] for name in names))
     if settings.models is None:
         raise InputError(
             f"--model of {settings.method.name} is the server's, on features; name the clients' too, e.g. "
             f"--models=gkt_edge:{shapes.cohorts[0][1]}"
         )
-    x = jax.ShapeDtypeStruct((1, *shapes.inputs), np.float32)
+    x = clients[names[0]].example(shapes.inputs)
     features = {
         name: jax.eval_shape(lambda x, m=m: m.parts(settings.method.name)[0](m.init(jax.random.key(0)), x), x).shape[1:]
         for name, m in clients.items()
@@ -300,7 +302,9 @@ def _has_no_params(block: Callable[..., jax.Array], x: jax.ShapeDtypeStruct) -> 
     return True
 
 
-def _network(settings: Settings, name: str, inputs: tuple[int, ...], classes: int) -> Model:
+def _network(
+    settings: Settings, name: str, inputs: tuple[int, ...], classes: int, features: models.Features = models.NUMBERS
+) -> Model:
     """A model of the zoo as the settings want it."""
     has = frozenset() if own.is_own(name) else models.options_of(name)
     options = {"norm": settings.norm, "dropout": settings.dropout or None}
@@ -311,7 +315,7 @@ def _network(settings: Settings, name: str, inputs: tuple[int, ...], classes: in
                 f"--{option}={value}: model {nets.title(name)!r} has no {option}; leave it out, or choose of {able}"
             )
     options = {option: v for option, v in {"padding": settings.padding, **options}.items() if v and option in has}
-    model = nets.build(name, inputs, classes, **options)
+    model = nets.build(name, inputs, classes, features, **options)
     if settings.dtype != "float32":
         model = models.in_precision(model, settings.dtype)
     return models.with_lora(model, settings.lora_rank) if settings.lora_rank else model
