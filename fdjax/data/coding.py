@@ -98,7 +98,7 @@ def code_labels(name: str, y: np.ndarray, y_test: np.ndarray | None) -> Coded:
     """Labels as 0 to K - 1 in sorted order of all that occur. Raises InputError unless they are two or more classes."""
     coded = _code(name, "y", y, y_test, together=True)
     if len(coded.names) < 2:
-        raise InputError(f"{name}: all labels are {", ".join(coded.names)!r}; expected two or more classes to tell apart")
+        raise InputError(f"{name}: all labels are {listed(coded.names)}; expected two or more classes to tell apart")
     if len(coded.names) > _MANY_LABELS and 2 * len(coded.names) > len(y):
         raise InputError(
             f"{name}: {len(coded.names):,} different labels of {len(y):,} examples; is it a number to predict? "
