@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax.data.options import at_least
-from fdjax.errors import InputError, unknown
+from fdjax.errors import DataWarning, InputError, unknown
 from fdjax.types import Source
 
 UNITS = {"character": "every character", "word": "every word and every punctuation mark, as they are written"}
 UNKNOWN, PADDING = "<unknown>", "<padding>"
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 _MOST = 2**31 - 1  # bytes of the windows, more than which is an oversight
 
 Texts = Mapping[str, Sequence[str]] | Sequence[str]
@@ -34,7 +35,8 @@ def from_texts(
     unit: str = "character",
     length: int = 80,
     stride: int = 1,
-    test_fraction: float = 0.2,
+    test_texts: Texts | None = None,
+    test_fraction: float | None = None,
     vocabulary: int | Sequence[str] | None = None,
     name: str = "texts",
 ) -> Source:
@@ -52,8 +54,9 @@ def from_texts(
       unit: what a token is, one of `UNITS`.
       length: L, tokens of a sequence.
       stride: tokens from the beginning of a sequence to that of the next.
-      test_fraction: in [0, 1), of each owner's tokens; owners too short for both parts have training alone. 0 for proxy
-        data: the test part is the training part.
+      test_texts: what is tested on, in the same form, in place of the last part of each text.
+      test_fraction: in [0, 1), of each owner's tokens, by default 0.2; owners too short for both parts have training
+        alone. 0 for proxy data: the test part is the training part.
       vocabulary: None: all tokens of the training text; a number: the most frequent of them; or the tokens themselves.
       name: how tables call the source.
 
@@ -62,31 +65,52 @@ def from_texts(
 
     Raises:
       InputError: what are no texts, options out of range, and texts of which no sequence is left for either part.
+
+    Warns:
+      DataWarning: owners that are left out.
     """
     if unit not in UNITS:
         raise unknown("unit of texts", str(unit), UNITS)
     length, stride = at_least("length", length, 1), at_least("stride", stride, 1)
-    check_fraction(test_fraction)
-    streams = [_tokens(unit, owned) for owned in _by_owner(texts)]
-    ends = [len(stream) - round(test_fraction * len(stream)) for stream in streams]
-    known = _known(vocabulary, [stream[:end] for stream, end in zip(streams, ends, strict=True)])
-    parts = [[stream[:end] for stream, end in zip(streams, ends, strict=True)]]
-    parts.append([stream[end:] for stream, end in zip(streams, ends, strict=True)])
-    train = _windows(parts[0], known, length, stride)
-    test = _windows(parts[1], known, length, stride) if test_fraction else train
-    return source_of(name, train, test, known, with_owners=isinstance(texts, Mapping))
+    fraction = fraction_of(test_fraction, test_texts is not None)
+    streams = {owner: _tokens(unit, its) for owner, its in _by_owner(texts).items()}
+    ends = {owner: len(stream) - round(fraction * len(stream)) for owner, stream in streams.items()}
+    training = {owner: stream[: ends[owner]] for owner, stream in streams.items()}
+    known = _known(vocabulary, [*training.values()])
+    if test_texts is not None:
+        tested = {owner: _tokens(unit, its) for owner, its in _by_owner(test_texts).items()}
+    else:
+        tested = {owner: stream[ends[owner] :] for owner, stream in streams.items()} if fraction else training
+    number = {owner: i for i, owner in enumerate({**training, **tested})}
+    train, test = (
+        _windows({number[owner]: stream for owner, stream in part.items()}, known, length, stride)
+        for part in (training, tested)
+    )
+    return source_of(name, train, test, known, tuple(map(str, number)) if isinstance(texts, Mapping) else ())
 
 
-def source_of(name: str, train: Windows, test: Windows, known: list[str], with_owners: bool) -> Source:
-    """The source of windows, whose owners are numbered anew. Raises InputError if a part of them is empty."""
+def source_of(name: str, train: Windows, test: Windows, known: list[str], owners: tuple[str, ...]) -> Source:
+    """The source of windows, whose owners, if any, are numbered anew, because some have nothing to train on.
+
+    Raises InputError if a part is empty; warns of owners that are left out.
+    """
     for part, windows in (("train", train), ("test", test)):
         if not len(windows.y):
             raise InputError(
-                f"{name}: no sequence is left to {part} on; give longer texts, a shorter length, or another test_fraction"
+                f"{name}: no sequence is left to {part} on; give longer texts, a shorter length, or another part to test"
             )
-    owners, train_owner = np.unique(train.owner, return_inverse=True)
-    there = np.isin(test.owner, owners)
-    test_owner = np.searchsorted(owners, test.owner[there])
+    left, train_owner = np.unique(train.owner, return_inverse=True)
+    there = np.isin(test.owner, left) | (not owners)
+    test_owner = np.searchsorted(left, test.owner[there])
+    if len(left) < len(owners):
+        example = next(owner for i, owner in enumerate(owners) if i not in left)
+        warnings.warn(
+            DataWarning(
+                f"{name}: {len(owners) - len(left)} of {len(owners)} owners, such as {example!r}, have no sequence to "
+                "train on and are left out"
+            ),
+            stacklevel=3,
+        )
     return Source(
         name,
         train.x,
@@ -94,21 +118,28 @@ def source_of(name: str, train: Windows, test: Windows, known: list[str], with_o
         test.x[there],
         test.y[there],
         len(known),
-        train_owner=train_owner.astype(np.int32) if with_owners else None,
-        test_owner=test_owner.astype(np.int32) if with_owners else None,
+        train_owner=train_owner.astype(np.int32) if owners else None,
+        test_owner=test_owner.astype(np.int32) if owners else None,
+        classes=tuple(known),
+        owners=tuple(owners[i] for i in left) if owners else (),
         labels=f"tokens {hashlib.sha256(repr(known).encode()).hexdigest()[:12]}",
         vocabulary=(*known, UNKNOWN, PADDING),
     )
 
 
-def check_fraction(fraction: Any) -> None:
-    """Raises InputError unless a number of at least 0 and less than 1."""
+def fraction_of(fraction: Any, other_test: bool) -> float:
+    """The share that is tested on. Raises InputError unless it is a number from 0 to below 1, and the only test."""
+    if other_test and fraction is not None:
+        raise InputError(f"test_fraction={fraction!r} beside a test part; give one of them")
+    if fraction is None:
+        return 0.0 if other_test else 0.2
     is_number = isinstance(fraction, int | float | np.number) and not isinstance(fraction, bool)
     if not is_number or not 0 <= fraction < 1:
         raise InputError(f"test_fraction={fraction!r}: expected a number from 0 to below 1")
+    return float(fraction)
 
 
-def _by_owner(texts: Any) -> list[list[str]]:
+def _by_owner(texts: Any) -> dict[Any, list[str]]:
     """The texts of each owner. Raises InputError for what is neither of the two forms."""
     expected = "expected {owner: [text, ...]} or [text, ...]"
     if isinstance(texts, Mapping):
@@ -123,7 +154,7 @@ def _by_owner(texts: Any) -> list[list[str]]:
         wrong = next((text for text in its if not isinstance(text, str)), None)
         if wrong is not None:
             raise InputError(f"texts: {owner!r} has a {type(wrong).__name__} among its texts; {expected}")
-    return [list(its) for its in owned.values()]
+    return {owner: list(its) for owner, its in owned.items()}
 
 
 def _tokens(unit: str, texts: Sequence[str]) -> list[str]:
@@ -150,16 +181,16 @@ def _known(vocabulary: Any, training: Sequence[Sequence[str]]) -> list[str]:
     return given
 
 
-def _windows(streams: Sequence[Sequence[str]], known: Sequence[str], length: int, stride: int) -> Windows:
-    """The windows of each stream, without those that an unknown token follows."""
+def _windows(streams: Mapping[int, Sequence[str]], known: Sequence[str], length: int, stride: int) -> Windows:
+    """The windows of each owner's stream, without those that an unknown token follows."""
     number, unseen = {token: i for i, token in enumerate(known)}, len(known)
-    size = sum(len(stream) for stream in streams) // stride * length * 4
+    size = sum(len(stream) for stream in streams.values()) // stride * length * 4
     if size > _MOST:
         raise InputError(
             f"sequences of {length} tokens every {stride} of these texts need {size / 1e9:.1f} GB; give a larger stride"
         )
     found = []
-    for owner, stream in enumerate(streams):
+    for owner, stream in streams.items():
         tokens = np.asarray([number.get(token, unseen) for token in stream], np.int32)
         if len(tokens) < 2:
             continue

@@ -121,7 +121,8 @@ def of_entry(
     if features.kind == "categories" and wanted != "categories":
         able = ", ".join(n for n, e in MODELS.items() if "categories" in _fields(e))
         raise InputError(
-            f"model {name!r} takes numbers, but columns of the data are categories; choose {able}, or have them one-hot"
+            f"model {name!r} would take the codes of categories for numbers; give the data with categories=one_hot, or "
+            f"choose a model that embeds them: {able}"
         )
     facts = {wanted: getattr(features, wanted)} if wanted else {}
     made = entry.make(num_classes=num_classes, **{**entry.preset, **options, **facts})

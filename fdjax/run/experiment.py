@@ -88,8 +88,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     with hosts.all_or_none():
         loaded = load(settings)
     source, holdings, proxy = loaded
-    if change_holdings is not None:
-        holdings = change_holdings(holdings)
+    holdings = holdings if change_holdings is None else change_holdings(holdings)
     largest = int(np.max(holdings.count))
     if not largest:
         raise InputError("no client holds a single training example; use another partition or more data")
@@ -108,7 +107,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         proxy=0 if proxy is None else len(proxy.y),
         participants=who.places,
         new=who.new,
-        features=models.Features(len(source.vocabulary)),
+        features=models.Features(len(source.vocabulary), source.categories),
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -305,7 +304,7 @@ def _has_no_params(block: Callable[..., jax.Array], x: jax.ShapeDtypeStruct) -> 
 def _network(
     settings: Settings, name: str, inputs: tuple[int, ...], classes: int, features: models.Features = models.NUMBERS
 ) -> Model:
-    """A model of the zoo as the settings want it."""
+    """A model of the zoo as the settings and the data want it."""
     has = frozenset() if own.is_own(name) else models.options_of(name)
     options = {"norm": settings.norm, "dropout": settings.dropout or None}
     for option, value in options.items():

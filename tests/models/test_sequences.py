@@ -179,7 +179,10 @@ TOKENS_OF_80 = Features(80)
         (lambda: models.build("char_lstm", (80,), 80, TOKENS_OF_80, width=0), "width, layers and embedding of at"),
         (lambda: models.build("transformer", (80,), 80, TOKENS_OF_80, heads=7), "a width that the heads divide"),
         (lambda: models.build("char_lstm", (80,), 80, tokens=80), "unknown option of model 'char_lstm'"),
-        (lambda: models.build("2nn", (3,), 2, Features(categories=(0, 3, 0))), "columns of the data are categories"),
+        (
+            lambda: models.build("2nn", (3,), 2, Features(categories=(0, 3, 0))),
+            "would take the codes of categories",
+        ),
         (lambda: models.build("embedded_mlp", (3,), 2, Features(categories=(0, 3))), "for each of F columns; got"),
     ],
 )
