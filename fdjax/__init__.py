@@ -50,8 +50,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "DataWarning", "Exchange", "HParam",
     "InputError", "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task",
-    "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "from_texts", "keys", "load", "losses", "models",
-    "reductions", "run", "run_seeds", "settings",
+    "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "from_texts", "keys", "load", "losses",
+    "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {

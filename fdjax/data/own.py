@@ -37,15 +37,8 @@ READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
     "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
 }
-OPTIONS = (
-    "unit",
-    "length",
-    "stride",
-    "vocabulary",
-    "test_data",
-    "test_fraction",
-    "test_by",
-)  # settings that some kind of file has as its option
+# Settings that are options of some kind of file.
+OPTIONS = ("unit", "length", "stride", "vocabulary", "test_data", "test_fraction", "test_by")
 FILES = ("test_data",)  # options that are files of their own, which settings hold as they hold the data set
 
 _OWN = own.Registry("data set")

@@ -125,9 +125,7 @@ def _pairs(path: Path, user: str, each: Users, length: int) -> tuple[list[str], 
     if not isinstance(x, list) or not isinstance(y, list) or len(x) != len(y):
         raise InputError(f"{path.name}: user {user!r} has not as many x as y, both lists; expected {_FORMS}")
     if not all(isinstance(a, str) and isinstance(b, str) and len(b) == 1 for a, b in zip(x, y, strict=True)):
-        raise InputError(
-            f"{path.name}: user {user!r} has other x and y than texts and single characters, the next ones"
-        )
+        raise InputError(f"{path.name}: user {user!r} has other x and y than texts and the one character after each")
     wrong = next((a for a in x if len(a) != length), None)
     if wrong is not None:
         raise InputError(

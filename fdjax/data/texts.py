@@ -96,9 +96,7 @@ def source_of(name: str, train: Windows, test: Windows, known: list[str], owners
     """
     for part, windows in (("train", train), ("test", test)):
         if not len(windows.y):
-            raise InputError(
-                f"{name}: no sequence is left to {part} on; give longer texts, a shorter length, or another part to test"
-            )
+            raise InputError(f"{name}: no sequence is left to {part} on; give longer texts or a shorter length")
     left, train_owner = np.unique(train.owner, return_inverse=True)
     there = np.isin(test.owner, left) | (not owners)
     test_owner = np.searchsorted(left, test.owner[there])

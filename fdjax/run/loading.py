@@ -74,8 +74,8 @@ def _check_numbers(settings: Settings, source: Source) -> None:
     if source.vocabulary and (method.needs_numbers or with_option):
         also = f" with --{'='.join(with_option)}" if with_option else ""
         raise InputError(
-            f"--dataset={settings.dataset}: {method.name}{also} makes, changes or compares inputs as numbers, but "
-            f"these are tokens; choose another {with_option[0] if with_option else 'method'}"
+            f"--dataset={settings.dataset_title}: {method.name}{also} makes, changes or compares inputs as numbers, "
+            f"but these are tokens; choose another {with_option[0] if with_option else 'method'}"
         )
 
 
