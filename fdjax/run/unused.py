@@ -85,6 +85,12 @@ def _no_chunks(settings: Any) -> str:
     return f"--lifting={settings.lifting} takes no chunks; {_LEAVE_OUT}, or give --lifting=chunk"
 
 
+def _no_kept_optimizer(settings: Any) -> str:
+    if settings.optimizer_state == "fresh" or settings.method.keeps_optimizer is not None:
+        return ""
+    return f"optimisers of {settings.method.name} start anew in every fit, as its nets do or are several; {_LEAVE_OUT}"
+
+
 def _no_private_batches(settings: Any) -> str:
     return "" if settings.privacy == "example" else f"no batches are private; give --privacy=example, or {_LEAVE_OUT}"
 
@@ -110,6 +116,7 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "straggler_work": _no_stragglers,
         "fine_tune_epochs": _no_new_clients,
         "chunk": _no_chunks,
+        "optimizer_state": _no_kept_optimizer,
         "batch_accounting": _no_private_batches,
         "count_noise_multiplier": _no_private_counts,
         **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
