@@ -67,7 +67,7 @@ bench: $(VENV)/.installed $(VENV_BENCH)/.installed ## every suite of benchmarks.
 	@$(VENV)/bin/python -m benchmarks.speed --peer_python=$(VENV_BENCH)/bin/python $(BENCH_FLAGS)
 
 clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
-	@rm -rf .venv .venv-bench build dist docs/_build docs/methods docs/results *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-bench build dist docs/_build docs/methods docs/results docs/settings.md *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
