@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
     from fdjax.run.contract_check import BrokenContractError, check_method
+    from fdjax.run.loggers import Progress
+    from fdjax.run.logs import CallbackError
     from fdjax.run.runner import InterruptedRun, Result
     from fdjax.run.runner import start as run
     from fdjax.run.seeds import start as run_seeds
@@ -46,10 +48,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "Exchange", "HParam", "InputError",
-    "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
-    "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models", "reductions", "run",
-    "run_seeds", "settings",
+    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "Exchange", "HParam",
+    "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result", "Settings", "Stack",
+    "Task", "Training", "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models",
+    "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -65,7 +67,9 @@ _ATTRIBUTES = {
     **dict.fromkeys(("HParam", "Method", "Task", "Training"), "fdjax.method"),
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
+    "CallbackError": "fdjax.run.logs",
     "InputError": "fdjax.errors",
+    "Progress": "fdjax.run.loggers",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),

@@ -97,6 +97,16 @@ def _no_privacy(settings: Any) -> str:
     return f"nothing is private; give --privacy too, or {_LEAVE_OUT}" if settings.privacy == "none" else ""
 
 
+def _no_patience(settings: Any) -> str:
+    return "" if settings.patience else f"nothing waits for a better metric; give --patience too, or {_LEAVE_OUT}"
+
+
+def _nothing_stops(settings: Any) -> str:
+    if settings.patience or settings.stop_at_accuracy:
+        return ""
+    return f"nothing goes by a metric; give --patience or --stop_at_accuracy too, or {_LEAVE_OUT}"
+
+
 _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {
         "data_dir": _no_files,
@@ -112,6 +122,8 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "chunk": _no_chunks,
         "batch_accounting": _no_private_batches,
         "count_noise_multiplier": _no_private_counts,
+        "min_delta": _no_patience,
+        "stop_metric": _nothing_stops,
         **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
     }
 )  # why settings like these do not use a setting; an empty text if they do
