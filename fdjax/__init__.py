@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         Stack,
         Upload,
     )
-    from fdjax.errors import InputError
+    from fdjax.data.arrays import from_arrays
+    from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
     from fdjax.run.contract_check import BrokenContractError, check_method
@@ -48,10 +49,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "Exchange", "HParam",
-    "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result", "Settings", "Stack",
-    "Task", "Training", "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models",
-    "reductions", "run", "run_seeds", "settings",
+    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
+    "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result",
+    "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys",
+    "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -68,8 +69,9 @@ _ATTRIBUTES = {
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
     "CallbackError": "fdjax.run.logs",
-    "InputError": "fdjax.errors",
     "Progress": "fdjax.run.loggers",
+    **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
+    "from_arrays": "fdjax.data.arrays",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),

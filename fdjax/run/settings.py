@@ -122,9 +122,10 @@ class Settings(
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that a user's own method and nets came from, by the values of the settings that name them."""
+        """The files that a user's own method, nets and data came from, by the values of settings that name them."""
         names = {self.model, *(name for name, _ in self.cohorts)}
         found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
+        found |= self.data_files
         return {own.recorded(name): file for name, file in sorted(found.items()) if file}
 
     @property

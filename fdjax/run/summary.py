@@ -65,7 +65,7 @@ def summary(results: Sequence[Result]) -> str:
 
 def _title(result: Result) -> str:
     chosen = result.settings
-    return f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}"
+    return f"{chosen.algorithm_title}, {chosen.dataset_title}, {chosen.partition_name}"
 
 
 def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
@@ -89,7 +89,7 @@ def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
     if settings.proxy is None:
         return rows
     use = "" if settings.method.proxy else f", which {settings.method.name} does not use"
-    return [*rows, ("proxy examples, of no client", f"{settings.proxy_size:,} ({settings.proxy}{use})")]
+    return [*rows, ("proxy examples, of no client", f"{settings.proxy_size:,} ({settings.proxy_title}{use})")]
 
 
 def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:
