@@ -59,6 +59,7 @@ def test_fedavg_in_bfloat16_ends_near_float32(name, weights, accuracy):
     assert abs(right - also) < accuracy
 
 
+@pytest.mark.exhaustive
 def test_lora(rng):
     net = build("niid_cnn", (16, 16, 1), 3)
     model = with_lora(net, 2, alpha=6)
@@ -125,7 +126,7 @@ IMAGES = {"dataset": "mnist_sample", "num_clients": 2}
             {"norm": "batch"},
             r"^--norm=batch: model '2nn' has no norm; leave it out, or choose of fedgen_cnn, resnet8, ",
         ),
-        ({"dropout": 0.1}, r"^--dropout=0.1: model '2nn' has no dropout; leave it out, or choose of fedmd_mnist_0, "),
+        ({"dropout": 0.1}, r"^--dropout=0.1: model '2nn' has no dropout; leave it out, or choose of transformer, "),
         ({"norm": "layer"}, r"^unknown norm 'layer'; known: batch, group, none"),
         ({"dropout": 1.0}, r"^--dropout=1.0: expected a number "),
         ({"dtype": "float16"}, r"^unknown dtype 'float16' \(did you mean 'bfloat16'\?\)"),
