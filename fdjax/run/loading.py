@@ -44,6 +44,8 @@ def _load(settings: Settings) -> Loaded:
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
     _check_numbers(settings, source)
+    if settings.split_by_client is not None:
+        source = data.merged(source)
     owners = None if source.train_owner is None else int(source.train_owner.max()) + 1
     if settings.labels is not None:
         source = data.of_labels(source, settings.labels)
@@ -62,6 +64,8 @@ def _load(settings: Settings) -> Loaded:
         num_classes=source.num_classes,
         **of_partition,
     )
+    if settings.split_by_client is not None:
+        source, holdings = data.split_by_client(source, holdings, settings.split_by_client, settings.data_seed)
     if settings.method.pooled:
         holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
     return Loaded(source, holdings, proxy)
