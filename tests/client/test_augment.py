@@ -189,9 +189,10 @@ def test_normalise_is_of_the_net_in_tests_too(images):
 
 def test_a_run_with_several():
     result = fdjax.run(
-        model="mclr", num_clients=3, rounds=2, train_fraction=0.05, augment="crop,flip,rotate,cutout,normalise"
+        model="mclr", num_clients=3, rounds=3, train_fraction=0.1, augment="crop,flip,rotate,cutout,normalise"
     )
-    assert result.final["central_accuracy"] > 0.2
+    losses = result.evaluations["central_loss"]
+    assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize(
