@@ -1,7 +1,7 @@
 """How many clients must there be for FedNTD to pay? FedAvg and FedNTD over clients and their share in a round.
 
-An open issue of the authors' code has FedNTD behind FedAvg with ten clients. What its distillation preserves is what the
-received model knows of labels that a client lacks, which matters the more, the less of all data a round sees.
+An open issue of the authors' code has FedNTD behind FedAvg with ten clients. What its distillation preserves is what
+the received model knows of labels that a client lacks, which matters the more, the less of all data a round sees.
 """
 
 from sweeps.study import Study
