@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Upload,
     )
     from fdjax.data.arrays import from_arrays
+    from fdjax.data.frames import from_frame
     from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
@@ -49,8 +50,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "DataWarning", "Exchange", "HParam",
     "InputError", "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task",
-    "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys", "load", "losses", "models",
-    "reductions", "run", "run_seeds", "settings",
+    "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "from_frame", "keys", "load", "losses",
+    "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -68,6 +69,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "from_arrays": "fdjax.data.arrays",
+    "from_frame": "fdjax.data.frames",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
