@@ -91,9 +91,14 @@ def load(name: str, **options: Any) -> Source:
     thing = _OWN[name]
     if isinstance(thing.value, Source):
         return call("data set", thing.titled(name), lambda: thing.value, **options)
-    if _content(thing.value) != _digest_of(name):
-        raise InputError(f"{thing.file} has changed since it was named; give it again")
-    return _read(name, tuple(sorted(options.items())))
+    files = {n: resolve(options[n], n) for n in FILES if options.get(n) is not None}
+    for held in (name, *files.values()):
+        path = _OWN[held].value
+        if isinstance(path, Source):
+            raise InputError(f"test_data={title(held)} is a value; give a file, or both parts to fdjax.from_arrays")
+        if not path.exists() or _content(path) != _digest_of(held):
+            raise InputError(f"{_OWN[held].file} has changed since it was named, or is gone; give it again")
+    return _read(name, tuple(sorted((options | files).items())))
 
 
 def load_proxy(name: str, like: Source) -> Source:
@@ -223,7 +228,7 @@ def _digest_of(name: str) -> str:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _read(name: str, options: tuple[tuple[str, Any], ...]) -> Source:
-    given = {n: _OWN[v].value if n in FILES and v in _OWN else v for n, v in options}
+    given = {n: _OWN[v].value if n in FILES and v is not None else v for n, v in options}
     path = _OWN[name].value
     reader = reader_of(path)
     source = call(f"{reader.what}", str(path), reader.read, path, name.partition("@")[0], **given)
