@@ -41,7 +41,18 @@ LIFTINGS_ALLOWED = {
 }
 
 LONGEST_FUNCTION = 60  # lines; the builder of a method closes over its small functions and may be longer
-HEAVY = ("tensorflow", "torch", "tensorflow_datasets", "array_record", "pyarrow", "matplotlib", "orbax", "flax")
+HEAVY = (
+    "tensorflow",
+    "torch",
+    "tensorflow_datasets",
+    "array_record",
+    "pyarrow",
+    "matplotlib",
+    "orbax",
+    "flax",
+    "pandas",
+    "datasets",
+)
 
 
 def relative(path: Path) -> str:

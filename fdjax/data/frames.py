@@ -43,9 +43,8 @@ def from_frame(
 ) -> Source:
     """A table as a data set: `fdjax.run(dataset=fdjax.from_frame(frame, target="income"), model="2nn")`.
 
-    Numbers become (x - mean) / std of the training rows, dates days and then the same; bools are numbers, texts are
-    categories, and so are columns of pandas' own kind. A level that no training row has is none of the levels (all
-    zeros one-hot, code 0 embedded). `source.encoding.inputs(rows)` makes inputs of other rows, to predict on.
+    Numbers, bools and dates (days) become (x - mean) / std of the training rows; texts are categories. A level that no
+    training row has is all zeros, or code 0. `source.encoding.inputs(rows)` makes inputs of rows to predict on.
 
     Args:
       frame: a pandas DataFrame of N rows.
@@ -71,16 +70,7 @@ def from_frame(
         if value not in known:
             raise unknown(option, value, known)
     split = str(test) if isinstance(test, str) else None
-    outside = [str(c) for c in (target, owner, row_id, split) if c is not None]
-    ignore = _names("ignore", ignore)
-    for column in (*outside, *ignore):
-        if column not in frame.columns:
-            raise unknown(f"column of {name}", column, frame.columns)
-    if target is None or len({*outside}) < len(outside) or {*outside} & {*ignore}:
-        raise InputError(
-            f"{name}: target, owner, row_id and ignore name {listed([*outside, *ignore])}; expected different columns"
-        )
-    inputs = [column for column in frame.columns if column not in {*outside, *ignore}]
+    inputs = _inputs(name, frame, [target, owner, row_id, split], _names("ignore", ignore))
     needed = [*inputs, *(str(c) for c in (target, owner) if c is not None)]
     frame = _complete(name, frame, needed, str(target), owner, missing)
     tests = None if tests is None else _complete(f"{name}'s test rows", tests, needed, str(target), owner, missing)
@@ -119,6 +109,19 @@ def _names(option: str, given: Any) -> list[str]:
     if not isinstance(given, Collection):
         raise InputError(f"{option}={given!r}: expected names of columns")
     return [str(column) for column in given]
+
+
+def _inputs(name: str, frame: Any, outside: Sequence[Any], ignore: list[str]) -> list[str]:
+    """The columns that are inputs, beside the target and what else is outside. Raises InputError for unknown ones."""
+    others = [str(column) for column in outside if column is not None]
+    for column in (*others, *ignore):
+        if column not in frame.columns:
+            raise unknown(f"column of {name}", column, frame.columns)
+    if outside[0] is None or len({*others}) < len(others) or {*others} & {*ignore}:
+        raise InputError(
+            f"{name}: target, owner, row_id and ignore name {listed([*others, *ignore])}; expected different columns"
+        )
+    return [column for column in frame.columns if column not in {*others, *ignore}]
 
 
 def _complete(name: str, frame: Any, needed: Sequence[str], target: str, owner: Any, missing: str) -> Any:

@@ -135,7 +135,7 @@ FILES = {
     "no such column": ("a.csv", "x,z,y\n" + ROWS, {"target": "income"}, "unknown column of a 'income'; known: x, y, z"),
     "no such option": ("a.csv", "x,z,y\n" + ROWS, {"image_size": 3}, "unknown option of a table"),
     "test data and a fraction": (
-        "a.csv", "x,z,y\n" + ROWS, {"target": "y", "test_data": "a.csv", "test_fraction": 0.5}, "beside test data a.csv",
+        "a.csv", "x,z,y\n" + ROWS, {"target": "y", "test_data": "a.csv", "test_fraction": 0.5}, "beside test data a",
     ),
     "no npz": ("a.npz", "x", {}, "a.npz' is not an npz of plain arrays"),
     "another kind of file": ("a.xlsx", "x", {}, "a.xlsx is of no kind that can be read; expected arrays by name"),

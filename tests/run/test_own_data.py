@@ -228,8 +228,8 @@ def test_a_csv_from_the_command_line(rng, tmp_path):
     frame.iloc[:240].to_csv(tmp_path / "people.csv", index=False)
     frame.iloc[200:].to_csv(tmp_path / "later.csv", index=False)
     result = programs.run(
-        "fdjax", f"--dataset={tmp_path}/people.csv", f"--test_data={tmp_path}/later.csv", "--target=income", "--owner=site",
-        "--model=mclr", "--rounds=5", "--learning_rate=0.5", f"--out={tmp_path}/out",
+        "fdjax", f"--dataset={tmp_path}/people.csv", f"--test_data={tmp_path}/later.csv", "--target=income",
+        "--owner=site", "--model=mclr", "--rounds=5", "--learning_rate=0.5", f"--out={tmp_path}/out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     told = "warning: people: 40 of 100 test examples have the inputs of a training example; what is tested on them was"
