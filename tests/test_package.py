@@ -52,6 +52,8 @@ HEAVY = (
     "flax",
     "pandas",
     "datasets",
+    "tensorboardX",
+    "wandb",
 )
 
 

@@ -14,13 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from fdjax.data import count_labels
+from fdjax.engine import proportion
 from fdjax.engine.layout import NonFinite, Report
 from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
-from fdjax.run.accounting import accounted, spent_on_its_own
+from fdjax.run.accounting import Ledger, accounted, spent_on_its_own
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
+from fdjax.run.stopping import reason_to_stop, still_stopped
 from fdjax.run.trained_model import Trained, TrainedModel
 
 _COUNTED = ("epsilon", "bytes_up", "bytes_down", "nonfinite_clients", "participants", "senders")
@@ -54,11 +56,18 @@ class Result(NamedTuple):
     privacy: Mapping[str, Any] = MappingProxyType({})
     # of a private run: epsilon, delta, the relation that these are about, accountant, noise_multiplier and clip; and
     # "parts", the same of what the method makes private by itself
+    stopped: Mapping[str, Any] = MappingProxyType({})
+    # of a run that ended before its last round by its own rules: "round", "rule" (accuracy, bytes, patience) and "why"
 
     @property
     def round(self) -> int:
         """Rounds done, which are fewer than the settings' if the run was stopped."""
         return len(self.rounds["bytes_up"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run did all its rounds, or ended by its own rules, and was not interrupted."""
+        return bool(self.stopped) or self.round == self.settings.rounds
 
     @property
     def central(self) -> TrainedModel:
@@ -98,6 +107,36 @@ class Recording:
         self.record = record or empty_record()
         self._experiment, self._traffic, self._who = experiment, traffic, who
 
+    @property
+    def settings(self) -> Settings:
+        """Those of the run."""
+        return self._experiment.settings
+
+    @property
+    def tests(self) -> proportion.Tests:
+        """On how many examples personal models are tested."""
+        return self._experiment.tests
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What there is to account for, if the run is private."""
+        return self._experiment.ledger
+
+    @property
+    def stopped(self) -> dict[str, Any]:
+        """After which round the run ended by its own rules, by which rule and why; {} if it did not."""
+        return {name: value for name, value in self.record.get("stopped", {}).items() if name != "settings"}
+
+    def stop_if_due(self) -> bool:
+        """Whether the run ends here by its own rules, which is kept on record then."""
+        settings, evaluations = self.settings, self.record["evaluations"]
+        if still_stopped(settings, self.record):
+            return True
+        self.record.pop("stopped", None)
+        if found := reason_to_stop(settings, self.record, f"{kind_of(evaluations)}_accuracy"):
+            self.record["stopped"] = found
+        return bool(found)
+
     def add_setup(self, report: Report) -> None:
         """Keep what the set-up reports."""
         report, setup = jax.device_get(report), self._traffic.setup
@@ -131,6 +170,26 @@ class Recording:
             name: np.asarray(values, float)[in_order_of_ids].tolist() for name, values in clients.items()
         }
 
+    def replace_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
+        """Keep an evaluation in the place of the last one, which was of fewer examples."""
+        evaluations = self.record["evaluations"]
+        size = len(evaluations["round"])
+        for values in evaluations.values():
+            del values[size - 1 :]
+        self.add_evaluation(done, scalars, clients)
+
+    def clients_at(self, evaluation: int) -> dict[str, list[float]]:
+        """Values of every client at an evaluation; {} where they are not kept."""
+        last = len(self.record["evaluations"]["round"]) - 1
+        return dict(self.record["clients"]) if evaluation == last else {}
+
+    def histories(self) -> dict[str, list[float]]:
+        """Of every round, as `Result.rounds` has them but for epsilon: bytes add up, from those of the set-up on."""
+        rounds, setup = dict(self.record["rounds"]), self.record["setup"]
+        for name in ("bytes_up", "bytes_down"):
+            rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
+        return rounds
+
     def add_last(self, scalars: Any) -> None:
         """Add to the last evaluation what is done after it alone; NaN in the others."""
         evaluations = self.record["evaluations"]
@@ -140,10 +199,8 @@ class Recording:
             evaluations[name] = before + [math.nan] * (size - 1 - len(before)) + [value]
 
     def result(self, times: Mapping[str, float], trained: Trained | None = None) -> Result:
-        """The result of the run as far as it went: bytes add up, from those of the set-up on."""
-        rounds, setup = dict(self.record["rounds"]), self.record["setup"]
-        for name in ("bytes_up", "bytes_down"):
-            rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
+        """The result of the run as far as it went."""
+        rounds, setup = self.histories(), self.record["setup"]
         settings, held = self._experiment.settings, np.asarray(self._experiment.holdings.count)
         rounds, privacy = accounted(settings, self._experiment.ledger, rounds)
         privacy |= spent_on_its_own(settings, self._experiment.algorithm, held)
@@ -159,6 +216,7 @@ class Recording:
             holdings=holdings_of(self._experiment),
             trained=trained,
             privacy=privacy,
+            stopped=self.stopped,
         )
 
     def _metrics(self, report: Report) -> dict[str, Any]:
