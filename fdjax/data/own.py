@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data import arrays, hugging_face, images, tables
+from fdjax.data import arrays, hugging_face, images, tables, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
 from fdjax.errors import InputError, unknown
@@ -30,12 +30,13 @@ class Reader(NamedTuple):
     read: Callable[..., Source]  # (path, name, *, option=...) -> Source
     suffixes: tuple[str, ...] = ()  # of a file; none of a folder
     has_owners: Callable[[Path], bool] = lambda path: False  # whether the file says by itself who holds each example
-    is_folder: Callable[[Path], bool] = lambda path: False  # whether a folder is of this kind
+    is_folder: Callable[[Path], bool] = lambda path: False  # whether a folder is one that it reads
 
 
 READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
     "table": Reader("a table", tables.read_table, (*tables.CSV, ".parquet")),
+    "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
     "hugging_face": Reader(
         "a folder of Hugging Face's save_to_disk", hugging_face.read_saved, is_folder=hugging_face.is_saved
     ),
@@ -43,8 +44,8 @@ READERS: dict[str, Reader] = {
 }
 # Settings that are options of some kind of file.
 OPTIONS = (
-    "target", "owner", "ignore", "row_id", "header", "categories", "missing", "image_size", "test_data",
-    "test_fraction", "test_by",
+    "target", "owner", "ignore", "row_id", "header", "categories", "missing", "image_size", "unit", "length", "stride",
+    "vocabulary", "test_data", "test_fraction", "test_by",
 )  # fmt: skip
 FILES = ("test_data",)  # options that are files of their own, which settings hold as they hold the data set
 

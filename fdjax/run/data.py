@@ -8,6 +8,7 @@ from fdjax import data
 from fdjax.data import own as own_data
 from fdjax.data import own_partition
 from fdjax.data.encoding import CATEGORIES, MISSING
+from fdjax.data.texts import UNITS
 from fdjax.run.setting import setting_field
 
 _data = functools.partial(setting_field, role="data")
@@ -44,6 +45,14 @@ class DataSettings:
     categories: str | None = _file_option("table: what texts become; default one_hot", str, choices=CATEGORIES)
     missing: str | None = _file_option("table: what becomes of missing values; default refuse", str, choices=MISSING)
     image_size: int | None = _file_option("images of your own: height and width that they become", int, low=1)
+    unit: str | None = _file_option("texts of your own: what a token is; default character", str, choices=UNITS)
+    length: int | None = _file_option(
+        "texts: tokens of a sequence, whose label is the next one; default 80", int, low=1
+    )
+    stride: int | None = _file_option("texts: tokens from one sequence to the next; default 1", int, low=1)
+    vocabulary: int | None = _file_option(
+        "texts: number of tokens that are known, by frequency; default all", int, low=2
+    )
     test_data: str | None = _file_option(
         "file or folder of the test part of your own data", str,
         resolve=lambda given: own_data.resolve(given, "test_data"),

@@ -44,6 +44,7 @@ def _load(settings: Settings) -> Loaded:
     of_source, of_partition = _options(settings)
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
+    _check_numbers(settings, source)
     total = len(source.train_y)
     source = source._replace(train_index=np.arange(total, dtype=np.int32))
     owners = None if source.train_owner is None else int(source.train_owner.max()) + 1
@@ -84,6 +85,18 @@ def _partition(settings: Settings, source: Source, owners: int | None, total: in
         num_classes=source.num_classes,
         **options,
     )
+
+
+def _check_numbers(settings: Settings, source: Source) -> None:
+    """Raises InputError for tokens where the method computes with inputs, which it can with numbers alone."""
+    method = settings.method
+    with_option = next((choice for choice in settings.options if choice in method.needs_numbers_for), None)
+    if source.vocabulary and (method.needs_numbers or with_option):
+        also = f" with --{'='.join(with_option)}" if with_option else ""
+        raise InputError(
+            f"--dataset={settings.dataset_title}: {method.name}{also} makes, changes or compares inputs as numbers, "
+            f"but these are tokens; choose another {with_option[0] if with_option else 'method'}"
+        )
 
 
 def _options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
