@@ -12,11 +12,11 @@ def merged(source: Source) -> Source:
 
     Inputs are standardised as before, by the statistics of what was the training part.
     """
-    owners = source.train_owner, source.test_owner
+    train, test = source.train_owner, source.test_owner
     return source._replace(
         train_x=np.concatenate([source.train_x, source.test_x]),
         train_y=np.concatenate([source.train_y, source.test_y]),
-        train_owner=None if owners[0] is None or owners[1] is None else np.concatenate(owners),
+        train_owner=None if train is None or test is None else np.concatenate([train, test]),
         train_index=None,
     )
 
