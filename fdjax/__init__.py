@@ -21,6 +21,7 @@ from fdjax.runtime import work_around_xla_cpu
 if TYPE_CHECKING:
     from fdjax import algorithms, data, keys, models
     from fdjax.client import losses
+    from fdjax.client.metric import Metric
     from fdjax.contract import (
         ENSEMBLE,
         Algorithm,
@@ -47,7 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "Exchange", "HParam", "InputError",
-    "InterruptedRun", "Method", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
+    "InterruptedRun", "Method", "Metric", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
     "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models", "reductions", "run",
     "run_seeds", "settings",
 ]  # fmt: skip
@@ -66,6 +67,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
     "InputError": "fdjax.errors",
+    "Metric": "fdjax.client.metric",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),

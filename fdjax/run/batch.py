@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fdjax.client.metric import flattened
 from fdjax.engine.new_clients import never_train
 from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
+from fdjax.run import metrics
 from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.record import Clock, Record, Recording, Result, clock
@@ -99,7 +101,7 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
                 results += _run(trials, part, traffic, _numbered_from(begin, watch), time_spent)
         return results
 
-    return Batch(run, fits, trials.slots, trials.scalars, trials.why)
+    return Batch(run, fits, trials.slots, _values_of(first, trials.scalars), trials.why)
 
 
 def _run(
@@ -107,7 +109,8 @@ def _run(
 ) -> list[Result]:
     """Run trials that fit in at once, until they are done or told to stop."""
     settings = experiments[0].settings
-    recordings = [Recording(e, traffic, who=f"trial {number}: ") for number, e in enumerate(experiments)]
+    beside = len(experiments)
+    recordings = [Recording(e, traffic, who=f"trial {n}: ", beside=beside) for n, e in enumerate(experiments)]
     time_spent.start(recordings[0].record)
     running, setups = trials.start([_inputs(experiment) for experiment in experiments])
     if experiments[0].simulation.setup is not None:
@@ -134,6 +137,17 @@ def _run(
                 running = trials.keep(running, [n for n in running.numbers if n not in stopped])
     times = time_spent.stamp(recordings[0].record)
     return [recording.result(times) for recording in recordings]
+
+
+def _values_of(experiment: Experiment, scalars: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of what an evaluation gives, as records have them: a metric by class has one for each class."""
+    if experiment.settings.metrics is None:
+        return scalars
+    simulation, federation = experiment.simulation, experiment.federation
+    state = simulation.shapes(federation)
+    found, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams)
+    names = {name: np.zeros(value.shape) for name, value in found.items()}
+    return (*flattened(names, 0), *metrics.derived_names(experiment.settings.metrics, found))
 
 
 def _numbered_from(begin: int, watch: Watch) -> Watch:

@@ -19,6 +19,7 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
+from fdjax.run import metrics
 from fdjax.run.accounting import Ledger, ledger_of
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.participants import participants, policy_of
@@ -113,6 +114,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     chosen = plan.choose(request, _work(static, shapes, holdings))
     bound = _bind(static, shapes)
     _check_that_something_is_tested(settings, bound.algorithm)
+    metrics.check_tested(settings.metrics, bound.algorithm, settings.local_eval, settings.central_eval)
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
     ledger = _ledger(settings, bound.algorithm, shapes, np.asarray(holdings.count)[~who.never_train])
@@ -355,6 +357,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
     clients = sum(shapes.may_train)
     expected = settings.participation * clients if settings.sampling == "poisson" else sum(shapes.participants)
     algorithm = method_of(settings, task, expected, clients)
+    measures = metrics.checked_records(settings.metrics, shapes.classes)
 
     @functools.lru_cache(maxsize=8)
     def lifted(lifting: Lifting) -> tuple[Layout, Simulation]:
@@ -372,6 +375,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             policy=policy_of(settings),
             new=shapes.new,
             membership=settings.membership,
+            metrics=measures,
             fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import sys
 import threading
 import time
@@ -13,12 +14,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fdjax.client.metric import flattened
 from fdjax.data import count_labels
 from fdjax.engine.layout import NonFinite, Report
 from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
+from fdjax.run import client_history, metrics
 from fdjax.run.accounting import accounted, spent_on_its_own
+from fdjax.run.derived import forgetting
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
 from fdjax.run.trained_model import Trained, TrainedModel
@@ -54,6 +58,9 @@ class Result(NamedTuple):
     privacy: Mapping[str, Any] = MappingProxyType({})
     # of a private run: epsilon, delta, the relation that these are about, accountant, noise_multiplier and clip; and
     # "parts", the same of what the method makes private by itself
+    client_evaluations: Mapping[str, np.ndarray] = MappingProxyType({})
+    # [E, C] float32: of every evaluation the values of every client in order of ids, of which `clients` has the last;
+    # {} without --client_history, and where these are too many
 
     @property
     def round(self) -> int:
@@ -94,9 +101,14 @@ def empty_record() -> Record:
 class Recording:
     """The record of a run while it grows; what needs attention is said as a warning that begins with `who`."""
 
-    def __init__(self, experiment: Experiment, traffic: Traffic, record: Record | None = None, who: str = ""):
+    def __init__(
+        self, experiment: Experiment, traffic: Traffic, record: Record | None = None, who: str = "", beside: int = 1
+    ):
+        """`beside`: how many records grow at once, which share the room for clients' values."""
         self.record = record or empty_record()
         self._experiment, self._traffic, self._who = experiment, traffic, who
+        self._beside, self._keeps_clients = beside, experiment.settings.client_history
+        self._told = set[str]()  # metrics whose values were not numbers
 
     def add_setup(self, report: Report) -> None:
         """Keep what the set-up reports."""
@@ -122,14 +134,41 @@ class Recording:
     def add_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
         """Keep an evaluation after `done` rounds; after 0 it is of what the set-up leaves."""
         scalars, clients = jax.device_get((scalars, clients))
+        scalars, clients = flattened(scalars, 0), flattened(clients, 1)
         evaluations = self.record["evaluations"]
         for name, value in {"round": done, **_as_floats(scalars)}.items():
             evaluations.setdefault(name, []).append(value)
+        if metrics.forgets(self._experiment.settings.metrics):
+            self._add_forgetting()
         self._warn_of_divergence()
+        last = {name: values[-1] for name, values in evaluations.items()}
+        if unsound := metrics.unsound(self._experiment.settings.metrics, last, self._told):
+            self._warn(f"{unsound} after round {done}")
         in_order_of_ids = np.argsort(np.asarray(self._experiment.federation.client))
-        self.record["clients"] = {
-            name: np.asarray(values, float)[in_order_of_ids].tolist() for name, values in clients.items()
-        }
+        clients = {name: np.asarray(values)[in_order_of_ids] for name, values in clients.items()}
+        self.record["clients"] = {name: np.asarray(values, float).tolist() for name, values in clients.items()}
+        self._add_clients(clients)
+
+    def _add_clients(self, clients: Mapping[str, np.ndarray]) -> None:
+        """Keep the clients' values of an evaluation, if there is room for those of all; if not, say so once."""
+        if self._keeps_clients:
+            settings, tested = self._experiment.settings, len(self.record["evaluations"]["round"])
+            left = -(-max(settings.rounds - self.record["evaluations"]["round"][-1], 0) // settings.eval_every)
+            if why := client_history.why_not(self.record, clients, int(tested + left), self._beside):
+                tqdm.write(f"{self._who}clients' values are kept of the last evaluation alone: {why}", file=sys.stderr)
+                self._keeps_clients = False
+        if self._keeps_clients:
+            client_history.add(self.record, clients)
+        else:
+            self.record.pop("client_evaluations", None)
+
+    def _add_forgetting(self) -> None:
+        """Of the central model, and of the mean accuracies of clients' own."""
+        evaluations = self.record["evaluations"]
+        for kind in ("central", "local"):
+            if classes := [name for name in evaluations if re.fullmatch(rf"{kind}_class_accuracy_\d+", name)]:
+                by_class = np.array([evaluations[name] for name in classes]).T
+                evaluations.setdefault(f"{kind}_forgetting", []).append(float(forgetting(by_class)[-1]))
 
     def add_last(self, scalars: Any) -> None:
         """Add to the last evaluation what is done after it alone; NaN in the others."""
@@ -159,6 +198,7 @@ class Recording:
             holdings=holdings_of(self._experiment),
             trained=trained,
             privacy=privacy,
+            client_evaluations=client_history.unpack(self.record.get("client_evaluations", {})),
         )
 
     def _metrics(self, report: Report) -> dict[str, Any]:
