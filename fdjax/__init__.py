@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         Stack,
         Upload,
     )
-    from fdjax.errors import InputError
+    from fdjax.data.arrays import from_arrays
+    from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
     from fdjax.run.contract_check import BrokenContractError, check_method
@@ -47,10 +48,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "Exchange", "HParam", "InputError",
-    "InterruptedRun", "Method", "Metric", "Received", "Reduction", "Result", "Settings", "Stack", "Task", "Training",
-    "Upload", "algorithms", "check_method", "data", "keys", "load", "losses", "models", "reductions", "run",
-    "run_seeds", "settings",
+    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "DataWarning", "Exchange", "HParam",
+    "InputError", "InterruptedRun", "Method", "Metric", "Received", "Reduction", "Result", "Settings", "Stack", "Task",
+    "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys", "load", "losses", "models",
+    "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -66,8 +67,9 @@ _ATTRIBUTES = {
     **dict.fromkeys(("HParam", "Method", "Task", "Training"), "fdjax.method"),
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
-    "InputError": "fdjax.errors",
+    **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "Metric": "fdjax.client.metric",
+    "from_arrays": "fdjax.data.arrays",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input. The message is one line: what was given, what was expected, what to do."""
 
 
+class DataWarning(UserWarning):
+    """Something in a user's own data that is dealt with, and that its owner should know. The message is one line."""
+
+
 def unknown(kind: str, given: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a name outside `known`: it lists them, the nearest first if one is near."""
     known = sorted(known)

@@ -151,9 +151,8 @@ class Method(NamedTuple):
     # of it depends on them; 0 if something does: then it cannot be private by example
     looks_back: str = ""  # the option that says on how many past rounds it draws
     label_means: bool = False  # whether means by label are all that it shares, private if `Task.private_means` says so
-    keeps_optimizer: bool = (
-        False  # whether optimisers go on from round to round, unless --optimizer_state says otherwise
-    )
+    keeps_optimizer: bool | None = False  # whether optimisers go on from round to round, unless --optimizer_state says
+    # otherwise; None if they cannot, where a fit is of several nets, or of one that a round makes anew
 
     def algorithm(self, task: Task) -> Algorithm:
         """The method for a task, under its name. Raises InputError for models without the parts that it needs."""

@@ -36,11 +36,25 @@ class Source(NamedTuple):
     labels: str = (
         ""  # what the labels name, such as "digits": alike in sources of the same word; "": in no other source
     )
+    classes: tuple[str, ...] = ()  # [K] what each label is called in the data; () where 0, 1, ... are the data's own
+    owners: tuple[str, ...] = ()  # what each natural client is called in the data, likewise
+    categories: tuple[int, ...] = ()
+    # [F] for each input column the number of its codes 0, 1, ..., which a net may embed, and 0 for a number; code 0 is
+    # a level that no training row has; () where no column holds codes
+    encoding: Any = None  # how rows of a table became inputs, see `data.frames.Encoding`
+    train_index: np.ndarray | None = None  # [N] int32: the place of each training example in the data as loaded
 
     @property
     def label_space(self) -> str:
         """What the labels name; the source's own name where it does not say."""
         return self.labels or self.name
+
+    def training(self, rows: np.ndarray) -> "Source":
+        """The same with the training examples `rows` alone, indices [N'] or a mask [N]."""
+        owner, index = (None if part is None else part[rows] for part in (self.train_owner, self.train_index))
+        return self._replace(
+            train_x=self.train_x[rows], train_y=self.train_y[rows], train_owner=owner, train_index=index
+        )
 
 
 class Holdings(NamedTuple):

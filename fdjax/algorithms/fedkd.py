@@ -110,4 +110,5 @@ METHOD = Method(
         "energy_rounds": epochs(100, "rounds after which the end is reached"),
     },
     parts=True,
+    keeps_optimizer=None,
 )

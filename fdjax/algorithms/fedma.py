@@ -145,4 +145,5 @@ METHOD = Method(
     options={"centre": ("mean", "posterior")},
     one_architecture=True,
     parts=True,
+    keeps_optimizer=None,
 )

@@ -17,7 +17,8 @@ of both. `weighting` = examples averages by n_k. `train_loss` is L(w_k) + L(m_k)
 In `test_learning.py` the meme has 0.585, 0.630, 0.602 of the whole test set, clients alone 0.230, 0.249, 0.235; on
 their own labels the clients' nets have 0.891, 0.920, 0.878, FedAvg's one net 0.701, 0.719, 0.695, and training alone
 0.922, 0.937, 0.928: what a client's own net learns from the meme does not pay there, nor with 15 rounds (0.932, 0.946,
-0.937 and 0.929, 0.946, 0.941).
+0.937 and 0.929, 0.946, 0.941). Where 10 of 100 clients take part (`benchmarks.local_distillation`) the meme is 2.4 to
+7.7 points above FedAvg's net, and forgets less than any other there but FedKD's.
 """
 
 from jax import lax
@@ -77,4 +78,5 @@ METHOD = Method(
         "meme_weight": HParam(0.5, high=1.0, help=_SHARE + "the common one (beta)"),
     },
     options={"weighting": ("uniform", "examples")},
+    keeps_optimizer=None,
 )

@@ -129,4 +129,5 @@ METHOD = Method(
     | WEIGHTS
     | {"consistency": HParam(0.5, high=1.0, help="how far groups are pulled to the one above them")},
     options={"divergence": ("reverse", "forward")} | groups.OPTIONS,
+    keeps_optimizer=None,
 )

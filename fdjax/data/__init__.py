@@ -1,5 +1,6 @@
 """Data sets on the host and how clients share them; nothing here touches a device."""
 
+from fdjax.data.arrays import from_arrays
 from fdjax.data.checked import checked
 from fdjax.data.held_out import take_validation
 from fdjax.data.holdings import count_labels
@@ -12,6 +13,7 @@ from fdjax.data.proxy import Proxy, take_proxy
 from fdjax.data.sources import SOURCES, load
 
 __all__ = [
-    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "checked", "count_labels", "draw_partition", "load", "of_labels",
+    "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "checked", "count_labels", "draw_partition", "from_arrays",
+    "load", "of_labels",
     "own_test_part", "partition", "take_proxy", "take_validation",
 ]  # fmt: skip

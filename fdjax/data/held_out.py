@@ -11,9 +11,7 @@ def hold_out(source: Source, size: int, rng: np.random.Generator) -> tuple[Sourc
     have = len(source.train_y)
     chosen = np.sort(rng.choice(have, size, replace=False))
     rest = np.setdiff1d(np.arange(have), chosen)
-    owner = None if source.train_owner is None else source.train_owner[rest]
-    kept = source._replace(train_x=source.train_x[rest], train_y=source.train_y[rest], train_owner=owner)
-    return kept, source.train_x[chosen], source.train_y[chosen]
+    return source.training(rest), source.train_x[chosen], source.train_y[chosen]
 
 
 def take_validation(source: Source, fraction: float, seed: int) -> Source:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from fdjax.data import own
 from fdjax.data.held_out import hold_out
 from fdjax.data.labels import of_labels
 from fdjax.data.sources import SOURCES, load
@@ -56,20 +57,22 @@ def take_proxy(
             return source, Proxy(x.astype(np.float32), unlabelled, False)
         x = rng.integers(0, 256, (size, *shape), np.uint8) if kind == "noise" else _blurred(rng, size, shape)
         return source, Proxy(x, unlabelled, False)
-    if kind not in SOURCES:
+    if kind not in SOURCES and not own.is_known(kind):
         raise unknown("proxy data", kind, {**KINDS, **SOURCES})
-    other = load(kind, **where)
+    other = own.load_proxy(kind) if own.is_known(kind) else load(kind, **where)
     if labels is not None and source.label_space.startswith(
         f"{other.label_space}: "
     ):  # the same part of the same labels
         other = of_labels(other, labels)
     if other.train_x.shape[1:] != shape or other.train_x.dtype != source.train_x.dtype:
         raise InputError(
-            f"--proxy={kind} has inputs {other.train_x.shape[1:]}, but {source.name} has {shape}; "
+            f"--proxy={own.title(kind)} has inputs {other.train_x.shape[1:]}, but {source.name} has {shape}; "
             "use proxy data of the same shape"
         )
     if size > len(other.train_y):
-        raise InputError(f"--proxy_size={size}, but {kind} has {len(other.train_y)} training examples; give fewer")
+        raise InputError(
+            f"--proxy_size={size}, but {own.title(kind)} has {len(other.train_y)} training examples; give fewer"
+        )
     chosen = np.sort(rng.choice(len(other.train_y), size, replace=False))
     x, y = other.train_x[chosen], other.train_y[chosen]
     if other.label_space == source.label_space and other.num_classes == source.num_classes:

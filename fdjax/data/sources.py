@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fdjax.data import files, prepared
+from fdjax.data import files, own, prepared
 from fdjax.data.cache import DAMAGED, cached
 from fdjax.data.options import call
+from fdjax.data.statistics import channel_statistics
 from fdjax.data.synthetic import synthetic
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError
 from fdjax.types import Source
 
 SOURCES: dict[str, str] = {
@@ -43,16 +44,19 @@ PLAIN_FILES = ("idx", "cifar10_bin", "cifar100_bin")  # those that no other prog
 PathLike = str | os.PathLike
 
 
-def load(name: str, *, data_dir: PathLike | None = None, cache_dir: PathLike | None = None, **options) -> Source:
+def load(
+    name: str | Source, *, data_dir: PathLike | None = None, cache_dir: PathLike | None = None, **options
+) -> Source:
     """The data set `name`, one of `SOURCES`, on the host: images uint8 `[N, height, width, channels]`, labels int32.
 
+    Or one's own: the path of a file or folder with the options of its kind (`own.READERS`), or a `Source`, as it is.
     `data_dir` is the folder of the files (for tfds sets by default tfds's own); `cache_dir` keeps decoded tfds sets (by
     default $FDJAX_CACHE, else $XDG_CACHE_HOME/fdjax, else ~/.cache/fdjax). EMNIST's images, which tfds serves
     transposed, come upright, and the labels of emnist/letters from 0.
     Raises InputError for an unknown name or option and for files that are missing or damaged.
     """
-    if name not in SOURCES:
-        raise unknown("data set", name, SOURCES)
+    if not isinstance(name, str) or name not in SOURCES:
+        return own.load(own.resolve(name, "dataset", SOURCES), **options)
     data_dir = Path(data_dir).expanduser() if data_dir is not None else None
     cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else None
     if name == "mnist_sample":
@@ -70,15 +74,6 @@ def load(name: str, *, data_dir: PathLike | None = None, cache_dir: PathLike | N
     if name == "mnist":
         return call("data set", name, _mnist, data_dir, cache_dir, **options)
     return call("data set", name, lambda: _prepared(name, data_dir, cache_dir), **options)
-
-
-def channel_statistics(x: np.ndarray) -> dict[str, np.ndarray]:
-    """Exact mean and std of each channel of x uint8 `[N, height, width, channels]` scaled to [0, 1]."""
-    channels = [np.bincount(x[..., c].reshape(-1), minlength=256) for c in range(x.shape[-1])]
-    share = np.stack(channels) / (x.size / x.shape[-1])
-    levels = np.arange(256) / 255
-    mean = share @ levels
-    return {"mean": mean, "std": np.sqrt(share @ levels**2 - mean**2)}
 
 
 def _source(name: str, arrays: dict[str, np.ndarray]) -> Source:

@@ -2,30 +2,53 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from fdjax import data
+from fdjax.data import own as own_data
 from fdjax.run.setting import setting_field
 
 _data = functools.partial(setting_field, role="data")
+DATA_FILES = ("dataset", "proxy", "test_data")  # settings that may name a user's own file of data
 _partition = functools.partial(setting_field, None, role="partition")
+_file_option = functools.partial(setting_field, None, role="data")
+
+
+def _resolve_proxy(given: Any) -> str:
+    return own_data.resolve(given, "proxy", {**data.PROXIES, **data.SOURCES})
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     """The settings of data, which `Settings` has among its own."""
 
-    dataset: str = _data("mnist_sample", "the data set", choices=data.SOURCES, noun="data set")
+    dataset: str = _data(
+        "mnist_sample", "the data set, or the path of one of your own", choices=data.SOURCES, noun="data set",
+        resolve=lambda given: own_data.resolve(given, "dataset", data.SOURCES),
+    )  # fmt: skip
     data_dir: str | None = _data(None, "folder of the data set's files", str, resumable=True, folder=True)
     cache_dir: str | None = _data(
         None, "folder for decoded tfds sets; default $FDJAX_CACHE or ~/.cache/fdjax", str, resumable=True, folder=True
     )
     labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
+    test_data: str | None = _file_option(
+        "file or folder of the test part of your own data", str,
+        resolve=lambda given: own_data.resolve(given, "test_data"),
+    )  # fmt: skip
+    test_fraction: float | None = _file_option(
+        "share of your own data that is tested on, where they come without a test part; default 0.2", float,
+        low=0, above=True, high=1, below=True,
+    )  # fmt: skip
+    test_by: str | None = _file_option(
+        "of what that is a share; default label", str,
+        choices={"label": "of the examples of every label", "owner": "of every owner's examples"},
+    )  # fmt: skip
     writers: str | None = _data(
         None, "npz with the writers of mnist's images (train_writer, test_writer)", str, resumable=True, folder=True
     )
 
     partition: str | None = _data(
-        None, "who holds what; default natural for synthetic, else iid", str, choices=data.PARTITIONS
+        None, "who holds what; default natural where the data have owners, else iid", str, choices=data.PARTITIONS
     )
     num_clients: int | None = _data(
         None, "number of clients; default 30 for synthetic, all for writer, else 10", int, low=1
@@ -56,8 +79,8 @@ class DataSettings:
     )
 
     proxy: str | None = _data(
-        None, "proxy data, by default none: the name of a data set, or a kind", str,
-        choices={**data.PROXIES, **data.SOURCES}, noun="proxy data",
+        None, "proxy data, by default none: the name of a data set, the path of one of your own, or a kind", str,
+        choices={**data.PROXIES, **data.SOURCES}, noun="proxy data", resolve=_resolve_proxy,
     )  # fmt: skip
     proxy_dir: str | None = _data(
         None, "folder of the proxy data's files; default data_dir", str, resumable=True, folder=True
@@ -66,5 +89,22 @@ class DataSettings:
 
     @property
     def partition_name(self) -> str:
-        """The partition that `partition` names or defaults to."""
-        return self.partition or ("natural" if self.dataset == "synthetic" else "iid")
+        """The partition that `partition` names or defaults to: `natural` where the data say who holds what."""
+        natural = self.dataset == "synthetic" or own_data.has_owners(self.dataset)
+        return self.partition or ("natural" if natural else "iid")
+
+    @property
+    def dataset_title(self) -> str:
+        """The data set as tables call it, with the file of a user's own."""
+        return own_data.title(self.dataset)
+
+    @property
+    def proxy_title(self) -> str:
+        """The proxy data likewise; empty without."""
+        return own_data.title(self.proxy or "")
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """The files that a user's own data came from, by the values of the settings that name them."""
+        names = (self.dataset, self.proxy, self.test_data)
+        return {name: file for name in names if name and (file := own_data.file_of(name))}

@@ -39,6 +39,7 @@ class Shapes(NamedTuple):
     proxy: int
     participants: tuple[int, ...]  # of a round, of each cohort
     new: tuple[int, ...]  # clients of each cohort that never train
+    categories: tuple[int, ...] = ()  # of each input column the number of its codes, see `Source.categories`
 
     @property
     def may_train(self) -> tuple[int, ...]:
@@ -88,8 +89,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     with hosts.all_or_none():
         loaded = load(settings)
     source, holdings, proxy = loaded
-    if change_holdings is not None:
-        holdings = change_holdings(holdings)
+    holdings = holdings if change_holdings is None else change_holdings(holdings)
     largest = int(np.max(holdings.count))
     if not largest:
         raise InputError("no client holds a single training example; use another partition or more data")
@@ -108,6 +108,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         proxy=0 if proxy is None else len(proxy.y),
         participants=who.places,
         new=who.new,
+        categories=source.categories,
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -265,7 +266,7 @@ class _Networks(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     names = [name for name, _ in shapes.cohorts]
-    build = functools.partial(_network, settings, classes=shapes.classes)
+    build = functools.partial(_network, settings, classes=shapes.classes, categories=shapes.categories)
     clients = {name: build(name, shapes.inputs) for name in names}
     if not settings.method.split:
         central = clients.get(settings.model) or build(settings.model, shapes.inputs)
@@ -302,9 +303,17 @@ def _has_no_params(block: Callable[..., jax.Array], x: jax.ShapeDtypeStruct) -> 
     return True
 
 
-def _network(settings: Settings, name: str, inputs: tuple[int, ...], classes: int) -> Model:
-    """A model of the zoo as the settings want it."""
+def _network(
+    settings: Settings, name: str, inputs: tuple[int, ...], classes: int, categories: tuple[int, ...]
+) -> Model:
+    """A model of the zoo as the settings and the data want it."""
     has = frozenset() if own.is_own(name) else models.options_of(name)
+    if categories and "categories" not in has and not own.is_own(name):
+        able = ", ".join(other for other in models.MODELS if "categories" in models.options_of(other)) or "your own"
+        raise InputError(
+            f"model {name!r} would take the codes of categories for numbers; give the data with categories=one_hot, or "
+            f"choose a model that embeds them: {able}"
+        )
     options = {"norm": settings.norm, "dropout": settings.dropout or None}
     for option, value in options.items():
         if value is not None and option not in has:
@@ -312,7 +321,8 @@ def _network(settings: Settings, name: str, inputs: tuple[int, ...], classes: in
             raise InputError(
                 f"--{option}={value}: model {nets.title(name)!r} has no {option}; leave it out, or choose of {able}"
             )
-    options = {option: v for option, v in {"padding": settings.padding, **options}.items() if v and option in has}
+    options |= {"padding": settings.padding, "categories": categories}
+    options = {option: value for option, value in options.items() if value and option in has}
     model = nets.build(name, inputs, classes, **options)
     if settings.dtype != "float32":
         model = models.in_precision(model, settings.dtype)

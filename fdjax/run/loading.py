@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import data
+from fdjax.data import own as own_data
 from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
 from fdjax.run.settings import Settings, cohorts_of, of_role
@@ -33,7 +34,8 @@ def load(settings: Settings) -> Loaded:
         return _load(settings)
     except MemoryError as error:
         raise InputError(
-            f"--dataset={settings.dataset} does not fit into memory here ({error}); give fewer clients or examples"
+            f"--dataset={settings.dataset_title} does not fit into memory here ({error}); give fewer clients or "
+            "examples"
         ) from None
 
 
@@ -70,7 +72,9 @@ def _options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     def given(names):
         return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
-    of_source = given(("writers", "iid", "samples_per_client"))
+    of_source = given(("writers", "iid", "samples_per_client", *own_data.OPTIONS))
+    if "seed" in own_data.options_of(settings.dataset):
+        of_source["seed"] = settings.data_seed
     of_partition = given(sorted(of_role("partition")))
     if settings.partition_name == "scarce" and "samples_per_client" in of_source:
         of_partition["samples_per_client"] = of_source.pop("samples_per_client")
@@ -100,8 +104,7 @@ def _fraction(source: Source, fraction: float, seed: int) -> Source:
         return source
     size = len(source.train_y)
     keep = np.sort(np.random.default_rng(seed).choice(size, max(1, round(fraction * size)), replace=False))
-    owner = None if source.train_owner is None else source.train_owner[keep]
-    return source._replace(train_x=source.train_x[keep], train_y=source.train_y[keep], train_owner=owner)
+    return source.training(keep)
 
 
 def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy | None]:
@@ -123,7 +126,7 @@ def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy 
     if (method.proxy == "labelled" or for_option) and not proxy.labelled:
         with_option = f" with --{'='.join(for_option)}" if for_option else ""
         raise InputError(
-            f"{method.name}{with_option} needs labelled proxy data, but --proxy={settings.proxy} has none of the "
+            f"{method.name}{with_option} needs labelled proxy data, but --proxy={settings.proxy_title} has none of the "
             f"{source.num_classes} labels of {source.name}; give --proxy=held_out, or a data set of the same labels"
         )
     return source, proxy

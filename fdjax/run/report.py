@@ -212,8 +212,11 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+    looks = plt.cycler(linestyle=["-", "--", ":"]) * plt.cycler(color=plt.get_cmap("tab10").colors)  # pyright: ignore
+
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
+        axis.set_prop_cycle(looks)
         for label, x, y, *band in curves:
             x = np.where(np.asarray(x) > 0, x, np.nan) if log_x else x  # such as before anything was sent
             (line,) = axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)

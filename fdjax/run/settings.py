@@ -120,10 +120,10 @@ class Settings(DataSettings, EvaluationSettings, OptimizerSettings, Participatio
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that a user's own method, nets and metrics came from, by the names that settings hold."""
+        """The files that a user's own method, nets, data and metrics came from, by the names that settings hold."""
         names = {self.model, *(name for name, _ in self.cohorts)}
         found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
-        found |= {name: measures.file_of(name) for name in measures.names_of(self.metrics)}
+        found |= self.data_files | {name: measures.file_of(name) for name in measures.names_of(self.metrics)}
         return {own.recorded(name): file for name, file in sorted(found.items()) if file}
 
     @property

@@ -16,6 +16,7 @@ from fdjax.errors import InputError
 from fdjax.method import Method
 from fdjax.run import methods, metrics
 from fdjax.run.checkpoint import FOLDER, Checkpoints, runs_at, storages_of
+from fdjax.run.data import DATA_FILES
 from fdjax.run.experiment import build, traffic_of
 from fdjax.run.record import Recording, Result
 from fdjax.run.saves import check_same, tell_damage
@@ -31,11 +32,11 @@ def load(folder: str | os.PathLike, **named: Any) -> Result:
     result.central.predict(images), result.personal(3).params
 
     It may have been run on any number of devices. Its data are loaded anew: where they lie elsewhere here, give
-    `data_dir`. A method or net of your own is found by its file; give it (`algorithm=METHOD`, `model=net`) if it came
-    as a value or if its file has moved.
+    `data_dir`. A method, net or data set of your own is found by its file; give it (`algorithm=METHOD`, `model=net`,
+    `dataset=source`) if it came as a value or if its file has moved.
 
-    Raises InputError for a folder without a whole checkpoint, for other settings than the run had, and for a method or
-    net of your own that has changed since.
+    Raises InputError for a folder without a whole checkpoint, for other settings than the run had, and for a method,
+    net or data set of your own that has changed since.
     """
     path = Path(folder).expanduser()
     if jax.process_count() > 1:
@@ -64,6 +65,7 @@ def _settings(then: dict[str, Any], files: dict[str, str], named: dict[str, Any]
     """The settings of a record, and what is given in their place."""
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     given = {n: v for n, v in then.items() if n not in FLAGS or v != defaults[n]}  # of all that a run has
+    given |= {n: files[held] for n, held in then.items() if n in DATA_FILES and held in files}
     given["algorithm"] = _method(then["algorithm"], files)
     given["model"] = _net(then["model"], files)
     if then.get("models"):

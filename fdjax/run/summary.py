@@ -106,7 +106,7 @@ def _reached(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 def _title(result: Result) -> str:
     chosen = result.settings
-    return f"{chosen.algorithm_title}, {chosen.dataset}, {chosen.partition_name}"
+    return f"{chosen.algorithm_title}, {chosen.dataset_title}, {chosen.partition_name}"
 
 
 def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
@@ -130,7 +130,7 @@ def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
     if settings.proxy is None:
         return rows
     use = "" if settings.method.proxy else f", which {settings.method.name} does not use"
-    return [*rows, ("proxy examples, of no client", f"{settings.proxy_size:,} ({settings.proxy}{use})")]
+    return [*rows, ("proxy examples, of no client", f"{settings.proxy_size:,} ({settings.proxy_title}{use})")]
 
 
 def _privacy(results: Sequence[Result]) -> list[tuple[str, str]]:

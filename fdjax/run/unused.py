@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fdjax import models, own
+from fdjax.data import own as data_own
 from fdjax.data import sources
 from fdjax.errors import InputError
 
@@ -15,6 +16,8 @@ def _no_files(settings: Any) -> str:
     """A source of the package itself, which no folder holds."""
     if any(_has_files(name) for name in (settings.dataset, None if settings.proxy_dir else settings.proxy)):
         return ""
+    if data_own.is_known(settings.dataset):
+        return f"{settings.dataset_title} is data of your own, which lie where they are; {_LEAVE_OUT}"
     real = ", ".join(name for name in ("mnist", "fashion_mnist", "cifar10", "idx") if name in sources.SOURCES)
     return f"--dataset={settings.dataset} reads no files; give a data set that does (such as {real}), or {_LEAVE_OUT}"
 
@@ -85,6 +88,12 @@ def _no_chunks(settings: Any) -> str:
     return f"--lifting={settings.lifting} takes no chunks; {_LEAVE_OUT}, or give --lifting=chunk"
 
 
+def _no_kept_optimizer(settings: Any) -> str:
+    if settings.optimizer_state == "fresh" or settings.method.keeps_optimizer is not None:
+        return ""
+    return f"optimisers of {settings.method.name} start anew in every fit, as its nets do or are several; {_LEAVE_OUT}"
+
+
 def _no_private_batches(settings: Any) -> str:
     return "" if settings.privacy == "example" else f"no batches are private; give --privacy=example, or {_LEAVE_OUT}"
 
@@ -95,6 +104,18 @@ def _no_private_counts(settings: Any) -> str:
 
 def _no_privacy(settings: Any) -> str:
     return f"nothing is private; give --privacy too, or {_LEAVE_OUT}" if settings.privacy == "none" else ""
+
+
+def _no_option_of_data(name: str) -> Callable[[Any], str]:
+    """Why an option that some files of a user's own have is not used."""
+
+    def why_not(settings: Any) -> str:
+        if name in data_own.options_of(settings.dataset):
+            return ""
+        having = " or ".join(reader.what for reader in data_own.READERS.values() if name in data_own.keywords(reader))
+        return f"--dataset={settings.dataset_title} has no such option, only {having} of your own; {_LEAVE_OUT}"
+
+    return why_not
 
 
 _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
@@ -110,8 +131,10 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "straggler_work": _no_stragglers,
         "fine_tune_epochs": _no_new_clients,
         "chunk": _no_chunks,
+        "optimizer_state": _no_kept_optimizer,
         "batch_accounting": _no_private_batches,
         "count_noise_multiplier": _no_private_counts,
+        **{name: _no_option_of_data(name) for name in data_own.OPTIONS},
         **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
     }
 )  # why settings like these do not use a setting; an empty text if they do

@@ -97,6 +97,7 @@ BAD = [
     ({"straggler_work": "drop"}, {}, "--straggler_work=drop: there are no stragglers; give --stragglers too, or leave"),
     ({"fine_tune_epochs": 3}, {}, "--fine_tune_epochs=3: there are no new clients; give --new_clients too, or leave"),
     ({"lifting": "vmap", "chunk": 2}, {}, "--chunk=2: --lifting=vmap takes no chunks; leave it out, or give --lifting"),
+    ({"algorithm": "fml", "optimizer_state": "kept"}, {}, "--optimizer_state=kept: optimisers of fml start anew in ev"),
     ({}, {"local_steps": 5, "local_epochs": 2}, "--local_steps=5 and --local_epochs=2: steps are in place of epochs"),
     ({"algorithm": "dsfl", "proxy": "noise"}, {"era_beta": 3.0}, "--era_beta=3: dsfl uses it with --aggregation=enh"),
 ]  # fmt: skip

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import fdjax
+from fdjax.algorithms import ALGORITHMS
+from fdjax.client import optimizers
 from fdjax.errors import InputError
 from fdjax.run import experiment, settings
+from fdjax.run.contract_case import Case
 
 SMALL = {
     "dataset": "synthetic", "num_clients": 3, "samples_per_client": 20, "model": "mclr", "batch_size": 0,
@@ -62,6 +65,29 @@ def test_the_authors_of_fedmd_keep_their_optimisers():
     given = {"algorithm": "fedmd", "proxy": "held_out", "proxy_size": 9, "optimizer": "adam", "pretrain_epochs": 1}
     default, fresh = (built(**given | more).algorithm for more in ({}, {"optimizer_state": "fresh"}))
     assert default.init_client is not fresh.init_client
+
+
+def test_the_record_says_whose_optimisers_can_go_on(monkeypatch):
+    """Whatever the record says, its wrapper shows which states a round of the method replaces."""
+    with_states, seen = optimizers._with_states, []
+    monkeypatch.setattr(
+        optimizers,
+        "_with_states",
+        lambda ctx, kept: seen.append((kept.optimizers, with_states(ctx, kept))) or seen[-1][1],
+    )
+
+    def replaces(name):
+        monkeypatch.setitem(ALGORITHMS, name, ALGORITHMS[name]._replace(keeps_optimizer=False))
+        ready = Case(name, {}, {}, {"optimizer_state": "kept", "optimizer": "adam"}).built()
+        pure, federation, hparams = ready.simulation.pure, ready.federation, dict(ready.hparams)
+        seen.clear()
+        state = jax.eval_shape(pure.init, 0, federation)
+        jax.eval_shape(lambda state: pure.run(state, federation, hparams, 1), state)
+        leaves = [tuple(map(jax.tree.leaves, (before, after))) for before, (_, after) in seen]
+        return any(a is not b for before, after in leaves for a, b in zip(before, after, strict=True))
+
+    records = {name: ALGORITHMS[name].keeps_optimizer for name in ("fedavg", "fml", "fedkd", "group_distillation")}
+    assert {name: replaces(name) for name in records} == {name: kept is not None for name, kept in records.items()}
 
 
 def test_adapters_on_a_frozen_net():
