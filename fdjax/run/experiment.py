@@ -115,7 +115,6 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
     chosen = plan.choose(request, _work(static, shapes, holdings))
     bound = _bind(static, shapes)
     _check_that_something_is_tested(settings, bound.algorithm)
-    metrics.check_tested(settings.metrics, bound.algorithm, settings.local_eval, settings.central_eval)
     layout, simulation = bound.lifted(chosen.lifting)
     mesh, sizes = chosen.lifting.mesh, tuple(size for _, size in shapes.cohorts)
     ledger = _ledger(settings, bound.algorithm, shapes, np.asarray(holdings.count)[~who.never_train])
@@ -197,6 +196,7 @@ def _validated(experiment: Experiment) -> int:
 
 
 def _check_that_something_is_tested(settings: Settings, algorithm: Algorithm) -> None:
+    metrics.check_tested(settings.metrics, algorithm, settings.local_eval, settings.central_eval)
     if settings.local_eval != "none" or settings.validation_fraction:
         return
     if algorithm.central is None:
