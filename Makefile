@@ -1,4 +1,4 @@
-# make run | sweep | test | test-all | lint | types | bench    (make alone lists the targets)
+# make run | sweep | test | test-all | lint | types | docs | wheel | bench    (make alone lists the targets)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ NO_PYTHON = fdjax needs Python 3.11 or later with venv (Debian: apt install pyth
 # Python compiles what it imports; compiling all that is installed takes as long as the rest of the installation.
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet --no-compile --constraint
 
-.PHONY: help venv run sweep test test-all lint types format bench-venv bench clean
+.PHONY: help venv run sweep test test-all lint types format docs wheel bench-venv bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,19 +55,25 @@ format: $(VENV)/.installed ## let ruff fix what it can
 types: $(VENV)/.installed ## pyright on the library
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python fdjax
 
+docs: $(VENV)/.installed ## the site, built strictly: docs/_build/index.html
+	@$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+
+wheel: $(VENV)/.installed ## a wheel in dist/, installed into an empty environment and run from another folder
+	@.ci/wheel $(VENV)/bin/python
+
 bench-venv: $(VENV_BENCH)/.installed ## make .venv-bench: PyTorch, fedjax and pfl, to time the same work in
 
 bench: $(VENV)/.installed $(VENV_BENCH)/.installed ## every suite of benchmarks.speed beside PyTorch, fedjax and pfl
 	@$(VENV)/bin/python -m benchmarks.speed --peer_python=$(VENV_BENCH)/bin/python $(BENCH_FLAGS)
 
 clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
-	@rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-bench build dist docs/_build docs/methods docs/results docs/settings.md *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(call make_venv,$(VENV))
 	@echo "installing the pinned packages into $(VENV): less than a minute, 1.1 GB" >&2
-	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev,sweeps]'
+	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev,sweeps,docs]'
 	@touch $@
 
 $(VENV_BENCH)/.installed: constraints-bench.txt

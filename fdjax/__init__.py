@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fdjax.run.settings import make as settings
     from fdjax.run.stored import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # the only place; setup.cfg reads it
 
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "DataWarning", "Exchange", "HParam",

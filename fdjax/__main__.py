@@ -1,6 +1,6 @@
 """One simulation of any method.
 
-    python -m fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
+    fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
 
 Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out, also after
 Ctrl-C, of the rounds until then. Every setting is a flag below; --flagfile reads them from a file.
@@ -88,10 +88,15 @@ def new_folder(chosen: settings.Settings) -> Path:
     return Path("runs") / f"{when}-{chosen.method.name}-{dataset}-{chosen.partition_name}-{os.getpid()}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`fdjax`, or `python -m fdjax`."""
     flags.DEFINE_boolean("draw_partition", False, "also draw who holds which labels, as partition.png")
     flags.DEFINE_list("seeds", None, "several seeds, such as 0,1,2, as one batch, in place of --seed: mean and std")
     settings.define_flags()
     program.define_output_flags(None)
     program.define_host_flags()
     program.start(main)
+
+
+if __name__ == "__main__":
+    command()

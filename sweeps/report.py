@@ -1,7 +1,7 @@
 """What a study gave, finished or still running: a table of configurations, pictures, one page with all of it.
 
-    python -m sweeps.report --study=sweeps/temperature_alpha.py
-    python -m sweeps.report --study=sweeps/temperature_alpha.py --storage=journal:/shared/study.log --out=report
+    fdjax-report --study=temperature_alpha
+    fdjax-report --study=my_study.py --storage=journal:/shared/study.log --out=report
 
 Writes table.md, results.csv, PNGs and report.html, which needs none of the others. The last evaluation ranks; the best
 one on the test set is shown nowhere, and the best one on a validation split only where trials had one.
@@ -166,10 +166,16 @@ def _csv(records: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("study", None, "file that defines STUDY", required=True)
+def command() -> None:
+    """`fdjax-report`, or `python -m sweeps.report`."""
+    ours = ", ".join(study.shipped())
+    flags.DEFINE_string("study", None, f"file that defines STUDY, or one of ours: {ours}", required=True)
     flags.DEFINE_boolean("smoke", False, "the study's smoke variant")
     flags.DEFINE_string("storage", None, "URL, or journal:path; default sqlite:///runs/sweeps/<study>.db")
     flags.DEFINE_string("name", None, "of the study in the storage; default its own")
     flags.DEFINE_string("out", None, "folder for the report; default runs/sweeps/<study>")
     program.start(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,7 +1,7 @@
 """Run a study: its trials as compiled batches, its params and results in Optuna's storage.
 
-    python -m sweeps.run --study=sweeps/temperature_alpha.py --smoke
-    python -m sweeps.run --study=sweeps/temperature_alpha.py --workers=2
+    fdjax-sweep --study=temperature_alpha --smoke
+    fdjax-sweep --study=my_study.py --workers=2
 
 Running it again goes on: finished trials stay, those of a worker that was stopped or killed are run again. Any number
 of these commands, on any machines that reach the storage, share a study.
@@ -29,7 +29,7 @@ from fdjax.run import batch, program, report
 from fdjax.run.experiment import Experiment
 from fdjax.run.record import Result
 from sweeps.storage import Worker, given_up, open_storage, patiently, position
-from sweeps.study import Study, fingerprint_of_code, load
+from sweeps.study import Study, fingerprint_of_code, load, shipped
 
 _TPE_BATCH = 8
 _STOPPED = "stopped: finished trials stay, the others are free; the same command goes on"
@@ -291,11 +291,17 @@ def _spawn(count: int, size: int) -> list[int]:
     return [process.returncode for process in processes if process.returncode]
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("study", None, "study file, such as sweeps/temperature_alpha.py", required=True)
+def command() -> None:
+    """`fdjax-sweep`, or `python -m sweeps.run`."""
+    ours = ", ".join(shipped())
+    flags.DEFINE_string("study", None, f"file that defines STUDY, or one of ours: {ours}", required=True)
     flags.DEFINE_boolean("smoke", False, "the small variant, of seconds")
     flags.DEFINE_string("name", None, "the study's name in the storage; default: the file's")
     flags.DEFINE_string("storage", None, "sqlite:///x.db, journal:x.log or a database; default: under runs/sweeps")
     flags.DEFINE_integer("workers", 1, "processes that share the study on this machine", lower_bound=1)
     flags.DEFINE_integer("batch", 0, "trials asked for at once; 0: the study's choice", lower_bound=0)
     program.start(main)
+
+
+if __name__ == "__main__":
+    command()

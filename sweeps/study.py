@@ -140,12 +140,17 @@ def _ends(distribution: BaseDistribution) -> tuple[Any, ...]:
     return getattr(distribution, "low"), getattr(distribution, "high")  # noqa: B009
 
 
+def shipped() -> dict[str, Path]:
+    """The files of our own studies, by their names."""
+    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.py")) if "\nSTUDY = " in file.read_text()}
+
+
 def load(path: str) -> Study:
-    """The study of a file. Raises InputError if there is none."""
-    file = Path(path)
+    """The study of a file, or one of ours by its name. Raises InputError if there is none."""
+    ours, file = shipped(), Path(path).expanduser()
+    file = ours.get(path, file)
     if not file.is_file():
-        shipped = ", ".join(sorted(str(f) for f in Path("sweeps").glob("*.py") if "\nSTUDY = " in f.read_text()))
-        raise InputError(f"--study={path}: no such file; a study file defines STUDY. Shipped here: {shipped}")
+        raise InputError(f"--study={path}: no such file; a study file defines STUDY. Ours, by name: {', '.join(ours)}")
     spec = importlib.util.spec_from_file_location(f"study_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

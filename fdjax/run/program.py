@@ -96,6 +96,9 @@ def start(main: Callable[[], None]) -> None:
     Where `main` ends well, but something that was asked for could not be saved, the exit code is 1.
     """
 
+    about = sys.modules[main.__module__].__doc__
+    sys.modules["__main__"].__doc__ = about  # which --help begins with; a console command has none
+
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             sys.exit(_complain(f"unexpected argument {argv[1]!r}; settings are flags, e.g. --rounds=20 (see --help)"))

@@ -82,10 +82,19 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The git revision of the source, "-dirty" if files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
+    """The git revision of the source, "-dirty" if files differ from it; None outside a checkout.
+
+    An installed package may lie within the repository of somebody's project, which does not track its files.
+    """
+    file = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(file.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -27,9 +27,9 @@ from fdjax.run.trained_model import Trained, leave_devices
 def load(folder: str | os.PathLike, **named: Any) -> Result:
     """The result of the run in a folder, as far as it has come, with the models of its latest whole checkpoint.
 
-    result = fdjax.load("runs/x")
-    result.settings, result.final["central_accuracy"], result.evaluations["round"]
-    result.central.predict(images), result.personal(3).params
+        result = fdjax.load("runs/x")
+        result.settings, result.final["central_accuracy"], result.evaluations["round"]
+        result.central.predict(images), result.personal(3).params
 
     It may have been run on any number of devices. Its data are loaded anew: where they lie elsewhere here, give
     `data_dir`. A method, net or data set of your own is found by its file; give it (`algorithm=METHOD`, `model=net`,

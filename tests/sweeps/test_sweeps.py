@@ -155,7 +155,7 @@ def test_an_objective_that_nothing_measures(url):
 
 
 def test_bad_files_and_storages(tmp_path):
-    with pytest.raises(InputError, match=r"no such file; .* Shipped here: .*sweeps/temperature_alpha.py"):
+    with pytest.raises(InputError, match=r"no such file; .* Ours, by name: .*temperature_alpha"):
         load("sweeps/none.py")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(InputError, match=r"defines no STUDY"):
