@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
     from fdjax.run.contract_check import BrokenContractError, check_method
+    from fdjax.run.loggers import Progress
+    from fdjax.run.logs import CallbackError
     from fdjax.run.runner import InterruptedRun, Result
     from fdjax.run.runner import start as run
     from fdjax.run.seeds import start as run_seeds
@@ -48,10 +50,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"  # the only place; setup.cfg reads it
 
 __all__ = [
-    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "Context", "DataWarning", "Exchange", "HParam",
-    "InputError", "InterruptedRun", "Method", "Metric", "Received", "Reduction", "Result", "Settings", "Stack", "Task",
-    "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys", "load", "losses", "models",
-    "reductions", "run", "run_seeds", "settings",
+    "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
+    "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Metric", "Progress", "Received", "Reduction",
+    "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
+    "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -67,6 +69,8 @@ _ATTRIBUTES = {
     **dict.fromkeys(("HParam", "Method", "Task", "Training"), "fdjax.method"),
     **dict.fromkeys(("InterruptedRun", "Result"), "fdjax.run.runner"),
     **dict.fromkeys(("Settings", "settings"), "fdjax.run.settings"),
+    "CallbackError": "fdjax.run.logs",
+    "Progress": "fdjax.run.loggers",
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "Metric": "fdjax.client.metric",
     "from_arrays": "fdjax.data.arrays",

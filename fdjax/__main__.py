@@ -3,7 +3,8 @@
     fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
 
 Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out, also after
-Ctrl-C, of the rounds until then. Every setting is a flag below; --flagfile reads them from a file.
+Ctrl-C, of the rounds until then, and metrics.csv while it runs. Every setting is a flag below; --flagfile reads them
+from a file.
 """
 
 import os
@@ -18,6 +19,7 @@ from fdjax.errors import InputError
 from fdjax.run import loading, program, report, settings
 from fdjax.run.checkpoint import FOLDER, steps
 from fdjax.run.lock import locked
+from fdjax.run.logs import METRICS, Told
 from fdjax.run.runner import InterruptedRun, Result, run
 from fdjax.run.saving import saving, unsaved
 from fdjax.run.seeds import run_seeds
@@ -32,6 +34,7 @@ def main() -> None:
         raise InputError("several hosts need one --out: give the same folder, on a shared file system, to all of them")
     if given.seeds is not None:
         _check_seeds()
+    told = Told(given.tensorboard, given.wandb)
     out = report.prepare(given.out or new_folder(chosen), overwrite=given.overwrite, resume=given.resume)
     if given.draw_partition:
         source, holdings, _ = loading.load(chosen)
@@ -40,9 +43,10 @@ def main() -> None:
     try:
         if given.seeds is not None:
             with locked(out):
-                results = run_seeds(chosen, [int(text) for text in given.seeds])
+                results = run_seeds(chosen, [int(text) for text in given.seeds], told=told, out=out)
         else:
-            results = [run(chosen, out, resume=given.resume, checkpoint_every=given.checkpoint_every)]
+            more = {"resume": given.resume, "checkpoint_every": given.checkpoint_every}
+            results = [run(chosen, out, told=told, **more)]
     except InterruptedRun as stop:
         if stop.results:
             leave(out, stop.results)
@@ -66,10 +70,12 @@ def _check_seeds() -> None:
 
 def leave(out: Path, results: Sequence[Result]) -> None:
     """Print the table and write the files; what cannot be written is told."""
-    shown = [result for result in results if result.round == results[0].round]  # of seeds that were stopped, the first
+    ended = [result for result in results if result.ended]
+    # Of seeds that were all interrupted, those that came as far as the first.
+    shown = ended or [result for result in results if result.round == results[0].round]
     before, text = unsaved(), summary(shown)
     if stopped := [f"{r.settings.seed} (round {r.round})" for r in results if r not in shown]:
-        text += f"\n\nLeft out, as they were stopped before: seeds {', '.join(stopped)}."
+        text += f"\n\nLeft out, as they were interrupted: seeds {', '.join(stopped)}."
     print(text, flush=True)
     told = [report.result_dict(result) for result in results]
     named = {"result": told[0]} if len(told) == 1 else {"results": told}
@@ -77,7 +83,8 @@ def leave(out: Path, results: Sequence[Result]) -> None:
     report.write_json(out / "results.json", report.environment() | named)
     draw(out / "curves.png", shown)
     missing = {Path(what).name for what in unsaved()[len(before) :]}
-    written = [name for name in ("table.md", "results.json", "curves.png") if name not in missing]
+    here = [METRICS] if (out / METRICS).is_file() else []
+    written = [name for name in ("table.md", "results.json", "curves.png", *here) if name not in missing]
     if written:
         print(f"\nwritten: {out}/{', '.join(written)}")
 
@@ -92,6 +99,8 @@ def command() -> None:
     """`fdjax`, or `python -m fdjax`."""
     flags.DEFINE_boolean("draw_partition", False, "also draw who holds which labels, as partition.png")
     flags.DEFINE_list("seeds", None, "several seeds, such as 0,1,2, as one batch, in place of --seed: mean and std")
+    flags.DEFINE_boolean("tensorboard", False, "also write events for TensorBoard, to the folder tensorboard in --out")
+    flags.DEFINE_boolean("wandb", False, "also write an offline run of Weights & Biases, to the folder wandb in --out")
     settings.define_flags()
     program.define_output_flags(None)
     program.define_host_flags()

@@ -211,7 +211,7 @@ class Runner:
         }
         if reason := self._divergence(evaluations):
             self._fail(trial, reason, **attributes)
-        elif evaluations["round"][-1] < result.settings.rounds:
+        elif not result.ended:
             self.worker.finish(trial, TrialState.PRUNED, **attributes)
         else:
             value = evaluations[self.plan.objective][-1]

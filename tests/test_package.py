@@ -41,7 +41,19 @@ LIFTINGS_ALLOWED = {
 }
 
 LONGEST_FUNCTION = 60  # lines; the builder of a method closes over its small functions and may be longer
-HEAVY = ("tensorflow", "torch", "tensorflow_datasets", "array_record", "pyarrow", "matplotlib", "orbax", "flax")
+HEAVY = (
+    "tensorflow",
+    "torch",
+    "tensorflow_datasets",
+    "array_record",
+    "pyarrow",
+    "matplotlib",
+    "orbax",
+    "flax",
+    "pandas",
+    "tensorboardX",
+    "wandb",
+)
 
 
 def relative(path: Path) -> str:

@@ -55,7 +55,7 @@ class Trials(NamedTuple):
     """Compiled calls for up to `slots` trials at once."""
 
     start: Callable[[Sequence[Inputs]], tuple[Running, Mapping[int, PyTree]]]  # also the report of each one's set-up
-    look: Callable[[Running], Mapping[int, Seen]]  # an evaluation, and no report
+    look: Callable[..., Mapping[int, Seen]]  # (running, last=False): an evaluation, and no report
     step: Callable[..., tuple[Running, Mapping[int, Seen]]]  # (running, rounds, last=True), `rounds` at most
     # those compiled for; `last`: the evaluation after them is the last one
     keep: Callable[[Running, Collection[int]], Running]  # go on with these alone

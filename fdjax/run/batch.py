@@ -10,14 +10,16 @@ import numpy as np
 
 from fdjax.client.metric import flattened
 from fdjax.engine.new_clients import never_train
-from fdjax.engine.trials import Inputs, Trials, compile_trials, differ
+from fdjax.engine.trials import Inputs, Running, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.run import metrics
 from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
+from fdjax.run.logs import Logs
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
+from fdjax.run.stopping import check_watched
 from fdjax.run.training import hparams_now, hparams_of
 
 Watch = Callable[[int, dict[int, Record]], Collection[int]]
@@ -27,7 +29,7 @@ Watch = Callable[[int, dict[int, Record]], Collection[int]]
 class Batch(NamedTuple):
     """A compiled batch of up to `slots` trials."""
 
-    run: Callable[[Sequence[Experiment], Watch], list[Result]]
+    run: Callable[..., list[Result]]  # (experiments, watch, logs=None): who else is told of every evaluation
     fits: Callable[[Sequence[Experiment]], bool]  # whether these trials differ in no more than it was compiled for
     slots: int
     scalars: tuple[str, ...]  # what an evaluation gives
@@ -74,6 +76,8 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
     """
     first, varies = common(like), _varies(like, space)
     settings = first.settings
+    for experiment in like:
+        check_watched(experiment)
     trials = compile_trials(
         first.simulation.pure,
         first.layout,
@@ -89,7 +93,7 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
     def fits(these: Sequence[Experiment]) -> bool:
         return _fits(these, first.shapes, varies)
 
-    def run(these: Sequence[Experiment], watch: Watch) -> list[Result]:
+    def run(these: Sequence[Experiment], watch: Watch, logs: Logs | None = None) -> list[Result]:
         results = []
         for begin in range(0, len(these), trials.slots):
             part = these[begin : begin + trials.slots]
@@ -98,16 +102,19 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
                     "these trials differ in more than the batch was compiled for; compile another with them in `like`"
                 )
             with clock() as time_spent:
-                results += _run(trials, part, traffic, _numbered_from(begin, watch), time_spent)
+                results += _run(trials, part, traffic, _numbered_from(begin, watch), time_spent, logs)
+            if logs is not None and logs.failed():
+                break
         return results
 
     return Batch(run, fits, trials.slots, _values_of(first, trials.scalars), trials.why)
 
 
 def _run(
-    trials: Trials, experiments: Sequence[Experiment], traffic: Traffic, watch: Watch, time_spent: Clock
-) -> list[Result]:
-    """Run trials that fit in at once, until they are done or told to stop."""
+    trials: Trials, experiments: Sequence[Experiment], traffic: Traffic, watch: Watch, time_spent: Clock,
+    logs: Logs | None,
+) -> list[Result]:  # fmt: skip
+    """Run trials that fit in at once, until they are done, end by their own rules or are told to stop."""
     settings = experiments[0].settings
     beside = len(experiments)
     recordings = [Recording(e, traffic, who=f"trial {n}: ", beside=beside) for n, e in enumerate(experiments)]
@@ -118,8 +125,9 @@ def _run(
             recordings[number].add_setup(report)
     for number, seen in trials.look(running).items():
         recordings[number].add_evaluation(0, seen.scalars, seen.clients)
+    _tell(logs, recordings)
     done = 0
-    while done < settings.rounds and running.numbers:
+    while done < settings.rounds and running.numbers and not (logs and logs.failed()):
         rounds = min(settings.eval_every, settings.rounds - done)
         done += rounds
         if settings.schedule == "plateau":
@@ -132,9 +140,11 @@ def _run(
         for number, (report, scalars, clients) in seen.items():
             recordings[number].add_superstep(done, report, scalars, clients)
         if done < settings.rounds:
-            stopped = {*watch(done, {number: recordings[number].record for number in running.numbers})}
+            stopped = {*_ended(trials, running, recordings, done)}
+            stopped |= {*watch(done, {number: recordings[number].record for number in running.numbers})}
             if stopped:
                 running = trials.keep(running, [n for n in running.numbers if n not in stopped])
+        _tell(logs, recordings)
     times = time_spent.stamp(recordings[0].record)
     return [recording.result(times) for recording in recordings]
 
@@ -148,6 +158,22 @@ def _values_of(experiment: Experiment, scalars: tuple[str, ...]) -> tuple[str, .
     found, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams)
     names = {name: np.zeros(value.shape) for name, value in found.items()}
     return (*flattened(names, 0), *metrics.derived_names(experiment.settings.metrics, found))
+
+
+def _ended(trials: Trials, running: Running, recordings: Sequence[Recording], done: int) -> list[int]:
+    """The trials that end here by their own rules, whose last evaluation is on all examples."""
+    ended = [number for number in running.numbers if recordings[number].stop_if_due()]
+    in_full = [number for number in ended if recordings[number].tests.between != recordings[number].tests.last]
+    seen = trials.look(running, last=True) if in_full else {}
+    for number in in_full:
+        recordings[number].replace_evaluation(done, seen[number].scalars, seen[number].clients)
+    return ended
+
+
+def _tell(logs: Logs | None, recordings: Sequence[Recording]) -> None:
+    if logs is not None:
+        for recording in recordings:
+            logs.tell(recording)
 
 
 def _numbered_from(begin: int, watch: Watch) -> Watch:

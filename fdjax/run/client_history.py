@@ -23,28 +23,40 @@ def unpack(history: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
     }
 
 
-def add(record: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Add the values [C] of the latest evaluation by name to what a record keeps."""
+def at(record: Mapping[str, Any], evaluation: int) -> dict[str, list[float]]:
+    """The values of every client by name at an evaluation; {} where they are not kept."""
+    history = record.get("client_evaluations", {})
+    found = unpack({name: rows[evaluation : evaluation + 1] for name, rows in history.items()})
+    return {name: values[0].astype(float).tolist() for name, values in found.items()}
+
+
+def add(record: dict[str, Any], values: Mapping[str, Any], left: int, beside: int) -> str:
+    """Add the values [C] of the latest evaluation by name to a record that can keep those of all; else, why it cannot.
+
+    Args:
+      record: with the latest evaluation in it.
+      values: of each client.
+      left: evaluations that are to come.
+      beside: records that are kept at once, which share the room.
+    """
+    if why := _why_not(record, values, left, beside):
+        record.pop("client_evaluations", None)
+        return why
     history = record.setdefault("client_evaluations", {})
     for name, of_clients in values.items():
         history.setdefault(name, []).append(pack(of_clients))
+    return ""
 
 
-def why_not(record: Mapping[str, Any], values: Mapping[str, Any], evaluations: int, trials: int) -> str:
-    """Why a record that is to have so many evaluations keeps no history of these values; empty if it can.
-
-    `trials`: records that are kept side by side.
-    """
-    before = len(record["evaluations"].get("round", [])) - 1  # the latest is among them already
-    kept = record.get("client_evaluations", {})
-    clients = len(next(iter(values.values()), []))
-    total = evaluations * clients * len(values) * trials
-    if total > MOST:
-        of_trials = f" x {trials} trials" if trials > 1 else ""
+def _why_not(record: Mapping[str, Any], values: Mapping[str, Any], left: int, beside: int) -> str:
+    done, kept = len(record["evaluations"]["round"]), record.get("client_evaluations", {})
+    clients, evaluations = len(next(iter(values.values()), [])), done + left
+    if clients * evaluations * len(values) * beside > MOST:
+        of_trials = f" x {beside} trials" if beside > 1 else ""
         return (
             f"{clients:,} clients x {evaluations:,} evaluations x {len(values)} values{of_trials} are more than "
             f"{MOST:,}; a larger --eval_every keeps them, --client_history=false leaves this line out"
         )
-    if before and any(len(kept.get(name, [])) != before for name in values):
+    if any(len(kept.get(name, [])) != done - 1 for name in values):
         return "the part of the run before this one has kept none"
     return ""

@@ -1,6 +1,7 @@
 """What follows from the evaluations of a run: rounds and bytes until an accuracy is reached, and what was forgotten."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,3 +70,11 @@ def forgetting(by_class: Any) -> np.ndarray:
     there = np.sum(~np.isnan(lost), axis=1)
     mean = np.nansum(lost, axis=1) / np.where(there, there, 1)
     return np.concatenate([[math.nan], np.where(there, mean, math.nan)])
+
+
+def add_forgetting(evaluations: dict[str, list[float]]) -> None:
+    """Add that of the latest evaluation: of the central model, and of the mean accuracies of clients' own."""
+    for kind in ("central", "local"):
+        if classes := [name for name in evaluations if re.fullmatch(rf"{kind}_class_accuracy_\d+", name)]:
+            by_class = np.array([evaluations[name] for name in classes]).T
+            evaluations.setdefault(f"{kind}_forgetting", []).append(float(forgetting(by_class)[-1]))

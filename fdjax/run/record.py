@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 import sys
 import threading
 import time
@@ -16,15 +15,17 @@ from tqdm import tqdm
 
 from fdjax.client.metric import flattened
 from fdjax.data import count_labels
+from fdjax.engine import proportion
 from fdjax.engine.layout import NonFinite, Report
 from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
 from fdjax.run import client_history, metrics
-from fdjax.run.accounting import accounted, spent_on_its_own
-from fdjax.run.derived import forgetting
+from fdjax.run.accounting import Ledger, accounted, spent_on_its_own
+from fdjax.run.derived import add_forgetting
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
+from fdjax.run.stopping import reason_to_stop, still_stopped
 from fdjax.run.trained_model import Trained, TrainedModel
 
 _COUNTED = ("epsilon", "bytes_up", "bytes_down", "nonfinite_clients", "participants", "senders")
@@ -61,6 +62,8 @@ class Result(NamedTuple):
     client_evaluations: Mapping[str, np.ndarray] = MappingProxyType({})
     # [E, C] float32: of every evaluation the values of every client in order of ids, of which `clients` has the last;
     # {} without --client_history, and where these are too many
+    stopped: Mapping[str, Any] = MappingProxyType({})
+    # of a run that ended before its last round by its own rules: "round", "rule" (accuracy, bytes, patience) and "why"
 
     @property
     def round(self) -> int:
@@ -68,11 +71,16 @@ class Result(NamedTuple):
         return len(self.rounds["bytes_up"])
 
     @property
+    def ended(self) -> bool:
+        """Whether the run did all its rounds, or ended by its own rules, and was not interrupted."""
+        return bool(self.stopped) or self.round == self.settings.rounds
+
+    @property
     def central(self) -> TrainedModel:
         """The central model as it was trained; of a method that tests an ensemble, that. Raises InputError without one.
 
-            result = fdjax.run(algorithm="fedavg", model="2nn", rounds=20)
-            logits = result.central.predict(images)  # [N, K] of inputs in the form of the data set
+        result = fdjax.run(algorithm="fedavg", model="2nn", rounds=20)
+        logits = result.central.predict(images)  # [N, K] of inputs in the form of the data set
         """
         return self._models().central()
 
@@ -110,6 +118,36 @@ class Recording:
         self._beside, self._keeps_clients = beside, experiment.settings.client_history
         self._told = set[str]()  # metrics whose values were not numbers
 
+    @property
+    def settings(self) -> Settings:
+        """Those of the run."""
+        return self._experiment.settings
+
+    @property
+    def tests(self) -> proportion.Tests:
+        """On how many examples personal models are tested."""
+        return self._experiment.tests
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What there is to account for, if the run is private."""
+        return self._experiment.ledger
+
+    @property
+    def stopped(self) -> dict[str, Any]:
+        """After which round the run ended by its own rules, by which rule and why; {} if it did not."""
+        return {name: value for name, value in self.record.get("stopped", {}).items() if name != "settings"}
+
+    def stop_if_due(self) -> bool:
+        """Whether the run ends here by its own rules, which is kept on record then."""
+        settings, evaluations = self.settings, self.record["evaluations"]
+        if still_stopped(settings, self.record):
+            return True
+        self.record.pop("stopped", None)
+        if found := reason_to_stop(settings, self.record, f"{kind_of(evaluations)}_accuracy"):
+            self.record["stopped"] = found
+        return bool(found)
+
     def add_setup(self, report: Report) -> None:
         """Keep what the set-up reports."""
         report, setup = jax.device_get(report), self._traffic.setup
@@ -138,37 +176,43 @@ class Recording:
         evaluations = self.record["evaluations"]
         for name, value in {"round": done, **_as_floats(scalars)}.items():
             evaluations.setdefault(name, []).append(value)
-        if metrics.forgets(self._experiment.settings.metrics):
-            self._add_forgetting()
+        if metrics.forgets(self.settings.metrics):
+            add_forgetting(evaluations)
         self._warn_of_divergence()
         last = {name: values[-1] for name, values in evaluations.items()}
-        if unsound := metrics.unsound(self._experiment.settings.metrics, last, self._told):
+        if unsound := metrics.unsound(self.settings.metrics, last, self._told):
             self._warn(f"{unsound} after round {done}")
         in_order_of_ids = np.argsort(np.asarray(self._experiment.federation.client))
         clients = {name: np.asarray(values)[in_order_of_ids] for name, values in clients.items()}
         self.record["clients"] = {name: np.asarray(values, float).tolist() for name, values in clients.items()}
-        self._add_clients(clients)
-
-    def _add_clients(self, clients: Mapping[str, np.ndarray]) -> None:
-        """Keep the clients' values of an evaluation, if there is room for those of all; if not, say so once."""
         if self._keeps_clients:
-            settings, tested = self._experiment.settings, len(self.record["evaluations"]["round"])
-            left = -(-max(settings.rounds - self.record["evaluations"]["round"][-1], 0) // settings.eval_every)
-            if why := client_history.why_not(self.record, clients, int(tested + left), self._beside):
+            left = -(-max(self.settings.rounds - done, 0) // self.settings.eval_every)
+            why = client_history.add(self.record, clients, left, self._beside)
+            self._keeps_clients = not why
+            if why:
                 tqdm.write(f"{self._who}clients' values are kept of the last evaluation alone: {why}", file=sys.stderr)
-                self._keeps_clients = False
-        if self._keeps_clients:
-            client_history.add(self.record, clients)
         else:
             self.record.pop("client_evaluations", None)
 
-    def _add_forgetting(self) -> None:
-        """Of the central model, and of the mean accuracies of clients' own."""
+    def replace_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
+        """Keep an evaluation in the place of the last one, which was of fewer examples."""
         evaluations = self.record["evaluations"]
-        for kind in ("central", "local"):
-            if classes := [name for name in evaluations if re.fullmatch(rf"{kind}_class_accuracy_\d+", name)]:
-                by_class = np.array([evaluations[name] for name in classes]).T
-                evaluations.setdefault(f"{kind}_forgetting", []).append(float(forgetting(by_class)[-1]))
+        size = len(evaluations["round"])
+        for values in (*evaluations.values(), *self.record.get("client_evaluations", {}).values()):
+            del values[size - 1 :]
+        self.add_evaluation(done, scalars, clients)
+
+    def clients_at(self, evaluation: int) -> dict[str, list[float]]:
+        """Values of every client at an evaluation; {} where they are not kept."""
+        last = len(self.record["evaluations"]["round"]) - 1
+        return dict(self.record["clients"]) if evaluation == last else client_history.at(self.record, evaluation)
+
+    def histories(self) -> dict[str, list[float]]:
+        """Of every round, as `Result.rounds` has them but for epsilon: bytes add up, from those of the set-up on."""
+        rounds, setup = dict(self.record["rounds"]), self.record["setup"]
+        for name in ("bytes_up", "bytes_down"):
+            rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
+        return rounds
 
     def add_last(self, scalars: Any) -> None:
         """Add to the last evaluation what is done after it alone; NaN in the others."""
@@ -179,10 +223,8 @@ class Recording:
             evaluations[name] = before + [math.nan] * (size - 1 - len(before)) + [value]
 
     def result(self, times: Mapping[str, float], trained: Trained | None = None) -> Result:
-        """The result of the run as far as it went: bytes add up, from those of the set-up on."""
-        rounds, setup = dict(self.record["rounds"]), self.record["setup"]
-        for name in ("bytes_up", "bytes_down"):
-            rounds[name] = (setup.get(name, 0.0) + np.cumsum(rounds.get(name, []))).tolist()
+        """The result of the run as far as it went."""
+        rounds, setup = self.histories(), self.record["setup"]
         settings, held = self._experiment.settings, np.asarray(self._experiment.holdings.count)
         rounds, privacy = accounted(settings, self._experiment.ledger, rounds)
         privacy |= spent_on_its_own(settings, self._experiment.algorithm, held)
@@ -199,6 +241,7 @@ class Recording:
             trained=trained,
             privacy=privacy,
             client_evaluations=client_history.unpack(self.record.get("client_evaluations", {})),
+            stopped=self.stopped,
         )
 
     def _metrics(self, report: Report) -> dict[str, Any]:

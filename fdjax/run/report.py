@@ -144,6 +144,7 @@ def result_dict(result: Result) -> dict[str, Any]:
         "settings": {name: value for name, value in result.settings.public().items() if name not in FOLDERS},
         **({"files": result.settings.files} if result.settings.files else {}),  # of a user's own
         "round": result.round,  # fewer than settings.rounds if the run was stopped
+        **({"stopped": dict(result.stopped)} if result.stopped else {}),
         "final": result.final,
         "setup": result.setup,
         "rounds": result.rounds,

@@ -14,19 +14,25 @@ import numpy as np
 from tqdm import tqdm
 
 from fdjax.engine import compiling, hosts, plan
-from fdjax.engine.layout import State, first_rounds
+from fdjax.engine.layout import Report, State, first_rounds
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.run.checkpoint import check_resumable
 from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, with_plan
 from fdjax.run.lock import locked
+from fdjax.run.loggers import Progress
+from fdjax.run.logs import Logs, Told, check_told
 from fdjax.run.record import Record, Recording, Result, clock, kind_of
 from fdjax.run.saves import Saves
 from fdjax.run.settings import FOLDERS, Settings, make
+from fdjax.run.stopping import check_watched
 from fdjax.run.trained_model import Trained, leave_devices
 from fdjax.run.training import hparams_now
 
 __all__ = ["InterruptedRun", "Result", "run", "start"]
+
+
+_NOBODY = Told()
 
 
 class InterruptedRun(Exception):  # noqa: N818
@@ -52,11 +58,16 @@ def start(
     resume: bool = False,
     checkpoint_every: int = 0,
     progress: bool = True,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    callback: Callable[[Progress], Any] | None = None,
     **named: Any,
 ) -> Result:
     """`run` as users call it, by the name `fdjax.run`: with `Settings`, or with the names of what is to be set.
 
-    These are names of settings, and of hyperparameters and options of the method. All else is as in `run`.
+    These are names of settings, and of hyperparameters and options of the method. With `tensorboard` and `wandb` the
+    folder `out` gets event files and an offline run; `callback` is called with a `fdjax.Progress` at every evaluation,
+    and ends the run by a `fdjax.CallbackError` if it raises something. All else is as in `run`.
     """
     checked = chosen("run", settings, named)
     if out is not None and not isinstance(out, str | os.PathLike):
@@ -68,7 +79,8 @@ def start(
     if checkpoint_every and out is None:
         raise InputError(f"checkpoint_every={checkpoint_every} needs a folder for the checkpoints; give out as well")
     folder = None if out is None else Path(out).expanduser()
-    return run(checked, folder, resume=resume, checkpoint_every=checkpoint_every, progress=progress)
+    told = Told(tensorboard, wandb, callback)
+    return run(checked, folder, resume=resume, checkpoint_every=checkpoint_every, progress=progress, told=told)
 
 
 def chosen(function: str, settings: Any, named: dict[str, Any]) -> Settings:
@@ -87,16 +99,18 @@ def run(
     resume: bool = False,
     checkpoint_every: int = 0,
     progress: bool = True,
+    told: Told = _NOBODY,
 ) -> Result:
-    """Simulate the rounds of checked settings.
+    """Simulate the rounds of checked settings, fewer if their rules of stopping say so.
 
     With `out`, checkpoints are kept in that folder, which is this run's alone meanwhile; with `resume`, the run goes
     on from the latest of them that is whole. `checkpoint_every` is in rounds; 0 saves about every 30 seconds. The last
-    round is always saved. A save that fails is told, and costs nothing but itself.
+    round is always saved. A save that fails is told, and costs nothing but itself. `told` gets every evaluation.
 
-    Raises InputError for settings that cannot work or that differ from the checkpoint's, before anything compiles, and
-    InterruptedRun, which has the result so far, after the first SIGINT or SIGTERM.
+    Raises InputError for settings that cannot work or that differ from the checkpoint's, before anything compiles;
+    InterruptedRun, which has the result so far, after the first SIGINT or SIGTERM; CallbackError, which has it too.
     """
+    check_told(told, out)
     public = settings.public()
     with contextlib.ExitStack() as stack:
         time_spent = stack.enter_context(clock())
@@ -105,7 +119,9 @@ def run(
         saves = stack.enter_context(contextlib.closing(Saves(out, checkpoint_every, settings, time_spent)))
         saves.check(resume)
         leave_devices()
-        experiment, traffic, needed = _compile(build(settings))
+        built = build(settings)
+        check_watched(built)
+        experiment, traffic, needed = _compile(built)
         progress = progress and hosts.is_first()
         if progress:
             tests = f"; {experiment.tests.why}" if experiment.tests.why else ""
@@ -113,6 +129,7 @@ def run(
         recording = Recording(experiment, traffic, saves.record)
         saves.storages = experiment.layout.storages
         state = saves.restore(experiment.simulation.shapes(experiment.federation)) if saves.round else None
+        logs = stack.enter_context(contextlib.closing(Logs(told, out, [settings])))
         state = _begun(experiment, recording) if state is None else state
         time_spent.start(recording.record)
         bar = stack.enter_context(
@@ -129,7 +146,7 @@ def run(
             folder = out if saves.round == int(state.round) else None
             return recording.result(time_spent.stamp(recording.record), Trained(experiment, state, folder=folder))
 
-        return _run_rounds(experiment, state, recording, saves, bar, result)
+        return _run_rounds(experiment, state, recording, saves, logs, bar, result)
 
 
 def _take(stack: contextlib.ExitStack, out: Path | None, resume: bool) -> None:
@@ -157,6 +174,18 @@ def _begun(experiment: Experiment, recording: Recording) -> State:
     return state
 
 
+def _record(experiment: Experiment, state: State, recording: Recording, done: int, report: Report) -> bool:
+    """Keep what the rounds of a superstep report, and the evaluation after it; returns whether it was the last one."""
+    tests, all_done = experiment.tests, done == experiment.settings.rounds
+    recording.add_superstep(done, report, *_evaluate(experiment, state, tests.last if all_done else tests.between))
+    ended = all_done or recording.stop_if_due()
+    if ended and not all_done and tests.between != tests.last:
+        recording.replace_evaluation(done, *_evaluate(experiment, state, tests.last))
+    if ended and experiment.simulation.fine_tune is not None:
+        recording.add_last(experiment.simulation.fine_tune(state, experiment.federation, experiment.hparams))
+    return ended
+
+
 def _evaluate(experiment: Experiment, state: State, examples: int) -> tuple[Any, Any]:
     """An evaluation that tests personal models on so many examples."""
     return experiment.simulation.evaluate(state, experiment.federation, experiment.hparams, np.int32(examples))
@@ -167,31 +196,36 @@ def _run_rounds(
     state: State,
     recording: Recording,
     saves: Saves,
+    logs: Logs,
     bar: tqdm,
     result: Callable[[Experiment, State], Result],
 ) -> Result:
     """Run and record the rounds that are left; `result` makes the result of what they end in."""
     rounds, eval_every = experiment.settings.rounds, experiment.settings.eval_every
-    simulation, federation, tests = experiment.simulation, experiment.federation, experiment.tests
+    simulation, federation = experiment.simulation, experiment.federation
     most, done = _longest(experiment.settings), saves.round
+    ended = done > 0 and recording.stop_if_due()
+    logs.tell(recording, again=done > 0)
     _show(bar, recording.record, 0)
+    if logs.failed():
+        raise logs.error(saves.folder if saves.round else None, result(experiment, state))
     with stop_signals() as signals:
-        while done < rounds:
+        while done < rounds and not ended:
             length = min(eval_every, rounds - done)
             if experiment.settings.schedule == "plateau":
                 now = hparams_now(experiment.settings, experiment.ledger, recording.record["evaluations"])
                 experiment = experiment._replace(hparams=put_hparams(experiment, now))
             state, report = simulation.run(state, federation, experiment.hparams, most, np.int32(length))
             done += length
-            evaluation = _evaluate(experiment, state, tests.last if done == rounds else tests.between)
-            recording.add_superstep(done, first_rounds(jax.device_get(report), length), *evaluation)
-            if done == rounds and simulation.fine_tune is not None:
-                recording.add_last(simulation.fine_tune(state, federation, experiment.hparams))
+            ended = _record(experiment, state, recording, done, first_rounds(jax.device_get(report), length))
             _show(bar, recording.record, length)
-            stopping = hosts.any_of(bool(signals))
-            saves.save_if_due(state, recording.record, done, at_once=stopping or done == rounds)
-            if stopping and done < rounds:
-                kept = saves.folder if saves.round else None
+            logs.tell(recording)
+            stopping, failed = hosts.any_of(bool(signals)), logs.failed()
+            saves.save_if_due(state, recording.record, done, at_once=stopping or failed or ended)
+            kept = saves.folder if saves.round else None
+            if failed:
+                raise logs.error(kept, result(experiment, state))
+            if stopping and not ended:
                 raise InterruptedRun(done, kept, result(experiment, state))
     return result(experiment, state)
 

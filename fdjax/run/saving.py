@@ -22,16 +22,23 @@ def tell_unsaved(what: str, reason: str) -> None:
 
 
 @contextlib.contextmanager
-def saving(path: Path) -> Iterator[Path]:
-    """A block that writes the temporary file that it is given, which then takes the place of `path`.
-
-    If it cannot be written that is told, `path` stays as it was, and the program goes on.
-    """
+def replacing(path: Path) -> Iterator[Path]:
+    """A block that writes the temporary file that it is given, which then takes the place of `path`, or is removed."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[Path]:
+    """As `replacing`. If the file cannot be written that is told, `path` stays as it was, and the program goes on."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
         tell_unsaved(str(path), error.strerror or str(error))

@@ -1,8 +1,10 @@
 """One setting with several seeds: runs as trials of one compiled batch, and their results side by side."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,31 +13,52 @@ from tqdm import tqdm
 from fdjax.errors import InputError
 from fdjax.run import batch
 from fdjax.run.experiment import Experiment
+from fdjax.run.loggers import Progress
+from fdjax.run.logs import Logs, Told, check_told
 from fdjax.run.record import Result, clock
 from fdjax.run.runner import InterruptedRun, chosen, stop_signals
 from fdjax.run.settings import Settings
 from fdjax.run.trained_model import leave_devices
 
+_NOBODY = Told()
+
 
 def start(
-    seeds: Sequence[int], settings: Settings | None = None, *, progress: bool = True, **named: Any
+    seeds: Sequence[int],
+    settings: Settings | None = None,
+    *,
+    progress: bool = True,
+    callback: Callable[[Progress], Any] | None = None,
+    **named: Any,
 ) -> list[Result]:
-    """`run_seeds` as users call it: with `Settings`, or with the names of what is to be set, as `fdjax.run` is."""
+    """`run_seeds` as users call it: with `Settings`, or with the names of what is to be set, as `fdjax.run` is.
+
+    `callback` is called with every evaluation of every seed, whose number is in the settings of its `fdjax.Progress`.
+    """
     if "seed" in named:
         raise InputError(f"run_seeds: seed={named['seed']!r} beside seeds={seeds!r}; give the seeds alone")
-    return run_seeds(chosen("run_seeds", settings, named), seeds, progress=progress)
+    told = Told(callback=callback)
+    return run_seeds(chosen("run_seeds", settings, named), seeds, progress=progress, told=told)
 
 
-def run_seeds(settings: Settings, seeds: Sequence[int], *, progress: bool = True) -> list[Result]:
+def run_seeds(
+    settings: Settings,
+    seeds: Sequence[int],
+    *,
+    progress: bool = True,
+    told: Told = _NOBODY,
+    out: Path | None = None,
+) -> list[Result]:
     """The results of checked settings with each of the seeds, in their order.
 
     A seed draws the first weights, participants and shuffles, and the partition too unless `partition_seed` is set.
     Runs whose data have the same sizes are one batch; others are compiled apart. No checkpoints are kept. Seconds are
-    those of all seeds together.
+    those of all seeds together. With `out`, that folder gets metrics.csv, and what else is `told`.
 
-    Raises InputError for seeds that are none or not different and for settings that no batch can have, and
-    InterruptedRun, with the results so far, after the first SIGINT or SIGTERM.
+    Raises InputError for seeds that are none or not different and for settings that no batch can have,
+    InterruptedRun, with the results so far, after the first SIGINT or SIGTERM, and CallbackError, with them too.
     """
+    check_told(told, out)
     seeds = _checked(seeds)
     if settings.lifting != "auto":
         raise InputError(f"--lifting={settings.lifting}: of several seeds, each device runs some; leave it out")
@@ -48,10 +71,13 @@ def run_seeds(settings: Settings, seeds: Sequence[int], *, progress: bool = True
     leave_devices()
     with clock() as time_spent:
         trials = batch.experiments([dataclasses.replace(settings, seed=seed).check() for seed in seeds])
-        results = _run(settings, trials, progress)
+        with contextlib.closing(Logs(told, out, [trial.settings for trial in trials])) as logs:
+            results = _run(settings, trials, progress, logs)
         times = time_spent.stamp({})
     by_seed = {r.settings.seed: r._replace(**times) for r in results}
-    if sum(r.round for r in results) < settings.rounds * len(seeds):
+    if logs.failed():
+        raise logs.error(None, *by_seed.values())
+    if sum(r.ended for r in results) < len(seeds):
         raise InterruptedRun(min((r.round for r in results), default=0), None, *by_seed.values())
     return [by_seed[seed] for seed in seeds]
 
@@ -68,7 +94,7 @@ def _checked(given: Any) -> list[Any]:
     return seeds
 
 
-def _run(settings: Settings, trials: Sequence[Experiment], progress: bool) -> list[Result]:
+def _run(settings: Settings, trials: Sequence[Experiment], progress: bool, logs: Logs) -> list[Result]:
     """The results of those that began before a signal to stop, group by group of one signature."""
     groups: dict[Any, list[Experiment]] = {}
     for trial in trials:
@@ -83,7 +109,7 @@ def _run(settings: Settings, trials: Sequence[Experiment], progress: bool) -> li
             if progress:
                 tqdm.write(compiled.why, file=sys.stderr)
             for begin in range(0, len(group), compiled.slots):
-                if signals:
+                if signals or logs.failed():
                     return results
                 ended = len(results) * settings.rounds
 
@@ -91,6 +117,6 @@ def _run(settings: Settings, trials: Sequence[Experiment], progress: bool) -> li
                     bar.update(ended + done * len(records) - bar.n)
                     return [*records] if signals else []
 
-                results += compiled.run(group[begin : begin + compiled.slots], watch)
+                results += compiled.run(group[begin : begin + compiled.slots], watch, logs)
                 bar.update(len(results) * settings.rounds - bar.n)
     return results

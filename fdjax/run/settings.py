@@ -29,6 +29,7 @@ from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_
 from fdjax.run.participation import ParticipationSettings, check_participation
 from fdjax.run.privacy import PrivacySettings, bound_to_rounds, check_privacy
 from fdjax.run.setting import Role, Setting, pairs, plain, setting_field
+from fdjax.run.stopping import StoppingSettings, check_stopping
 from fdjax.run.unused import check_unused
 
 _setting = setting_field
@@ -36,7 +37,9 @@ _run = functools.partial(setting_field, role="run")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(DataSettings, EvaluationSettings, OptimizerSettings, ParticipationSettings, PrivacySettings):
+class Settings(
+    DataSettings, EvaluationSettings, OptimizerSettings, ParticipationSettings, PrivacySettings, StoppingSettings
+):
     """One run: what a researcher would write in the caption of a table. `make` gives checked ones."""
 
     algorithm: str = _setting(
@@ -183,6 +186,7 @@ class Settings(DataSettings, EvaluationSettings, OptimizerSettings, Participatio
             self._check_models(self.models)
         check_participation(self)
         check_privacy(self)
+        check_stopping(self)
         check_unused(self)
         return dataclasses.replace(self, hparams=tuple(sorted(whole.items())), options=tuple(sorted(options.items())))
 

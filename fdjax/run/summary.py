@@ -1,5 +1,6 @@
 """What a run, or the same with several seeds, gave: as a table and as curves."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def summary(results: Sequence[Result]) -> str:
         ("bytes down, to one client a round", _of_one_client(results, "down")),
         *((f"bytes {way} of the set-up, all clients", report.byte_size(first.setup[f"bytes_{way}"])) for way in setup),
         ("bytes of the whole run", report.byte_size(_mean(results, lambda r: report.bytes_until(r, r.round)))),
+        *_stopped(results),
         ("seconds, of which compilation", f"{first.seconds:.1f}, {first.compile_seconds:.1f}"),
     ]
     seeds = ", ".join(str(result.settings.seed) for result in results)
     more = f"; mean ± std, seeds {seeds}" if len(results) > 1 else ""
-    return report.table(rows, (_title(first), f"round {_rounds(first)}{more}"))
+    return report.table(rows, (_title(first), f"round {_rounds(results)}{more}"))
 
 
 def _measured(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -164,10 +166,24 @@ def _most_spent(results: Sequence[Result]) -> list[Mapping[str, Any]]:
     return [max(seeds, key=lambda part: part["epsilon"]) for seeds in of_seeds]
 
 
-def _rounds(result: Result) -> str:
-    """Rounds done, and of how many where the run was stopped."""
-    asked = result.settings.rounds
-    return f"{result.round} of {asked}, stopped" if result.round < asked else f"{asked}"
+def _rounds(results: Sequence[Result]) -> str:
+    """Rounds done, and of how many where runs were stopped."""
+    asked, done = results[0].settings.rounds, [result.round for result in results]
+    if min(done) == asked:
+        return f"{asked}"
+    return f"{min(done)}{f' to {max(done)}' if max(done) > min(done) else ''} of {asked}, stopped"
+
+
+def _stopped(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Why runs ended before their last round; of several seeds, what the means are of then."""
+    if len(results) == 1:
+        return [("stopped because", f"{why}") for why in [results[0].stopped.get("why")] if why]
+    rules = collections.Counter(r.stopped["rule"] for r in results if r.stopped)
+    if not rules:
+        return []
+    rounds = ", ".join(str(result.round) for result in results)
+    why = ", ".join(f"{rule} ({count})" for rule, count in rules.items())
+    return [("rounds of each seed; the means are of each seed's last evaluation", rounds), ("stopped by (seeds)", why)]
 
 
 def _of_one_client(results: Sequence[Result], way: str) -> str:
@@ -179,21 +195,27 @@ def _of_one_client(results: Sequence[Result], way: str) -> str:
 
 
 def draw(path: Path, results: Sequence[Result]) -> None:
-    """Accuracy over rounds and over bytes, training losses; of several seeds, means in bands of their std."""
-    first = results[0]
-    rounds = range(1, first.round + 1)
+    """Accuracy over rounds and over bytes, training losses; of several seeds, means in bands of their std.
+
+    Of seeds that ended after different rounds, as far as all of them have come: a mean of some would be of others.
+    """
+    first = min(results, key=lambda result: result.round)
+    rounds, size = list(range(1, first.round + 1)), len(first.evaluations["round"])
     evaluated = first.evaluations["round"]
     names = [name for name in _DRAWN[:-1] if name in first.evaluations] or [_DRAWN[-1]]
-    curves = [_curve(n, evaluated, [100 * np.asarray(r.evaluations[n]) for r in results]) for n in names]
+    curves = [_curve(n, evaluated, [100 * np.asarray(r.evaluations[n][:size]) for r in results]) for n in names]
     sent = [_mean(results, lambda r, at=int(at): report.bytes_until(r, at)) / 1e6 for at in evaluated]
     over_bytes: list[report.Curve] = [(label, sent, *values) for label, _, *values in curves[:1]]  # pyright: ignore
-    losses = [_curve(n, list(rounds), [np.asarray(r.rounds[n]) for r in results]) for n in first.rounds if "loss" in n]
+    of_loss = [name for name in first.rounds if "loss" in name]
+    losses = [_curve(n, rounds, [np.asarray(r.rounds[n][: len(rounds)]) for r in results]) for n in of_loss]
     panels: list[report.Panel] = [
         ("accuracy", "round", "%", curves),
         ("communication", "MB up and down", "%", over_bytes),
         ("training loss", "round", "", losses),
     ]
-    stopped = f", round {_rounds(first)}" if first.round < first.settings.rounds else ""
+    stopped = f", round {_rounds(results)}" if first.round < first.settings.rounds else ""
+    if max(result.round for result in results) > first.round:
+        stopped += f"; drawn until the first seed stopped, after round {first.round}"
     if np.isfinite(first.privacy.get("epsilon", np.inf)):
         panels.append(("privacy", "round", f"epsilon, {first.privacy['relation']}", [_spent(first)]))
     report.draw_curves(path, panels, _title(first) + stopped)

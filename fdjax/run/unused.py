@@ -106,6 +106,16 @@ def _no_privacy(settings: Any) -> str:
     return f"nothing is private; give --privacy too, or {_LEAVE_OUT}" if settings.privacy == "none" else ""
 
 
+def _no_patience(settings: Any) -> str:
+    return "" if settings.patience else f"nothing waits for a better metric; give --patience too, or {_LEAVE_OUT}"
+
+
+def _nothing_stops(settings: Any) -> str:
+    if settings.patience or settings.stop_at_accuracy:
+        return ""
+    return f"nothing goes by a metric; give --patience or --stop_at_accuracy too, or {_LEAVE_OUT}"
+
+
 def _no_option_of_data(name: str) -> Callable[[Any], str]:
     """Why an option that some files of a user's own have is not used."""
 
@@ -134,6 +144,8 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "optimizer_state": _no_kept_optimizer,
         "batch_accounting": _no_private_batches,
         "count_noise_multiplier": _no_private_counts,
+        "min_delta": _no_patience,
+        "stop_metric": _nothing_stops,
         **{name: _no_option_of_data(name) for name in data_own.OPTIONS},
         **dict.fromkeys(("clip", "noise_multiplier", "delta", "target_epsilon", "accountant"), _no_privacy),
     }

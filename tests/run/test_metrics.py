@@ -267,9 +267,11 @@ def test_packed_values_are_what_they_were(rng):
     values = rng.normal(size=(4, 1000)).astype(np.float32)
     values[1, :900] = np.nan
     values[2, 7] = -np.inf
-    record = {}
-    for row in values:
-        client_history.add(record, {"a": row, "b": -row})
+    record = {"evaluations": {"round": []}}
+    for number, row in enumerate(values):
+        record["evaluations"]["round"].append(number)
+        assert client_history.add(record, {"a": row, "b": -row}, 3 - number, 1) == ""
+    assert client_history.at(record, 2)["b"][7] == np.inf
     record = json.loads(json.dumps(record))
     found = client_history.unpack(record["client_evaluations"])
     np.testing.assert_array_equal(found["a"], values)

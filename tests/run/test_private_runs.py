@@ -103,6 +103,7 @@ def test_without_noise_epsilon_is_infinite():
     assert np.isfinite(result.final["central_loss"])
 
 
+@pytest.mark.exhaustive
 def test_noise_is_an_axis_of_a_batch():
     """Trials of three noises are one batch, each with its own epsilon, and give what runs of their own give."""
     named = {name: value for name, value in PRIVATE.items() if name != "progress"}

@@ -37,6 +37,7 @@ def test_each_is_the_run_alone(results):
     assert results[0].evaluations["central_loss"] != results[1].evaluations["central_loss"]
 
 
+@pytest.mark.exhaustive
 def test_data_of_other_sizes_are_compiled_apart():
     """Each seed draws its own devices here, of which each has another number of examples."""
     settings = SMALL | {"samples_per_client": None, "rounds": 1, "eval_every": 1}
@@ -81,7 +82,7 @@ def test_the_table_of_seeds_that_were_stopped_is_of_those_that_went_as_far(resul
     )
     command.leave(tmp_path, [results[0], stopped])
     table = capsys.readouterr().out
-    assert "Left out, as they were stopped before: seeds 0 (round 2)." in table
+    assert "Left out, as they were interrupted: seeds 0 (round 2)." in table
     assert "±" not in table
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "curves.png"}
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
