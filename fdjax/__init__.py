@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Upload,
     )
     from fdjax.data.arrays import from_arrays
+    from fdjax.data.texts import from_texts
     from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
@@ -53,7 +54,7 @@ __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Metric", "Progress", "Received", "Reduction",
     "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
-    "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
+    "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -74,6 +75,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "Metric": "fdjax.client.metric",
     "from_arrays": "fdjax.data.arrays",
+    "from_texts": "fdjax.data.texts",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
