@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Upload,
     )
     from fdjax.data.arrays import from_arrays
+    from fdjax.data.frames import from_frame
     from fdjax.data.texts import from_texts
     from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
@@ -54,7 +55,7 @@ __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Metric", "Progress", "Received", "Reduction",
     "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
-    "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
+    "from_frame", "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -75,6 +76,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "Metric": "fdjax.client.metric",
     "from_arrays": "fdjax.data.arrays",
+    "from_frame": "fdjax.data.frames",
     "from_texts": "fdjax.data.texts",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
