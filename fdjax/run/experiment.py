@@ -19,6 +19,7 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
+from fdjax.run import metrics
 from fdjax.run.accounting import Ledger, ledger_of
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.participants import participants, policy_of
@@ -195,6 +196,7 @@ def _validated(experiment: Experiment) -> int:
 
 
 def _check_that_something_is_tested(settings: Settings, algorithm: Algorithm) -> None:
+    metrics.check_tested(settings.metrics, algorithm, settings.local_eval, settings.central_eval)
     if settings.local_eval != "none" or settings.validation_fraction:
         return
     if algorithm.central is None:
@@ -362,6 +364,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
     clients = sum(shapes.may_train)
     expected = settings.participation * clients if settings.sampling == "poisson" else sum(shapes.participants)
     algorithm = method_of(settings, task, expected, clients)
+    measures = metrics.checked_records(settings.metrics, shapes.classes)
 
     @functools.lru_cache(maxsize=8)
     def lifted(lifting: Lifting) -> tuple[Layout, Simulation]:
@@ -379,6 +382,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             policy=policy_of(settings),
             new=shapes.new,
             membership=settings.membership,
+            metrics=measures,
             fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)

@@ -22,6 +22,7 @@ from fdjax.method import Method
 from fdjax.models import MODELS
 from fdjax.models import own as nets
 from fdjax.run import methods
+from fdjax.run import metrics as measures
 from fdjax.run.data import DataSettings
 from fdjax.run.evaluation import EvaluationSettings
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
@@ -125,10 +126,10 @@ class Settings(
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that a user's own method, nets and data came from, by the values of settings that name them."""
+        """The files that a user's own method, nets, data and metrics came from, by the names that settings hold."""
         names = {self.model, *(name for name, _ in self.cohorts)}
         found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
-        found |= self.data_files
+        found |= self.data_files | {name: measures.file_of(name) for name in measures.names_of(self.metrics)}
         return {own.recorded(name): file for name, file in sorted(found.items()) if file}
 
     @property
