@@ -5,6 +5,7 @@ python -m fdjax.data --dataset=people.csv --target=income --owner=site --partiti
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 from absl import app, flags
@@ -15,10 +16,13 @@ from fdjax.data import (
     count_labels,
     draw_partition,
     load,
+    merged,
     own,
     own_partition,
     own_test_part,
     partition,
+    split_by_client,
+    write_pfllib,
 )
 from fdjax.errors import InputError
 
@@ -38,6 +42,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_clients", None, "number of clients, by default 10 or as many as owners", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of the partition", lower_bound=0)
     flags.DEFINE_string("out", None, "picture to write, such as partition.png")
+    flags.DEFINE_float(
+        "split_by_client", None, "merge both parts of the data, and let each client train on this share of its own",
+        lower_bound=1e-9, upper_bound=1 - 1e-9,
+    )  # fmt: skip
+    flags.DEFINE_string("write_pfllib", None, "folder to write the partition to, as PFLlib and HtFLlib read it")
     flags.DEFINE_float("alpha", None, "of the Dirichlet partitions")
     flags.DEFINE_float("beta", None, "of quantity")
     flags.DEFINE_float("sampling_ratio", None, "of dirichlet_e")
@@ -86,6 +95,8 @@ def main(argv: list[str]) -> None:
 def _run(given: flags.FlagValues) -> None:
     of_source = {name: given[name].value for name in ("writers", *own.OPTIONS) if given[name].value is not None}
     source = load(given.dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **of_source)
+    if given.split_by_client is not None:
+        source = merged(source)
     options = {name: given[name].value for name in _OPTIONS if given[name].value is not None}
     num_clients = given.num_clients
     if num_clients is None and given.partition not in ("writer", "natural"):
@@ -103,6 +114,8 @@ def _run(given: flags.FlagValues) -> None:
             num_classes=source.num_classes,
             **options,
         )
+    if given.split_by_client is not None:
+        source, holdings = split_by_client(source, holdings, given.split_by_client, given.seed)
     own_tests = own_test_part(
         source.train_y,
         holdings,
@@ -130,6 +143,10 @@ def _run(given: flags.FlagValues) -> None:
     if given.out:
         draw_partition(holdings, source.train_y, source.num_classes, given.out, title, source.classes)
         lines.append(f"wrote {given.out}")
+    if given.write_pfllib:
+        config = {"alpha": given.alpha or 0, "partition": given.partition, "non_iid": given.partition != "iid"}
+        write_pfllib(Path(given.write_pfllib).expanduser(), source, holdings, own_tests, **config)
+        lines.append(f"wrote {given.write_pfllib}: train/ and test/ of {len(size):,} clients, config.json")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

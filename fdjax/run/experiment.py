@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fdjax import data, models, own
-from fdjax.client.augment import AUGMENTATIONS
+from fdjax.client.augment import NORMALISE, augmentation, names_of, with_normalised_inputs
 from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.data.federation import federate, replicated
 from fdjax.engine import hosts, plan, proportion
@@ -265,9 +265,14 @@ class _Networks(NamedTuple):
 def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     names = [name for name, _ in shapes.cohorts]
     build = functools.partial(_network, settings, classes=shapes.classes)
-    clients = {name: build(name, shapes.inputs, features=shapes.features) for name in names}
+
+    def of_data(name: str) -> Model:
+        model = build(name, shapes.inputs, features=shapes.features)
+        return with_normalised_inputs(model) if NORMALISE in names_of(settings.augment) else model
+
+    clients = {name: of_data(name) for name in names}
     if not settings.method.split:
-        central = clients.get(settings.model) or build(settings.model, shapes.inputs, features=shapes.features)
+        central = clients.get(settings.model) or of_data(settings.model)
         return _Networks(central, tuple(clients[name] for name in names))
     if settings.models is None:
         raise InputError(
@@ -322,11 +327,10 @@ def _network(
 
 def _task(settings: Settings, shapes: Shapes) -> Task:
     """What the method is built for."""
-    augment = AUGMENTATIONS[settings.augment]
-    if augment is not None and len(shapes.inputs) != 3:
+    if names_of(settings.augment) and len(shapes.inputs) != 3:
         raise InputError(f"--augment={settings.augment} needs images, but examples have shape {shapes.inputs}")
     networks = _networks(settings, shapes)
-    training, distilling, serving = trainings(settings, augment)
+    training, distilling, serving = trainings(settings, augmentation(settings.augment))
     return Task(
         model=networks.central,
         models=networks.clients,

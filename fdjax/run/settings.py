@@ -15,7 +15,7 @@ from absl import flags
 
 from fdjax import own
 from fdjax.algorithms import ALGORITHMS
-from fdjax.client.augment import AUGMENTATIONS
+from fdjax.client.augment import AUGMENTATIONS, names_of
 from fdjax.engine.lift import KINDS
 from fdjax.errors import InputError, end
 from fdjax.method import Method
@@ -86,7 +86,10 @@ class Settings(
         "averaged", "BatchNorm's statistics",
         choices={"averaged": "as the params are", "local": "stay with the client"},
     )  # fmt: skip
-    augment: str = _setting("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
+    augment: str = _setting(
+        "none", "augmentations of training batches of images, with commas between them, in this order. "
+        + "; ".join(f"{name}: {what}" for name, what in AUGMENTATIONS.items())
+    )  # fmt: skip
 
     seed: int = _setting(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
     proxy_per_round: int = _setting(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
@@ -169,6 +172,7 @@ class Settings(
         for name, setting in SETTINGS.items():
             setting.check(name, getattr(self, name))
         check_optimizers(self)
+        names_of(self.augment)
         options = self.method.choices(dict(self.options))
         hparams = self.method.values(dict(self.hparams))
         whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}
