@@ -2,9 +2,9 @@
 
     fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
 
-Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out, also after
-Ctrl-C, of the rounds until then, and metrics.csv while it runs. Every setting is a flag below; --flagfile reads them
-from a file.
+Prints a table of what came out and writes table.md, results.json, results.parquet, curves.png and checkpoints under
+--out, also after Ctrl-C, of the rounds until then, and metrics.csv while it runs. Every setting is a flag below;
+--flagfile reads them from a file.
 """
 
 import os
@@ -18,6 +18,7 @@ from fdjax import data
 from fdjax.errors import InputError
 from fdjax.run import loading, program, report, settings
 from fdjax.run.checkpoint import FOLDER, steps
+from fdjax.run.frames import write_parquet
 from fdjax.run.lock import locked
 from fdjax.run.logs import METRICS, Told
 from fdjax.run.runner import InterruptedRun, Result, run
@@ -81,10 +82,13 @@ def leave(out: Path, results: Sequence[Result]) -> None:
     named = {"result": told[0]} if len(told) == 1 else {"results": told}
     report.write_text(out / "table.md", text + "\n")
     report.write_json(out / "results.json", report.environment() | named)
+    write_parquet(out / "results.parquet", results)
     draw(out / "curves.png", shown)
     missing = {Path(what).name for what in unsaved()[len(before) :]}
     here = [METRICS] if (out / METRICS).is_file() else []
-    written = [name for name in ("table.md", "results.json", "curves.png", *here) if name not in missing]
+    written = [
+        name for name in ("table.md", "results.json", "results.parquet", "curves.png", *here) if name not in missing
+    ]
     if written:
         print(f"\nwritten: {out}/{', '.join(written)}")
 
