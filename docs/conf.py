@@ -19,6 +19,7 @@ extensions = [
     "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "docstrings", "gallery",
 ]  # fmt: skip
 exclude_patterns = ["_build", "_extensions"]
+smartquotes = False  # which would make one dash of the two of a flag
 default_role = "code"  # docstrings have `names` in single backticks
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

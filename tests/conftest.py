@@ -1,5 +1,6 @@
 """Settings that must be in place before JAX starts, and what every test may ask for."""
 
+import gc
 import itertools
 import os
 import pathlib
@@ -22,6 +23,10 @@ jax.config.update("jax_num_cpu_devices", 4)  # so that every lifting meets more 
 jax.devices()  # XLA reads its flags now, and processes that tests start compile as in use
 os.environ["XLA_FLAGS"] = _given
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many objects and little garbage: a tenth of the time of tests was the search for it.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 # Compilation makes any first example slow; the same examples every time keep a failure reproducible.
 hypothesis.settings.register_profile("fdjax", deadline=None, derandomize=True, database=None)

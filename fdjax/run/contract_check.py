@@ -19,7 +19,6 @@ from fdjax import own
 from fdjax.client.trained import path_of
 from fdjax.contract import ENSEMBLE, HParams
 from fdjax.engine.layout import Report, State
-from fdjax.engine.simulation import Pure
 from fdjax.errors import InputError
 from fdjax.method import HParam
 from fdjax.run.checkpoint import Checkpoints
@@ -287,28 +286,29 @@ class Contract:
             resumed = jax.device_get(two_rounds(restored))
         _same(resumed, at_once, "is another one after a restart", 0.0)
 
-    def shapes(self) -> PyTree:
-        """(state, federation, hparams) of the reference as shapes."""
-        built = self.case.built()
+    @functools.cached_property
+    def traced(self) -> Any:
+        """A superstep of one round, of shapes alone, in the lifting that any device has."""
+        built = self.case.built(lifting="chunk")
         state = jax.eval_shape(built.simulation.pure.init, 0, built.federation)
-        return jax.tree.map(
+        shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, built.federation, dict(built.hparams))
         )
+        superstep = jax.jit(lambda state, federation, hparams: built.simulation.pure.run(state, federation, hparams, 1))
+        return superstep.trace(*shapes)
 
     def a_round_changes_no_shape_and_counts_its_bytes(self) -> None:
         """Shapes alone: a state is what it was, and what every participant sends and is sent can be told."""
-        built, given = self.case.built(), self.shapes()
-        after, report = jax.eval_shape(functools.partial(_superstep, built.simulation.pure), *given)
-        before = jax.tree.map(lambda x: (x.shape, x.dtype), given[0])
-        _require(jax.tree.map(lambda x: (x.shape, x.dtype), after) == before, "a round changes the shape of a state")
+        before, (after, report) = self.traced.in_avals[0][0], self.traced.out_info
+        forms = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (before, after)]
+        _require(forms[0] == forms[1], "a round changes the shape of a state")
         _require(isinstance(report, Report), "a round gives no report")
+        built = self.case.built()
         built.simulation.traffic(built.federation, built.hparams)
 
     def a_superstep_is_lowered_for_other_devices(self) -> None:
         """It holds nothing that only a CPU has."""
-        pure = self.case.built(lifting="chunk").simulation.pure
-        superstep = jax.jit(functools.partial(_superstep, pure))
-        jax.export.export(superstep, platforms=("cuda", "tpu"))(*self.shapes())
+        self.traced.lower(lowering_platforms=("cuda", "tpu"))
 
 
 CHECKS = (
@@ -341,10 +341,6 @@ def changed_clients(before: State, after: State) -> np.ndarray:
             for both in zip(before.clients, after.clients, strict=True)
         ]
     )
-
-
-def _superstep(pure: Pure, state: State, federation: Federation, hparams: Any) -> tuple[State, Report]:
-    return pure.run(state, federation, hparams, 1)
 
 
 def _losses(outcome: Outcome) -> np.ndarray:

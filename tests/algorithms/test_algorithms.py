@@ -1,9 +1,9 @@
 """The contract that every method keeps: its record METHOD enrols it here.
 
 The checks are those of `fdjax.check_method`, which a user's own method gets (`fdjax/run/contract_check.py`), a test
-each: three compilations of a method's superstep, and what needs none. All liftings are held equal on one algorithm that
-uses every feature of the engine (`tests/engine/test_probe.py`); the full matrix of methods and liftings is marked
-`exhaustive` (`make test-all`).
+each: three compilations of the superstep of one method of each kind, one of every other, and what needs none. All
+liftings are held equal on one algorithm that uses every feature of the engine (`tests/engine/test_probe.py`); the full
+matrix of methods and liftings is marked `exhaustive` (`make test-all`).
 """
 
 import functools
@@ -70,9 +70,17 @@ FROM_THE_SET_UP = ("fedaux",)
 HIDDEN = {"model": functools.partial(nets.TwoNN, width=12)}
 FIELDS = dict.fromkeys(("fedaux", "fedma", "fedmlb", "fedproto", "fedtgp", "fedgh", "fedkd"), HIDDEN)
 
-# A pooled method is another one, on data that the experiment has merged. A scope, so that tests come method by method.
-pytestmark = pytest.mark.parametrize(
-    "name", [name for name, method in ALGORITHMS.items() if not method.pooled], scope="module"
+# One of each kind of round. The others have two compilations less in `make test`: two devices and one participant.
+KINDS = (
+    "fedavg", "feddf", "fedaux", "fedgen", "fedma", "fd", "faug", "fedmd", "dsfl", "fedgkt", "fedproto", "fml",
+    "group_distillation", "ensemble",
+)  # fmt: skip
+# A pooled method is another one, on data that the experiment has merged.
+NAMES = [name for name, method in ALGORITHMS.items() if not method.pooled]
+# A scope, so that tests come method by method.
+every_method = pytest.mark.parametrize("name", NAMES, scope="module")
+each_kind = pytest.mark.parametrize(
+    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.exhaustive) for n in NAMES], scope="module"
 )
 
 
@@ -82,6 +90,7 @@ def contract(name):
     return Contract(name, **given, **FIELDS.get(name, {}))
 
 
+@every_method
 def test_runs(name):
     contract(name).runs()
     found = contract(name).reference
@@ -91,38 +100,46 @@ def test_runs(name):
     assert {"local_accuracy", "own_accuracy", "worst_client"} <= found.scalars.keys()
 
 
+@each_kind
 def test_is_the_same_on_two_devices(name):
     contract(name).is_the_same_on_two_devices()
 
 
+@every_method
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS, ids=str)
 def test_is_the_same_under_every_lifting(name, kind, chunk, devices):
     contract(name).is_the_same_elsewhere(lifting=kind, chunk=chunk, devices=devices)
 
 
+@each_kind
 def test_a_single_participant(name):
     contract(name).a_single_participant()
 
 
+@every_method
 def test_is_the_same_every_time_and_another_with_another_seed(name):
     contract(name).is_the_same_every_time_and_another_with_another_seed()
 
 
+@every_method
 def test_every_hparam_is_used_and_a_new_value_compiles_nothing(name):
     contract(name).every_hparam_is_used_and_a_new_value_compiles_nothing()
 
 
+@every_method
 def test_another_partition_compiles_nothing(name):
     contract(name).another_partition_compiles_nothing()
 
 
+@every_method
 def test_stays_on_the_device(name):
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
         jax.jit(lambda x: x)(np.ones(3))  # the guard does guard
     contract(name).stays_on_the_device()
 
 
+@every_method
 def test_only_participants_change(name):
     def took_part(seed):
         keys = [cases.round_key(seed, r) for r in range(ROUNDS)]
@@ -137,21 +154,25 @@ def test_only_participants_change(name):
         np.testing.assert_array_equal(changed_clients(before, after), expected)
 
 
+@every_method
 @pytest.mark.parametrize("counts", SPARSE, ids=str)
 def test_survives_sparse_federations(name, counts):
     contract(name).survives_sparse_federations(counts)
 
 
+@every_method
 def test_without_any_examples_the_server_stays(name):
     contract(name).without_any_examples_the_server_stays()
     nobody = contract(name).run(federation=contract(name).case.federation((0,) * CLIENTS))
     assert np.isnan(nobody.metrics["train_loss"]).all()
 
 
+@every_method
 def test_resumes_bitwise(name):
     contract(name).resumes_bitwise()
 
 
+@every_method
 def test_a_round_changes_no_shape_and_counts_its_bytes(name):
     """Every participant of the reference is sent and sends so many bytes."""
     contract(name).a_round_changes_no_shape_and_counts_its_bytes()
@@ -165,5 +186,6 @@ def test_a_round_changes_no_shape_and_counts_its_bytes(name):
         assert P == 4 * (60 * 10 + 10)
 
 
+@every_method
 def test_a_superstep_is_lowered_for_other_devices(name):
     contract(name).a_superstep_is_lowered_for_other_devices()

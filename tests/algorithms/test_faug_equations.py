@@ -153,6 +153,7 @@ def targets(y):
     return n, n < SCARCITY * n.max()
 
 
+@pytest.mark.exhaustive
 def test_seeds_and_leakages():
     _, metrics, sent, _ = set_up("fd")
     holders = [targets(y) for _, _, y in cases.clients_of(cases.federation()) if len(y)]
@@ -175,7 +176,7 @@ def test_seeds_and_leakages():
     assert covered["inter_device_leakage"] < metrics["inter_device_leakage"]
 
 
-@pytest.mark.parametrize("base", ["fd", "fl"])
+@pytest.mark.parametrize("base", ["fd", pytest.param("fl", marks=pytest.mark.exhaustive)])
 def test_a_round_on_filled_data(base):
     """FD's first round has no means of others, so both learn by CE; sets have as many of each label as can be made."""
     start, _, _, run = set_up(base)
@@ -212,7 +213,7 @@ def test_a_round_on_filled_data(base):
         chex.assert_trees_all_close(state.server["base"], mean, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["fd", "fl"])
+@pytest.mark.parametrize("base", ["fd", pytest.param("fl", marks=pytest.mark.exhaustive)])
 def test_where_no_label_is_scarce_nothing_is_filled(base):
     """`scarcity` = 0: no seeds, no generated examples, and the parts' own round."""
     _, _, sent, run = set_up(base, scarcity=0.0)
@@ -231,6 +232,7 @@ def test_where_no_label_is_scarce_nothing_is_filled(base):
     chex.assert_trees_all_close(of[0](state), of[1](other), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_the_payload_of_table_1():
     """2 devices of 500 images, of three labels five each: 47,989,120 bits in 16 rounds of FD + FAug, to the bit."""
     ready = experiment.build(settings.make(

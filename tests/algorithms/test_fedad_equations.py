@@ -118,6 +118,7 @@ def test_a_student_that_sees_what_all_see_is_not_moved_by_attention():
     assert (outside(maps, maps - 0.1, maps + 0.1) == 0).all()
 
 
+@pytest.mark.exhaustive
 def test_other_nets_and_other_sizes_of_maps():
     """Clients of 7 x 7, of 1 x 1 (an MLP) and of another architecture teach a student; all numbers are finite."""
     ready = experiment.build(settings.make(

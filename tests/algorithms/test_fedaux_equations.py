@@ -243,6 +243,7 @@ def test_what_cannot_work(fields, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.exhaustive
 def test_equal_scores_can_be_private_against_the_server():
     """Nothing is known of a client then but its noised params."""
     result = fdjax.run(**SMALL | PRIVATE, scores="equal", noise_multiplier=3.0, progress=False)

@@ -28,7 +28,11 @@ from fdjax.contract import Context
 
 @pytest.mark.parametrize(
     ("weighting", "selection"),
-    [("examples", "kl"), ("uniform", "auto"), pytest.param("uniform", "accuracy", marks=pytest.mark.exhaustive)],
+    [
+        ("examples", "kl"),
+        pytest.param("uniform", "auto", marks=pytest.mark.exhaustive),
+        pytest.param("uniform", "accuracy", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_feddf(weighting, selection):
     """Adam with a cosine and a clipped gradient, the best student by its accuracy or its KL on the held tenth."""
@@ -80,6 +84,7 @@ def test_feddf(weighting, selection):
         np.testing.assert_allclose(metrics["distill_loss"], best_kl, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_feddf_of_two_prototypes_stops_early_and_reverts_to_the_average():
     """Each starts from its own clients' average and has the clients of both for teachers; eta = 0 finds nothing new."""
     _, simulation = cases.simulation("feddf", cohorts=(("mclr", 3), ("mclr", 4)), participants=(2, 3))

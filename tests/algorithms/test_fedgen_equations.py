@@ -175,6 +175,7 @@ FLOATS = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_the_last_layer_alone_is_shared():
     """Table 4: extractors stay and differ, 4 (P_head + K) bytes go up."""
     ready = experiment.build(settings.make(**FLOATS, exchanged="Dense_2/*"))

@@ -118,7 +118,7 @@ def fedma_round(nets, number, centre):
     return MLP(common), places, losses, sent
 
 
-@pytest.mark.parametrize("centre", ["mean", "posterior"])
+@pytest.mark.parametrize("centre", ["mean", pytest.param("posterior", marks=pytest.mark.exhaustive)])
 def test_rounds(centre):
     federation, engine = cases.federation(), simulation(centre)
     state, traffic = engine.init(0, federation), engine.traffic(federation, hparams())
@@ -150,6 +150,7 @@ def with_nets(state, federation, params):
     return state._replace(clients=(client,))
 
 
+@pytest.mark.exhaustive
 def test_permuted_copies_of_one_net_merge_to_it():
     """Nothing is trained, so whatever is matched with what has to be the net's own function."""
     federation, engine, rng = cases.federation(), simulation(), np.random.default_rng(1)

@@ -117,6 +117,7 @@ def served(rounds=2, **given):
     return jax.device_get(ready.simulation.run(state, ready.federation, ready.hparams, rounds)[0])
 
 
+@pytest.mark.exhaustive
 def test_any_server_optimizer_from_flags():
     """Momentum by flags of the server alone; and a ClientOpt whose state is fresh in each round, or kept."""
     by_flags = served(server_rule="optax", server_optimizer="sgd", server_momentum=0.5, server_learning_rate=0.5)

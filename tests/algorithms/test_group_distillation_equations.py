@@ -75,6 +75,7 @@ def mutual(direction, shared, private, alpha, beta, x, y, key):
     return student.params(), teacher.params(), np.sum(ce, 0) / (EPOCHS * len(y))
 
 
+@pytest.mark.exhaustive
 def test_one_group_is_fml_with_forward_divergences():
     """Shen et al. (2020): L_local = a CE + (1 - a) KL(meme || local), L_meme = b CE + (1 - b) KL(local || meme).
 

@@ -19,6 +19,7 @@ def accuracy(metric, **hparams):
     return final(f"{metric}_accuracy", PROXY, given, options, model="mclr", alpha=0.3, rounds=8)
 
 
+@pytest.mark.exhaustive
 def test_question_1_teachers_who_hold_what_one_lacks_teach_most():
     """Whole test set: alone 0.412, 0.344, 0.362; similarity 0.393, 0.367, 0.328; uniformity 0.448, 0.424, 0.384.
 

@@ -98,9 +98,6 @@ KINDS = {
     "ensemble",
     "centralized",
     "fedmd",
-    "feddf",
-    "cfd",
-    "fedgen",
     "fedgkt",
     "fedproto",
     "fml",
@@ -116,6 +113,7 @@ def test_beats_training_alone(algorithm):
     assert lead.min() > margin, lead
 
 
+@pytest.mark.exhaustive
 def test_fd_beats_training_alone_where_labels_are_scarce():
     """Measured 0.8, 1.1 and 2.5 points above 74.3, 74.4 and 72.9 %, with 0.77, 0.75 and 0.73 of the test loss.
 
@@ -155,6 +153,7 @@ def average_of_nets_that_started_apart(hparams, **fields):
     return np.array(found)
 
 
+@pytest.mark.exhaustive
 def test_fedma_makes_one_net_of_nets_that_started_apart():
     """One shot, all of the sample by Dirichlet(0.5), five epochs: 0.858, 0.808 and 0.798.
 
@@ -181,6 +180,7 @@ def test_fedavg_trains():
         assert loss[-1] < 0.7 * loss[0]
 
 
+@pytest.mark.exhaustive
 def test_a_server_optimizer_is_ahead_of_fedavg():
     """As the paper has it where data differ: FedAdam by 0.149, 0.073, 0.073 and FedAvgM by 0.044, 0.063, 0.074."""
     chosen = {"momentum": {"server_learning_rate": 1.0}}
@@ -190,6 +190,7 @@ def test_a_server_optimizer_is_ahead_of_fedavg():
         assert lead.min() > 0.02, lead
 
 
+@pytest.mark.exhaustive
 def test_fedmd_owes_its_lead_to_the_consensus_too():
     """Much of what FedMD has before `local` are the labels of the public data; a digest of nothing loses the rest.
 
@@ -206,6 +207,7 @@ def test_dsfl_central_model_beats_the_mean_of_models_alone():
     assert lead.min() > 0.2, lead
 
 
+@pytest.mark.exhaustive
 def test_feddf_beats_fedavg_where_clients_drift():
     """Paired. Measured 70.0, 76.1, 61.6 % against FedAvg's 61.6, 49.2, 52.9; `benchmarks.feddf_drift` runs longer."""
     long, few = {"local_epochs": 20}, {"server_steps": 100}
@@ -273,6 +275,7 @@ def test_a_private_net_keeps_to_its_own_labels():
     assert lead.min() > 0.1, lead
 
 
+@pytest.mark.exhaustive
 def test_fedad_beats_what_else_there_is_after_one_round():
     """Measured 0.729, 0.735, 0.655 against 0.428, 0.437, 0.474 of FedAvg and 0.604, 0.486, 0.628 of the ensemble."""
     shot = {"local_epochs": 20}

@@ -35,7 +35,7 @@ WORTH = {
     "fedavg_kd": ({}, (0.019, 0.013, 0.068), (0.014, 0.022, 0.059)),
     "fedgkd_vote": ({}, (0.018, 0.020, 0.043), (-0.015, 0.029, 0.045)),
 }
-LIKE_THE_OTHERS = ("fedgkd", "fedlsd", "fedavg_kd", "fedgkd_vote")
+LIKE_THE_OTHERS = ("fedgkd", "fedlsd", "fedavg_kd", "fedgkd_vote", "fedcad", "fedmlb")
 
 
 @functools.cache

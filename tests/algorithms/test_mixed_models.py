@@ -42,6 +42,7 @@ def all_finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.exhaustive
 def test_teachers_of_different_architectures():
     built = experiment.build(settings.make(**FEDDISTILL))
     assert [cohort.model.name for cohort in built.layout.cohorts] == ["mclr", "2nn"]

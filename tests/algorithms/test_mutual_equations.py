@@ -371,6 +371,7 @@ def test_fedkd():
         close(state.clients[0]["bridge"][row], bridges[row])
 
 
+@pytest.mark.exhaustive
 def test_fedkd_of_full_rank_sends_what_was_learned():
     """An energy of 1 changes nothing: the mentee is the mean of the clients'."""
     start, state, *_ = wide("fedkd", 1, energy_start=1.0, energy_end=1.0)

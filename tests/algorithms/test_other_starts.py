@@ -60,6 +60,7 @@ def test_average_of_clients_that_keep_their_momentum(name, mu):
     assert_same_clients(after, clients)
 
 
+@pytest.mark.exhaustive
 def test_fedmd_of_two_label_sets_from_set_up_on():
     """Private labels 0 to 3, public ones 4 to 7, one output layer over both; transfer learning stops early."""
     K, M, N = 2 * cases.CLASSES, cases.PROXIES, cases.PER_ROUND

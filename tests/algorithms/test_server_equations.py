@@ -32,7 +32,7 @@ from fdjax.algorithms import feddkc
 
 @pytest.mark.parametrize(
     ("bits_up", "bits_down"),
-    [(1, 2), (1, 32), *(pytest.param(*bits, marks=pytest.mark.exhaustive) for bits in ((1, 1), (2, 1), (32, 32)))],
+    [(1, 2), *(pytest.param(*bits, marks=pytest.mark.exhaustive) for bits in ((1, 1), (1, 32), (2, 1), (32, 32)))],
 )
 def test_cfd(bits_up, bits_down):
     """Labels of few bits, or of 32, which are floats and sent whole; and the bytes of each round."""

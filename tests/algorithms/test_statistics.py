@@ -12,6 +12,7 @@ import engine_cases as cases
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
 from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS
@@ -115,6 +116,7 @@ def leaves(tree):
     return [flat[name] for name in names], running
 
 
+@pytest.mark.exhaustive
 def test_averaged_statistics():
     first, last, scalars, federation, traffic = simulated(Normalised())
     net, _ = reference(*leaves(first.server), federation, "averaged")

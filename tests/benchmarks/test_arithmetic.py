@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
 from benchmarks import speed_methods
@@ -56,6 +57,7 @@ def test_a_branch_costs_what_is_taken():
         assert flops(lambda x: lax.cond(x > 0, lambda: (A + 1) @ B, lambda: A @ B), x) == cost
 
 
+@pytest.mark.exhaustive
 def test_methods_are_timed_and_counted(tmp_path):
     speed_methods.measure(["fedavg", "fedprox"], tmp_path, repeats=1, tiny=True)
     folder = tmp_path / "speed_methods"

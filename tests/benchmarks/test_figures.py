@@ -42,6 +42,7 @@ def era(fashion, tmp_path_factory):
     return out, json.loads((out / "results.json").read_text()), (out / "table.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_era_writes_its_files(era, fashion):
     out, told, table = era
     for picture in ("curves.png", "clients.png"):
@@ -130,6 +131,7 @@ def test_figure_begins_before_collaboration(figure):
     assert np.all(np.any(fedmd[:, :, 1:] != alone[:, :, 1:], axis=(0, 1)))
 
 
+@pytest.mark.exhaustive
 def test_transfer_learning_is_what_the_set_up_leaves(figure):
     """The figure's round 0 is the state after the method's set-up, tested by hand here."""
     _, _, told = figure

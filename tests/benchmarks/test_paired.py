@@ -13,6 +13,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())["runs"]
 
 
+@pytest.mark.exhaustive
 def test_feddf_and_fedavg_have_the_same_start_and_private_data(tmp_path):
     done = programs.run(
         "benchmarks.feddf_drift", "--dataset=mnist_sample", "--min_size=1", "--local_epochs=2", "--proxy_size=100",
@@ -46,6 +47,7 @@ def test_methods_that_distil_locally_have_the_same_start(tmp_path):
     assert "seeds 0 to 0" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.exhaustive
 def test_fedmd_with_fresh_and_kept_optimizers(tmp_path):
     done = programs.run(
         "benchmarks.fedmd_optimizer_state", "--models=mclr:4", "--proxy_size=100", "--revisits=1,3",

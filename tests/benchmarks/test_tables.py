@@ -23,6 +23,7 @@ def rows(folder):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines][1:]
 
 
+@pytest.mark.exhaustive
 def test_a_tiny_table_of_fd_is_complete_and_its_payload_exact(tmp_path):
     done = programs.run("benchmarks.fd_table1", *TABLE, "--eval_every=16", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -98,6 +98,7 @@ def test_what_needs_no_labels_takes_them_without(letters):
     assert built.shapes.classes == 10
 
 
+@pytest.mark.exhaustive
 def test_fedmd_has_one_output_layer_over_both(letters):
     """Before, digits were taken for letters: labels 0 to 9 for both, and ten outputs."""
     chosen = made(letters, algorithm="fedmd", pretrain_epochs=3, private_epochs=10, options={"subset": "stratified"},

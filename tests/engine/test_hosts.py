@@ -60,7 +60,8 @@ def numbers(folder):
     return {f"{kind}/{name}": np.array(values) for kind in timeless for name, values in result[kind].items()}
 
 
-@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("resumed", [False, True])
 def test_two_processes_are_one_simulation(tmp_path, resumed):
     ((code, _, said),) = finish(start(tmp_path, "--rounds=4", f"--out={tmp_path}/one", devices=2))
     assert code == 0, said

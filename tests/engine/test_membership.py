@@ -156,6 +156,7 @@ def first_of(state):
     return state["params"] if isinstance(state, dict) and "params" in state else state
 
 
+@pytest.mark.exhaustive
 def test_what_noise_hides_and_from_whom():
     noise = {"clip": 1.0, "noise_multiplier": 1e4}
     _, plain, each, _ = look("dsfl")
@@ -176,6 +177,7 @@ def test_there_is_no_consensus_on_nobody():
     assert np.isnan(found["upload_auc"]).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "given"),
     [("fedgkd", {}), ("fml", {"own_weight": 1, "meme_weight": 1})],
@@ -230,6 +232,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_an_overfitted_model_tells_and_a_noisy_one_does_not():
     """A linear model of 784 inputs learns 25 to 35 digits by heart; DP-SGD with much noise learns nothing."""
     named = {"dataset": "mnist_sample", "train_fraction": 0.05, "model": "mclr", "num_clients": 8, "rounds": 1}
@@ -252,6 +255,7 @@ def test_the_attack_changes_nothing_of_the_run():
     assert alone.rounds == attacked.rounds
 
 
+@pytest.mark.exhaustive
 def test_noise_is_an_axis_of_a_batch_of_attacked_trials():
     named = SMALL | {"membership": True, "privacy": "example", "clip": 1.0}
     del named["progress"]

@@ -59,6 +59,7 @@ def test_a_run_tests_them_again_after_its_last_round():
     assert len(result.evaluations["new_loss"]) == len(tuned) == 3
 
 
+@pytest.mark.exhaustive
 def test_trials_have_them_too():
     """Where a batch draws partitions, each trial has new clients of its own."""
     chosen = [

@@ -54,6 +54,7 @@ def hundred_thousand():
     return *built, compile_round(*built)
 
 
+@pytest.mark.exhaustive
 def test_a_round_of_100_000_clients(hundred_thousand):
     simulation, federation, hparams, run = hundred_thousand
     state, report = run(simulation.init(0, federation), federation, hparams)

@@ -51,7 +51,7 @@ def test_what_differs():
     assert not any(jax.tree.leaves(found.federation._replace(client=False)))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_every_trial_gives_what_it_gives_alone(fedavg, devices):
     _, inputs, alone = fedavg
     batch = compiled(fedavg, devices=devices)
@@ -78,6 +78,7 @@ def test_trials_that_stop_leave_the_others_alone(fedavg):
         np.testing.assert_allclose(seen.clients["own_loss"], alone[number][1][1]["own_loss"], rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_fewer_trials_than_rows(fedavg):
     _, inputs, alone = fedavg
     batch = compiled(fedavg, slots=4, devices=2)

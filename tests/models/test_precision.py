@@ -59,6 +59,7 @@ def test_fedavg_in_bfloat16_ends_near_float32(name, weights, accuracy):
     assert abs(right - also) < accuracy
 
 
+@pytest.mark.exhaustive
 def test_lora(rng):
     net = build("niid_cnn", (16, 16, 1), 3)
     model = with_lora(net, 2, alpha=6)

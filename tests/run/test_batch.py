@@ -55,7 +55,8 @@ def check_equal(result, other):
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", [pytest.param("feddistill", marks=pytest.mark.exhaustive), "fedmd"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["feddistill", "fedmd"])
 def test_a_trial_in_a_batch_is_the_trial_alone(name):
     chosen = settings_of(name, seeds=(0, 1))[:6]
     results = run(chosen, devices=1)
@@ -66,6 +67,7 @@ def test_a_trial_in_a_batch_is_the_trial_alone(name):
     assert len(losses) > len(chosen) // 2  # and trials do differ
 
 
+@pytest.mark.exhaustive
 def test_trials_that_differ_in_what_rounds_alone_use_begin_with_one_set_up():
     rates = (0.01, 0.3)
     fields = SMALL | FIELDS["fedmd"] | {"rounds": 2, "algorithm": "fedmd"}
@@ -78,6 +80,7 @@ def test_trials_that_differ_in_what_rounds_alone_use_begin_with_one_set_up():
     assert results[0].evaluations["local_loss"][-1] != results[1].evaluations["local_loss"][-1]
 
 
+@pytest.mark.exhaustive
 def test_a_plateau_lowers_each_trials_own_rates():
     fields = {"validation_fraction": 0.2, "schedule": "plateau", "decay": 0.01, "eval_every": 1}
     chosen = [settings.make({"learning_rate": rate}, **SMALL | fields) for rate in (0.01, 30.0)]
@@ -102,6 +105,7 @@ def test_partitions_differ_between_trials():
         check_equal(result, alone(each))
 
 
+@pytest.mark.exhaustive
 def test_the_same_on_any_devices_and_in_any_width(monkeypatch):
     chosen = settings_of("fedprox", seeds=(0, 1))
     expected = list(map(alone, chosen))
@@ -111,6 +115,7 @@ def test_the_same_on_any_devices_and_in_any_width(monkeypatch):
             check_equal(result, other)
 
 
+@pytest.mark.exhaustive
 def test_later_batches_compile_nothing():
     ready = experiments(settings_of("feddistill"))
     compiled = batch(ready, 4, ["seed"])
@@ -182,6 +187,7 @@ def test_trials_that_do_not_fit_are_refused():
     assert batch([*small, *large], 2).fits(large)
 
 
+@pytest.mark.exhaustive
 def test_trials_that_differ_in_more_are_refused():
     compiled = batch(experiments(settings_of("feddistill"))[:2], 2)
     others = experiments(settings_of("feddistill", seeds=(0, 3))[:2])

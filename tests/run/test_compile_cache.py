@@ -37,7 +37,7 @@ def start(tmp_path, module, *flags):
     return done.stderr, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("algorithm", ["feddistill", "fedavg"])
+@pytest.mark.parametrize("algorithm", [pytest.param("feddistill", marks=pytest.mark.exhaustive), "fedavg"])
 def test_the_second_start_compiles_nothing(algorithm, tmp_path):
     cache = tmp_path / "cache"
     flags = (*SMALL, f"--algorithm={algorithm}", f"--compile_cache={cache}", f"--out={tmp_path}/out")
@@ -51,6 +51,7 @@ def test_the_second_start_compiles_nothing(algorithm, tmp_path):
     assert sorted(file.name for file in cache.iterdir()) == written
 
 
+@pytest.mark.exhaustive
 def test_an_empty_folder_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     stderr, counts = start(tmp_path, "fdjax", *SMALL, "--compile_cache=", f"--out={tmp_path}/out")

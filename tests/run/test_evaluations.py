@@ -70,6 +70,7 @@ def test_a_run_that_goes_on_says_that_it_was_tested_in_full_before(result, tmp_p
     assert resumed.evaluations["own_loss"] == result.evaluations["own_loss"]
 
 
+@pytest.mark.exhaustive
 def test_trials_are_tested_as_they_are_alone():
     """On subsamples of their own, as more epochs leave more time; the last evaluation is of everything."""
     chosen = [make(local_epochs=epochs, seed=seed) for epochs in (1, 15) for seed in (0, 1)]

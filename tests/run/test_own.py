@@ -207,6 +207,7 @@ def test_a_net_replaced_under_its_name_is_another(monkeypatch):
     assert len(seen) == 2
 
 
+@pytest.mark.exhaustive
 def test_trials_of_own_methods_share_a_batch():
     chosen = [settings.make(algorithm=str(METHOD), beta_server=beta, **SMALL) for beta in (0.0, 0.5)]
     ready = experiments(chosen)

@@ -103,6 +103,7 @@ def test_without_noise_epsilon_is_infinite():
     assert np.isfinite(result.final["central_loss"])
 
 
+@pytest.mark.exhaustive
 def test_noise_is_an_axis_of_a_batch():
     """Trials of three noises are one batch, each with its own epsilon, and give what runs of their own give."""
     named = {name: value for name, value in PRIVATE.items() if name != "progress"}
@@ -188,8 +189,8 @@ def test_distillation_from_a_model_and_proxy_data_is_one_fit_on_examples():
     assert fdjax.run(**named, algorithm="fedcad").final["central_loss"] != one.final["central_loss"]
 
 
-def test_the_readme_lists_what_can_be_private_by_example():
-    text = (Path(fdjax.__file__).parents[1] / "README.md").read_text()
+def test_the_documentation_lists_what_can_be_private_by_example():
+    text = (Path(fdjax.__file__).parents[1] / "docs/privacy.md").read_text()
     (row,) = (line for line in text.splitlines() if line.startswith("| `--privacy=example`"))
     able = {name for name, method in ALGORITHMS.items() if method.example_fits}
     assert {*re.findall("`([a-z_]+)`", row)} & {*ALGORITHMS} == able

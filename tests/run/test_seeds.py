@@ -37,6 +37,7 @@ def test_each_is_the_run_alone(results):
     assert results[0].evaluations["central_loss"] != results[1].evaluations["central_loss"]
 
 
+@pytest.mark.exhaustive
 def test_data_of_other_sizes_are_compiled_apart():
     """Each seed draws its own devices here, of which each has another number of examples."""
     settings = SMALL | {"samples_per_client": None, "rounds": 1, "eval_every": 1}

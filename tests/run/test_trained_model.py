@@ -55,6 +55,7 @@ def test_predictions_are_what_was_tested(source, algorithm, devices):
         np.testing.assert_allclose(found, result.clients["local_accuracy"], atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_models_of_several_architectures(source):
     result = run(algorithm="feddistill", models="2nn:2,mclr:3", devices=2)
     found = [accuracy(result.personal(client), source) for client in range(5)]

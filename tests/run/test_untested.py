@@ -37,7 +37,7 @@ def means(clients, holdings):
     }
 
 
-@pytest.mark.parametrize("new_clients", [0.0, 0.25])
+@pytest.mark.parametrize("new_clients", [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.25])
 def test_the_means_can_be_made_again_from_the_file(tmp_path, new_clients):
     """Before: 0.0 for a client without a test example, and nothing that told it from one that is always wrong."""
     chosen = settings.make(**UNEVEN, new_clients=new_clients)
@@ -53,6 +53,7 @@ def test_the_means_can_be_made_again_from_the_file(tmp_path, new_clients):
         assert found["final"][name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.exhaustive
 def test_a_batch_has_the_same(tmp_path):
     chosen = settings.make(**UNEVEN)
     alone = runner.run(chosen, progress=False)

@@ -298,7 +298,9 @@ def run(*flags):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("kind", ["sqlite:///{}/study.db", "journal:{}/study.log"])
+@pytest.mark.parametrize(
+    "kind", ["sqlite:///{}/study.db", pytest.param("journal:{}/study.log", marks=pytest.mark.exhaustive)]
+)
 def test_the_program(kind, tmp_path):
     url, plan = kind.format(tmp_path), load(str(ROOT / FILE)).smaller()
     storage = open_storage(url)

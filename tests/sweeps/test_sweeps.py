@@ -67,6 +67,7 @@ def test_static_params_are_grouped_and_what_cannot_work_has_failed(url):
     assert "client" in bad.user_attrs["reason"]
 
 
+@pytest.mark.exhaustive
 def test_a_batch_is_made_anew_for_trials_that_do_not_fit(url):
     """Data that differ between trials, of which the first batch has one kind."""
     study = TINY._replace(space={"beta": (0.5, 1.0), "mu": (0.0, 1.0)})
@@ -183,6 +184,7 @@ def own_method(folder, name, more=""):
     return str(path)
 
 
+@pytest.mark.exhaustive
 def test_a_users_own_method_in_a_study(tmp_path, url, monkeypatch):
     """In `fixed` and in `space`, by file; its hparams are dimensions; all workers have the same file or none."""
     path = own_method(tmp_path, "mine")

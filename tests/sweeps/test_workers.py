@@ -165,6 +165,7 @@ def test_trials_of_a_worker_that_was_stopped_are_free_at_once(url, monkeypatch):
     assert len({key(t) for t in sweep(TINY, url)[1]}) == 8
 
 
+@pytest.mark.exhaustive
 def test_what_breaks_twice_is_not_tried_again(url, monkeypatch):
     study = TINY._replace(space={"mu": (0.0, 1.0)})
     monkeypatch.setattr(run.Runner, "_run_batch", lambda *_: 1 / 0)
@@ -290,6 +291,7 @@ def test_workers_that_fail_are_an_error_only_while_trials_are_left(url, capsys):
     assert "workers ended early, with exit codes -9;" in told.err
 
 
+@pytest.mark.exhaustive
 def test_killed_workers_cost_no_trial_and_double_none(tmp_path):
     """Two kills of a worker that holds trials; `python -m benchmarks.sweep_kills` has fifty at random times."""
     calm, wild = (f"sqlite:///{tmp_path}/{name}.db" for name in ("calm", "wild"))
