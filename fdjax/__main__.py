@@ -46,7 +46,7 @@ def main() -> None:
             with locked(out):
                 results = run_seeds(chosen, [int(text) for text in given.seeds], told=told, out=out)
         else:
-            more = {"resume": given.resume, "checkpoint_every": given.checkpoint_every}
+            more = {"profile": given.profile, "resume": given.resume, "checkpoint_every": given.checkpoint_every}
             results = [run(chosen, out, told=told, **more)]
     except InterruptedRun as stop:
         if stop.results:
@@ -60,9 +60,9 @@ def _check_seeds() -> None:
     given = flags.FLAGS
     if not given.seeds or not all(text.strip().isdecimal() for text in given.seeds):
         raise InputError(f"--seeds={','.join(given.seeds)}: expected whole numbers, such as 0,1,2")
-    for name in ("seed", "resume", "checkpoint_every"):
+    for name in ("seed", "resume", "checkpoint_every", "profile"):
         if given[name].present:
-            raise InputError(f"--seeds and --{name} exclude each other: seeds are one batch, without checkpoints")
+            raise InputError(f"--seeds and --{name} exclude each other: seeds are one batch, without either")
     if given.out and not given.overwrite and (rounds := steps(Path(given.out).expanduser() / FOLDER)):
         raise InputError(
             f"{given.out} holds {max(rounds)} rounds of a run; use --overwrite to begin anew, or another --out"
@@ -105,6 +105,11 @@ def command() -> None:
     flags.DEFINE_list("seeds", None, "several seeds, such as 0,1,2, as one batch, in place of --seed: mean and std")
     flags.DEFINE_boolean("tensorboard", False, "also write events for TensorBoard, to the folder tensorboard in --out")
     flags.DEFINE_boolean("wandb", False, "also write an offline run of Weights & Biases, to the folder wandb in --out")
+    flags.DEFINE_boolean(
+        "profile",
+        False,
+        "also trace the second superstep to the folder profile in --out, for Perfetto and TensorBoard",
+    )
     settings.define_flags()
     program.define_output_flags(None)
     program.define_host_flags()

@@ -3,8 +3,8 @@
     fdjax-compare runs/fedavg runs/feddistill --targets=0.8
     python -m fdjax.compare runs/a runs/b runs/c --metric=own_accuracy --out=runs/comparison
 
-Takes folders that `fdjax --out=...` has written, of one seed or of several (`--seeds`); those that differ by their seeds alone
-become one row. The others are compared with the first one, paired by seed. Writes table.md, table.tex and curves.png.
+Takes folders that `fdjax --out=...` has written, of one seed or several (`--seeds`); those that differ by their seeds
+alone become one row. The others are compared with the first, paired by seed. Writes table.md, table.tex and curves.png.
 """
 
 import sys
@@ -111,12 +111,14 @@ def _until(group: Group, metric: str, target: float) -> list[str]:
         return ["never", "never"]
     some = f" ({len(rounds)} of {len(group.runs)})" if len(rounds) < len(group.runs) else ""
     mean, std = report.spread(rounds)
-    return [f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else "") + some, report.byte_size(float(np.mean(sent))) + some]
+    spread = f" ± {std:.1f}" if std is not None else ""
+    return [f"{mean:.1f}{spread}{some}", report.byte_size(float(np.mean(sent))) + some]
 
 
 def _notes(groups: Sequence[Group], metric: str, targets: Sequence[float]) -> list[str]:
     spread = "; mean ± sample standard deviation over seeds" if any(len(each.runs) > 1 for each in groups) else ""
-    notes = [f"{metric.replace('_', ' ').capitalize()} at the last evaluation{spread}. Bytes: up and down, all clients."]
+    name = metric.replace("_", " ").capitalize()
+    notes = [f"{name} at the last evaluation{spread}. Bytes: up and down, all clients."]
     pairs = [len(comparison.difference(groups[0], other, metric).differences) for other in groups[1:]]
     if any(n >= comparison.FEWEST for n in pairs):
         notes.append(
@@ -127,7 +129,7 @@ def _notes(groups: Sequence[Group], metric: str, targets: Sequence[float]) -> li
     if any(n < comparison.FEWEST for n in pairs):
         notes.append(_FEW)
     if targets:
-        notes.append("Rounds and bytes to a target: interpolated, when the best so far first reaches it; of seeds that do.")
+        notes.append("Rounds and bytes until the best value so far reaches a target, interpolated, of seeds that do.")
     return notes
 
 

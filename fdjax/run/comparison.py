@@ -54,7 +54,7 @@ def read(folder: Path) -> list[Run]:
         raise InputError(f"{folder} holds no results.json, as a run leaves it in its --out{could}") from None
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}); run the command that wrote it again") from None
-    results = content.get("results", [content.get("result")]) if isinstance(content, dict) else [None]
+    results: Any = content.get("results", [content.get("result")]) if isinstance(content, dict) else [None]
     try:
         return [_run(folder, result) for result in results]
     except (KeyError, TypeError, AttributeError):
@@ -86,9 +86,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
             )
         alike.append(run)
     groups = [sorted(alike, key=lambda run: run.seed) for alike in found.values()]
-    return [
-        Group(label, tuple(alike)) for label, alike in zip(_labels([g[0] for g in groups]), groups, strict=True)
-    ]
+    return [Group(label, tuple(alike)) for label, alike in zip(_labels([g[0] for g in groups]), groups, strict=True)]
 
 
 def _defining(run: Run) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def _paired_tests(d: np.ndarray) -> tuple[float, float]:
 
     spread = float(np.std(d, ddof=1)) / math.sqrt(len(d))
     p_t = 2 * float(stats.t.sf(abs(float(np.mean(d))) / spread, len(d) - 1)) if spread else 0.0
-    return p_t, float(stats.wilcoxon(d).pvalue)
+    return p_t, float(stats.wilcoxon(d)[1])  # pyright: ignore[reportArgumentType]
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -178,13 +176,12 @@ def holm(p: Sequence[float]) -> list[float]:
 
     In ascending order, p_(i) becomes the largest of min(1, (m - j + 1) p_(j)) for j <= i. NaN stays.
     """
-    p = np.asarray(p, float)
-    corrected, most = np.full(len(p), math.nan), 0.0
-    order = [int(i) for i in np.argsort(p) if not math.isnan(p[i])]
+    corrected, most = [math.nan] * len(p), 0.0
+    order = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
     for place, i in enumerate(order):
         most = max(most, min(1.0, (len(order) - place) * p[i]))
         corrected[i] = most
-    return corrected.tolist()
+    return corrected
 
 
 def sent_until(run: Run) -> list[float]:
