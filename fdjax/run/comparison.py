@@ -134,6 +134,8 @@ def metric_of(groups: Sequence[Group], asked: str | None) -> str:
     common = set.intersection(*({*run.evaluations} - {"round"} for run in runs))
     usual = [f"{kind}_accuracy" for kind in ("central", "local", "own", "validation")]
     name = asked or next((n for n in usual if n in common), usual[0])
+    if not common:
+        raise InputError(f"{runs[0].folder} and the others have no metric of evaluations in common; compare others")
     for run in runs:
         if name not in run.evaluations:
             raise InputError(f"{run.folder}: {unknown('metric', name, common)} (those that all these runs have)")

@@ -1,4 +1,4 @@
-"""Runs side by side: how they are grouped, what their differences are worth, and what is said of those that do not fit."""
+"""Runs side by side: how they are grouped, what their differences are worth, what is said of those that do not fit."""
 
 import json
 import math
@@ -173,7 +173,10 @@ def bad_folders(tmp_path):
     (folder(tmp_path / "other", result()) / "results.json").write_text('{"rows": [1, 2]}')
     (folder(tmp_path / "list", result()) / "results.json").write_text("[]")
     folder(tmp_path / "half", {"settings": BASE, "rounds": {}, "evaluations": {}})
-    folder(tmp_path / "own", result(metric="own_accuracy"))
+    folder(tmp_path / "own", result(metric="own_accuracy", algorithm="fedprox"))
+    both = result(algorithm="fedntd")
+    both["evaluations"]["own_accuracy"] = [0.0, 0.1, 0.2]
+    folder(tmp_path / "both", both)
     folder(tmp_path / "twin", *ended([0.9]))
     (tmp_path / "empty").mkdir()
     return good
@@ -192,7 +195,11 @@ def bad_folders(tmp_path):
         (["runs/good", "runs/good"], "is given twice; leave one out"),
         (["runs/good", "twin"], "both have seed 0 of the same setting; leave one out"),
         (["runs/good", "--metric=central_acuracy"], "(did you mean 'central_accuracy'?)"),
-        (["runs/good", "own", "--metric=own_accuracy"], "good: unknown metric 'own_accuracy'"),
+        (
+            ["runs/good", "both", "--metric=own_accuracy"],
+            "good: unknown metric 'own_accuracy' (did you mean 'central_accuracy'?)",
+        ),
+        (["runs/good", "own"], "good and the others have no metric of evaluations in common"),
         (["runs/good", "--targets=80"], "expected accuracies above 0 and at most 1"),
         (["runs/good", "--targets="], "expected accuracies above 0 and at most 1"),
         ([], "give the folders of runs, e.g. fdjax-compare runs/a runs/b"),
@@ -220,7 +227,8 @@ def test_the_program(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith((out / "table.md").read_text().rstrip("\n"))
     assert "\\toprule" in (out / "table.tex").read_text()
-    assert Image.open(out / "curves.png").size[0] > 1000
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size[0] > 1000
     refused = programs.run("fdjax.compare", str(tmp_path / "nowhere"))
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
