@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         Upload,
     )
     from fdjax.data.arrays import from_arrays
+    from fdjax.data.frames import from_frame
+    from fdjax.data.texts import from_texts
     from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
@@ -51,8 +53,8 @@ __version__ = "0.2.0"  # the only place; setup.cfg reads it
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result",
-    "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys",
-    "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
+    "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
+    "from_frame", "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
 ]  # fmt: skip
 
 _MODULES = {
@@ -72,6 +74,8 @@ _ATTRIBUTES = {
     "Progress": "fdjax.run.loggers",
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "from_arrays": "fdjax.data.arrays",
+    "from_frame": "fdjax.data.frames",
+    "from_texts": "fdjax.data.texts",
     "load": "fdjax.run.stored",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
