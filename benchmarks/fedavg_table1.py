@@ -14,6 +14,7 @@ from absl import flags
 from benchmarks import cases
 from fdjax.errors import InputError
 from fdjax.run import program, report, settings
+from fdjax.run.derived import rounds_to
 from fdjax.run.runner import Result
 
 PUBLISHED = {
@@ -22,19 +23,6 @@ PUBLISHED = {
     ("shards", 0): {0.1: 1796, 0.2: 1528},
     ("shards", 10): {0.1: 664, 0.2: 619, 0.5: 443, 1.0: 380},
 }
-
-
-def rounds_to(rounds: list[float], values: list[float], target: float) -> float | None:
-    """The interpolated round at which the running maximum of `values` first reaches `target`; None if never."""
-    before_round, before = 0.0, 0.0
-    for round, value in zip(rounds, values, strict=True):
-        if value >= target:
-            return before_round + (round - before_round) * (target - before) / (value - before)
-        if value > before:
-            before_round, before = round, value
-        else:
-            before_round = round
-    return None
 
 
 def main() -> None:
@@ -94,7 +82,7 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
         published = PUBLISHED[partition, batch_size][fraction]
         needed = {
             rate: [
-                rounds_to(r.evaluations["round"], r.evaluations["central_accuracy"], given.target)
+                rounds_to(r.evaluations["round"], r.evaluations["central_accuracy"], given.target_accuracy)
                 for r in results[cell, rate]
             ]
             for rate in given.learning_rates
@@ -119,8 +107,9 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
     headers = ("partition", "B", "C", "learning rate", "rounds, published", "rounds", "difference",
                f"accuracy after {given.rounds}", "s")  # fmt: skip
     note = (
-        f"Rounds to {100 * given.target:g} % of the central model on the full test set; mean of {given.seeds} seed(s). "
-        f"{given.model}, {given.dataset}, {given.num_clients} clients, E = {given.local_epochs or 1:g}, "
+        f"Rounds to {100 * given.target_accuracy:g} % of the central model on the full test set; mean of "
+        f"{given.seeds} seed(s). {given.model}, {given.dataset}, "
+        f"{given.num_clients} clients, E = {given.local_epochs or 1:g}, "
         f"inputs {'standardised' if given.standardize else 'in [0, 1]'}."
     )
     return f"{report.table(lines, headers)}\n\n{note}"
@@ -129,7 +118,7 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
 if __name__ == "__main__":
     flags.DEFINE_list("cells", ["iid:10:0.1"], "cells of the table as partition:batch:C")
     flags.DEFINE_list("learning_rates", ["0.03", "0.05", "0.1", "0.2"], "the grid on which every cell is tuned")
-    flags.DEFINE_float("target", 0.97, "accuracy to reach", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float("target_accuracy", 0.97, "accuracy to reach", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seeds", 1, "number of seeds, from --seed on", lower_bound=1)
     settings.define_flags(
         skip=("algorithm", "partition", "batch_size", "participation", "learning_rate", "models"),

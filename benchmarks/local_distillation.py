@@ -1,7 +1,8 @@
 """Local distillation of global knowledge where few clients take part: accuracy, forgetting, bytes, rounds to a target.
 
     python -m benchmarks.local_distillation --data_dir=...        # a quarter of MNIST; ten minutes on two cores
-    python -m benchmarks.local_distillation --dataset=mnist_sample --train_fraction=1 --proxy_size=500 --target=0.8
+    python -m benchmarks.local_distillation --dataset=mnist_sample --train_fraction=1 --proxy_size=500 \
+        --target_accuracy=0.8
 
 Lee et al. (2022), FedNTD, have MNIST and CIFAR-10 among 100 clients of which 10 % take part, E = 5, B = 50, SGD with
 0.01 and momentum 0.9, and 200 rounds, by shards or Dirichlet. Here a 2NN learns a quarter of MNIST by Dirichlet(0.1),
@@ -24,11 +25,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from benchmarks.fedavg_table1 import rounds_to
 from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import count_bytes
 from fdjax.run import experiment, program, report, settings
+from fdjax.run.derived import forgetting, rounds_to
 from fdjax.types import Federation
 
 
@@ -78,8 +79,7 @@ class Learned(NamedTuple):
 
     def forgotten(self) -> float:
         """F, the mean over those."""
-        A = self.by_class
-        return float(np.mean([(A[:t].max(0) - A[t]).mean() for t in range(self.half, len(A))]))
+        return float(np.mean(forgetting(self.by_class)[self.half :]))
 
 
 def main() -> None:
@@ -152,7 +152,7 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
     lines = []
     for name, runs in learned.items():
         settled = np.array([run.settled() for run in runs])
-        reached = [rounds_to(run.rounds, run.accuracy.tolist(), given.target) for run in runs]
+        reached = [rounds_to(run.rounds, run.accuracy.tolist(), given.target_accuracy) for run in runs]
         paid = [np.interp(at, run.rounds, run.sent) for at, run in zip(reached, runs, strict=True) if at is not None]
         lines.append((
             name,
@@ -165,7 +165,7 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
             f"{np.mean([run.down for run in runs]):,.0f}",
         ))  # fmt: skip
     headers = ("", "accuracy, %", "above FedAvg, points, of each seed", "forgetting, points",
-               f"rounds to {given.target:.0%}", "bytes until then", "bytes up", "bytes down")  # fmt: skip
+               f"rounds to {given.target_accuracy:.0%}", "bytes until then", "bytes up", "bytes down")  # fmt: skip
     note = (
         f"Central model on the test set, means over the evaluations (every {given.eval_every} rounds) of the last half "
         f"of {given.rounds} rounds, mean and std over {given.seeds} seeds, paired. Bytes up and down are of one client "
@@ -179,7 +179,7 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("seeds", 3, "number of seeds, from --seed on", lower_bound=1)
-    flags.DEFINE_float("target", 0.85, "accuracy whose round is printed", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float("target_accuracy", 0.85, "accuracy whose round is printed", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_string("out", "runs/local_distillation", "folder for the table, results and picture")
     flags.DEFINE_boolean("overwrite", False, "begin again although --out holds a run")
     settings.define_flags(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data import arrays, hugging_face, images, tables, text_files
+from fdjax.data import arrays, hugging_face, images, pfllib, tables, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
 from fdjax.errors import InputError, unknown
@@ -36,6 +36,12 @@ class Reader(NamedTuple):
 READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
     "table": Reader("a table", tables.read_table, (*tables.CSV, ".parquet")),
+    "pfllib": Reader(
+        "a data folder of PFLlib or HtFLlib",
+        pfllib.read_folder,
+        has_owners=pfllib.is_folder,
+        is_folder=pfllib.is_folder,
+    ),
     "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
     "hugging_face": Reader(
         "a folder of Hugging Face's save_to_disk", hugging_face.read_saved, is_folder=hugging_face.is_saved
@@ -105,7 +111,8 @@ def load(name: str, **options: Any) -> Source:
 def load_proxy(name: str, like: Source) -> Source:
     """The same as proxy data: where it has no test part of its own, all its examples are training examples.
 
-    A table's are made inputs as the rows of `like` were, if that is a table. Raises InputError if it is none.
+    A table's are made inputs as the rows of `like` were, if that is a table, and texts read with its vocabulary.
+    Raises InputError if it is none.
     """
     value = _OWN[name].value
     if not isinstance(value, Source) and reader_of(value).read is tables.read_table:
@@ -114,6 +121,8 @@ def load_proxy(name: str, like: Source) -> Source:
                 f"--proxy={title(name)} is a table, but {like.name} is none; give a table as --dataset too"
             )
         return checked(tables.read_rows(value, name.partition("@")[0], like.encoding))
+    if not isinstance(value, Source) and reader_of(value).read is text_files.read_texts:
+        return checked(text_files.read_like(value, name.partition("@")[0], like))
     return load(name, **({"test_fraction": 0.0} if "test_fraction" in options_of(name) else {}))
 
 
