@@ -156,7 +156,7 @@ def test_a_program_without_room_prints_its_table_and_fails(tmp_path):
     assert "central accuracy" in stdout
     assert "Traceback" not in stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 4  # the checkpoint, the table, results and curves
+    assert len(errors) == 6  # the checkpoint, the metrics, the table, the results in two forms and the curves
 
 
 # A folder in use.
@@ -172,7 +172,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
         assert (tmp_path / "checkpoints").is_dir()
     report.prepare(tmp_path, overwrite=True)
     assert run(small(1), tmp_path).round == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", ".lock", "metrics.csv"}
 
 
 def test_a_dead_process_holds_no_folder(tmp_path):
