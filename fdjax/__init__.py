@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fdjax.run.settings import Settings
     from fdjax.run.settings import make as settings
     from fdjax.run.stored import load
+    from fdjax.run.summary import summary
 
 __version__ = "0.2.0"  # the only place; setup.cfg reads it
 
@@ -52,7 +53,7 @@ __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result",
     "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys",
-    "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
+    "load", "losses", "models", "reductions", "run", "run_seeds", "settings", "summary",
 ]  # fmt: skip
 
 _MODULES = {
@@ -73,6 +74,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "from_arrays": "fdjax.data.arrays",
     "load": "fdjax.run.stored",
+    "summary": "fdjax.run.summary",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
     **dict.fromkeys(
