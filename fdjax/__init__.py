@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Upload,
     )
     from fdjax.data.arrays import from_arrays
+    from fdjax.data.texts import from_texts
     from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
     from fdjax.method import HParam, Method, Task, Training
@@ -52,8 +53,8 @@ __version__ = "0.2.0"  # the only place; setup.cfg reads it
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result",
-    "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays", "keys",
-    "load", "losses", "models", "reductions", "run", "run_seeds", "settings", "summary",
+    "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
+    "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings", "summary",
 ]  # fmt: skip
 
 _MODULES = {
@@ -73,6 +74,7 @@ _ATTRIBUTES = {
     "Progress": "fdjax.run.loggers",
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "from_arrays": "fdjax.data.arrays",
+    "from_texts": "fdjax.data.texts",
     "load": "fdjax.run.stored",
     "summary": "fdjax.run.summary",
     "run_seeds": "fdjax.run.seeds",

@@ -144,6 +144,8 @@ class Method(NamedTuple):
     pooled: bool = False  # whether one client holds what all would hold
     averages: bool = False  # whether it exchanges params of the central model, so that clients can keep some; if more
     # than these are sent, they are the entry "params" of a dict
+    needs_numbers: bool = False  # whether it makes inputs, changes them or measures distances: not of tokens
+    needs_numbers_for: tuple[tuple[str, str], ...] = ()  # options with the value with which it does
     keeps_models: bool = False  # whether clients' own models never leave them, so that their statistics stay too
     stages: tuple[str, ...] = ()  # what it trains by beside `task.training`: "distill", "server", or both
     stages_for: tuple[str, str] | None = None  # an option and its value without which it does not

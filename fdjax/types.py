@@ -4,7 +4,7 @@ Letters, everywhere: C clients, S participants, N examples, M proxy or test exam
 T trials.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ PyTree = Any
 class Source(NamedTuple):
     """A data set on the host, as a source delivers it and before anyone partitions it.
 
-    Images are uint8 `[N, height, width, channels]`; everything else is float32 `[N, features]`.
+    Images are uint8 `[N, height, width, channels]`, sequences of tokens int32 `[N, length]`; everything else is float32
+    `[N, features]`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Source(NamedTuple):
     labels: str = (
         ""  # what the labels name, such as "digits": alike in sources of the same word; "": in no other source
     )
+    vocabulary: tuple[str, ...] = ()  # the tokens, by their numbers in sequences; none where inputs are no sequences
     classes: tuple[str, ...] = ()  # [K] what each label is called in the data; () where 0, 1, ... are the data's own
     owners: tuple[str, ...] = ()  # what each natural client is called in the data, likewise
     categories: tuple[int, ...] = ()
@@ -69,9 +71,9 @@ class Holdings(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Examples on the device, stored once: `x * scale + shift` is what a model sees."""
+    """Examples on the device, stored once: `x * scale + shift` is what a model sees, or x itself where it is tokens."""
 
-    x: Array  # [N, ...] uint8 or float32
+    x: Array  # [N, ...] uint8 or float32, or int32 tokens
     y: Array  # [N] int32
     scale: Array  # [channels] or [1] float32
     shift: Array
@@ -108,6 +110,11 @@ class Model(NamedTuple):
     init: Callable[[jax.Array], PyTree]  # key -> params
     apply: Callable[..., jax.Array]  # (params, x [B, ...], key=None) -> logits [B, K]
     blocks: tuple[Callable[..., jax.Array], ...] = ()  # (params, h, key=None) -> h; one after another they are `apply`
+    tokens: int = 0  # inputs are int32 tokens below this number; 0: they are numbers, float32
+
+    def example(self, inputs: Sequence[int], batch: int = 1) -> jax.ShapeDtypeStruct:
+        """What `apply` is given of `batch` examples, each of the shape `inputs`: their shape and type."""
+        return jax.ShapeDtypeStruct((batch, *inputs), np.int32 if self.tokens else np.float32)
 
     def features(self, params: PyTree, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """What the last block, the head, is given: all blocks but the last, one after another."""

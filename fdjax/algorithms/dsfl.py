@@ -141,4 +141,5 @@ METHOD = Method(
     stages=("distill",),
     keeps_models=True,
     example_fits=1,
+    needs_numbers_for=selection.DISTANCES,
 )

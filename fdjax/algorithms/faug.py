@@ -144,4 +144,5 @@ METHOD = Method(
         "generator_steps": epochs(500, "steps of the generator's training"),
     },
     options={"base": ("fd", "fl")},
+    needs_numbers=True,
 )

@@ -21,8 +21,7 @@ Sent: in the set-up h_0 down, 4 |D_dist| up; in a round 4P each way. A client ke
 
 Ours: parts without overlap (the code's may); SimCLR's views, steps and projection; teachers in test mode; an Adam that
 starts afresh in a round; the clients' optimiser is that of --optimizer (the paper's is Adam, 1e-3); one architecture;
-no proximal term, which the released code has. Clients have the auxiliary data themselves.
-With `scores` = equal and `pretraining` = off it is FedDF of uniform weights, without its validation.
+no proximal term (the code has one). All have the auxiliary data. With equal `scores` and `pretraining` off it is FedDF.
 
 A 2nn, Dirichlet(0.01), 5 rounds, means of three seeds (`test_learning.py`): with Adam FedAvg has 0.611, neither part
 0.560, pre-training alone 0.592, exact scores alone 0.624, both 0.671. With SGD at 0.1 FedAvg has 0.757, equal scores
@@ -56,7 +55,7 @@ def fedaux(task: Task) -> Algorithm:
     negative, distilled = proxy.in_two(task.proxy_size, float(task.options["negatives"]))
     calibration = certainty.CALIBRATIONS[task.options["calibration"]]
     certain, private = task.options["scores"] != "equal", task.options["scores"] == "private"
-    shapes, x = jax.eval_shape(task.model.init, jax.random.key(0)), jax.ShapeDtypeStruct((1, *task.inputs), jnp.float32)
+    shapes, x = jax.eval_shape(task.model.init, jax.random.key(0)), task.model.example(task.inputs)
     of_extractor = paths_read(task.model.features, shapes, x)
     plain = fedavg.fedavg(task)
     (averaging,) = plain.round
@@ -147,4 +146,5 @@ METHOD = Method(
     one_architecture=True,
     parts=True,
     distill_batch_size=128,
+    needs_numbers_for=(_SIMCLR,),
 )

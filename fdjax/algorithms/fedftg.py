@@ -140,4 +140,5 @@ METHOD = Method(
     },
     options={"disagreement": ("kl", "l1")},
     one_architecture=True,
+    needs_numbers=True,
 )

@@ -46,7 +46,7 @@ def fedgen(task: Task) -> Algorithm:
     """FedGen of the task's model; hparams and options: see METHOD."""
     model, K = task.model, task.classes
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    space = jax.eval_shape(model.features, shapes, jax.ShapeDtypeStruct((1, *task.inputs), jnp.float32))
+    space = jax.eval_shape(model.features, shapes, model.example(task.inputs))
     of_head = paths_read(model.head, shapes, space)
     by_logits = task.options["teachers"] == "logits"
     noise_of = jax.random.uniform if task.options["noise"] == "uniform" else jax.random.normal

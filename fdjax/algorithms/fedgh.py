@@ -16,7 +16,6 @@ alone 0.230, 0.249, 0.235; on own labels 0.940, 0.933, 0.944 and 0.922, 0.937, 0
 """
 
 import jax
-import jax.numpy as jnp
 
 from fdjax.client import losses
 from fdjax.client.trained import path_of, paths_read
@@ -36,7 +35,7 @@ class _Head:
 
     def __init__(self, model: Model, inputs: tuple[int, ...]):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        self.space = jax.eval_shape(model.features, shapes, jax.ShapeDtypeStruct((1, *inputs), jnp.float32))
+        self.space = jax.eval_shape(model.features, shapes, model.example(inputs))
         read = paths_read(model.head, shapes, self.space)
         order = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
         self.paths, self._shapes, self._model = [path for path in order if path in read], shapes, model

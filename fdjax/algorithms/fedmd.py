@@ -96,4 +96,5 @@ METHOD = Method(
     keeps_optimizer=True,
     stages=("distill",),
     keeps_models=True,
+    needs_numbers_for=selection.DISTANCES,
 )

@@ -14,8 +14,7 @@ models. A client predicts by the model that it trained last, the central model i
 
 Ours: everything above beside SL and that there is a proximal term; G is dense (`exchange/inputs.py`) and goes on from
 round to round, its Adam begins anew; noise is new in each step, batches have 50. In `test_learning.py` F has 0.560,
-0.428, 0.416 and devices 0.234, 0.244, 0.243: level with training alone (0.230, 0.249, 0.235), as what they are handed
-down is unlearned in an epoch on one or two labels.
+0.428, 0.416 and devices 0.234, 0.244, 0.243, as alone (0.230, 0.249, 0.235): an epoch on one or two labels unlearns it.
 """
 
 import jax
@@ -147,4 +146,5 @@ METHOD = Method(
         "student_steps": epochs(5, "steps of the global model in each of them"),
         "device_steps": epochs(50, "steps of each device's model at the server in a round"),
     },
+    needs_numbers=True,
 )

@@ -41,4 +41,5 @@ METHOD = Method(
     stages=("distill",),
     keeps_models=True,
     example_fits=1,
+    needs_numbers_for=selection.DISTANCES,
 )

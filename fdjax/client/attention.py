@@ -13,7 +13,7 @@ class Attentive:
 
     def __init__(self, model: Model, inputs: Sequence[int]):
         params = jax.eval_shape(model.init, jax.random.key(0))
-        h, shapes = jax.ShapeDtypeStruct((1, *inputs), jnp.float32), []
+        h, shapes = model.example(inputs), []
         for block in model.blocks[:-1]:
             h = jax.eval_shape(block, params, h)
             shapes.append(h.shape)

@@ -19,9 +19,15 @@ class ClientData(NamedTuple):
     count: Array  # [] int32
 
     def take(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The client's examples at `position` [B] (0 <= position < count): x [B, ...] float32 and y [B] int32."""
+        """The client's examples at `position` [B] (0 <= position < count): x [B, ...] and y [B] int32.
+
+        x is float32, standardised; tokens stay the int32 that they are.
+        """
         index = self.order[self.start + position]
-        x = self.examples.x[index].astype(jnp.float32)
+        x = self.examples.x[index]
+        if x.dtype == jnp.int32:
+            return x, self.examples.y[index]
+        x = x.astype(jnp.float32)
         channels = (1,) * (x.ndim - 1) + (-1,)
         return x * self.examples.scale.reshape(channels) + self.examples.shift.reshape(channels), self.examples.y[index]
 

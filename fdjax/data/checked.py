@@ -11,8 +11,9 @@ from fdjax.types import Source
 def checked(source: Source) -> Source:
     """The same source.
 
-    Raises InputError unless it has training and test examples of one shape, uint8 or finite floats, as many labels as
-    examples, all of them whole numbers from 0 to num_classes - 1 of two or more, and an owner for each if for any.
+    Raises InputError unless it has training and test examples of one shape, uint8, finite floats or tokens of its
+    vocabulary, as many labels as examples, all of them whole numbers from 0 to num_classes - 1 of two or more, and an
+    owner for each if for any.
     """
     name = source.name
     if source.num_classes < 2:
@@ -26,7 +27,7 @@ def checked(source: Source) -> Source:
                 f"{source.train_x.shape}"
             )
         _check_labels(f"{name}: {part}", x, y, source.num_classes)
-        _check_inputs(f"{name}: {part}", x)
+        _check_inputs(f"{name}: {part}", x, len(source.vocabulary))
         if owner is not None and np.shape(owner) != np.shape(y):
             raise InputError(f"{name}: {part} owners have shape {np.shape(owner)}, expected {np.shape(y)}, one a label")
     return source
@@ -52,7 +53,10 @@ def _check_labels(what: str, x: np.ndarray, y: np.ndarray, num_classes: int) -> 
         )
 
 
-def _check_inputs(what: str, x: np.ndarray) -> None:
+def _check_inputs(what: str, x: np.ndarray, tokens: int) -> None:
+    if tokens or x.dtype == np.int32:
+        _check_tokens(what, x, tokens)
+        return
     if x.dtype == np.uint8:
         return
     if x.dtype != np.float32:
@@ -63,3 +67,22 @@ def _check_inputs(what: str, x: np.ndarray) -> None:
     raise InputError(
         f"{what} inputs are not finite in {len(bad)} of {len(x)} examples, the first at {bad[0]}; mend or remove them"
     )
+
+
+def _check_tokens(what: str, x: np.ndarray, tokens: int) -> None:
+    if not tokens:
+        raise InputError(
+            f"{what} inputs are int32, as sequences of tokens are, but the source has no vocabulary; name the tokens, "
+            "or give uint8 for images, else float32"
+        )
+    if x.dtype != np.int32 or x.ndim != 2:
+        raise InputError(
+            f"{what} inputs are {x.dtype} {x.shape}, but the source has a vocabulary of {tokens}; expected int32 "
+            "sequences [N, L] of tokens"
+        )
+    if x.min() < 0 or x.max() >= tokens:
+        bad = np.flatnonzero((x < 0).any(1) | (x >= tokens).any(1))
+        raise InputError(
+            f"{what} tokens reach from {x.min()} to {x.max()}, first in example {bad[0]}; expected 0 to {tokens - 1}, "
+            f"the places of the vocabulary of {tokens}"
+        )

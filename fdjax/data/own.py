@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data import arrays
+from fdjax.data import arrays, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
 from fdjax.errors import InputError, unknown
@@ -28,14 +28,17 @@ class Reader(NamedTuple):
 
     what: str
     read: Callable[..., Source]  # (path, name, *, option=...) -> Source
-    suffixes: tuple[str, ...]  # of a file; none of a folder
+    suffixes: tuple[str, ...] = ()  # of a file; none of a folder
     has_owners: Callable[[Path], bool] = lambda path: False  # whether the file says by itself who holds each example
+    is_folder: Callable[[Path], bool] = lambda path: False  # whether a folder is one that it reads
 
 
 READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
+    "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
 }
-OPTIONS = ("test_data", "test_fraction", "test_by")  # settings that some kind of file has as its option
+# Settings that are options of some kind of file.
+OPTIONS = ("unit", "length", "stride", "vocabulary", "test_data", "test_fraction", "test_by")
 FILES = ("test_data",)  # options that are files of their own, which settings hold as they hold the data set
 
 _OWN = own.Registry("data set")
@@ -137,12 +140,15 @@ def reader_of(path: Path) -> Reader:
 
 def expected() -> str:
     """The kinds of files and folders, in words."""
-    return ", ".join(f"{reader.what} ({', '.join(reader.suffixes)})" for reader in READERS.values())
+    kinds = [(reader.what, ", ".join(reader.suffixes)) for reader in READERS.values()]
+    return ", ".join(f"{what} ({suffixes})" if suffixes else what for what, suffixes in kinds)
 
 
 def _suffix(path: Path) -> str:
     """The kind of a path, a key of READERS; empty if it has none."""
     name = path.name.lower()
+    if path.is_dir():
+        return next((kind for kind, reader in READERS.items() if reader.is_folder(path)), "")
     return next((kind for kind, reader in READERS.items() if name.endswith(reader.suffixes)), "")
 
 

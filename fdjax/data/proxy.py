@@ -14,7 +14,7 @@ from fdjax.types import Source
 
 KINDS = {
     "held_out": "training examples taken from all clients before the partition, with labels",
-    "noise": "uniform pixels, or normal features; without labels",
+    "noise": "uniform pixels or tokens, or normal features; without labels",
     "generated": "smooth random images, noise blurred at random scales; without labels",
 }
 _UNKNOWN = -1  # the label of an example without one
@@ -40,7 +40,7 @@ def take_proxy(
     cache_dir, for `load`. Raises InputError for an unknown kind, more examples than there are, and another input shape.
     """
     rng = np.random.default_rng([seed, 1])
-    shape, image = source.train_x.shape[1:], source.train_x.dtype == np.uint8
+    shape, kind_of_x = source.train_x.shape[1:], source.train_x.dtype
     if kind == "held_out":
         have = len(source.train_y)
         if not 0 < size < have:
@@ -49,9 +49,12 @@ def take_proxy(
         return kept, Proxy(x, y, True)
     if kind in ("noise", "generated"):
         unlabelled = np.full(size, _UNKNOWN, np.int32)
-        if not image:
-            if kind == "generated":
-                raise InputError(f"--proxy=generated makes images, but {source.name} has features {shape}; use noise")
+        if kind == "generated" and kind_of_x != np.uint8:
+            what = "tokens" if source.vocabulary else "features"
+            raise InputError(f"--proxy=generated makes images, but {source.name} has {what} {shape}; use noise")
+        if source.vocabulary:
+            return source, Proxy(rng.integers(0, len(source.vocabulary), (size, *shape), np.int32), unlabelled, False)
+        if kind_of_x != np.uint8:
             mean, std = np.asarray(source.mean, np.float32), np.asarray(source.std, np.float32)
             x = mean + std * rng.normal(size=(size, *shape)).astype(np.float32)
             return source, Proxy(x.astype(np.float32), unlabelled, False)
@@ -68,6 +71,11 @@ def take_proxy(
         raise InputError(
             f"--proxy={own.title(kind)} has inputs {other.train_x.shape[1:]}, but {source.name} has {shape}; "
             "use proxy data of the same shape"
+        )
+    if other.vocabulary != source.vocabulary:
+        raise InputError(
+            f"--proxy={kind} has {len(other.vocabulary)} other tokens than the {len(source.vocabulary)} of "
+            f"{source.name}; use texts that were read with one vocabulary"
         )
     if size > len(other.train_y):
         raise InputError(

@@ -100,8 +100,8 @@ def classes_of(layout: Layout, federation: Federation) -> dict[str, int]:
 @functools.lru_cache(maxsize=64)
 def _classes(model: Model, inputs: tuple[int, ...]) -> int:
     """Traced once for a model, and not for every function that asks."""
-    x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
-    return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x), x).shape[-1]
+    example = model.example(inputs)
+    return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x), example).shape[-1]
 
 
 class NonFinite(NamedTuple):

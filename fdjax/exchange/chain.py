@@ -123,7 +123,7 @@ def chain_of(model: Model, inputs: Sequence[int], user: str) -> Chain:
     params = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path_of(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(params)}
     layers: list[Layer] = []
-    h = jax.ShapeDtypeStruct((2, *inputs), jnp.float32)
+    h = model.example(inputs, 2)
     for number, block in enumerate(model.parts(user)):
         read = sorted(paths_read(block, params, h))
         if read:

@@ -34,7 +34,7 @@ def length(task: Task, method: str) -> int:
 def features_of(model: Model, inputs: tuple[int, ...]) -> int:
     """How many numbers a net's head is given."""
     params = jax.eval_shape(model.init, jax.random.key(0))
-    shape = jax.eval_shape(model.features, params, jax.ShapeDtypeStruct((1, *inputs), jnp.float32)).shape
+    shape = jax.eval_shape(model.features, params, model.example(inputs)).shape
     return math.prod(shape)
 
 

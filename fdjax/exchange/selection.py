@@ -66,6 +66,7 @@ HPARAMS = {
     ),
     "selection_ambiguity": HParam(1.5, high=2.0, help="largest distance of a mean to its hard label", only=_SERVER),
 }
+DISTANCES = tuple((_CLIENTS[0], value) for value in _CLIENTS[1:])  # options with which distances of inputs matter
 _KNOWN, _AUXILIARY, _BATCH = 256, 250, 256
 
 

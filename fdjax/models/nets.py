@@ -119,3 +119,28 @@ class CNN2(Net):
     def blocks(self, train: bool) -> list[Block]:
         convs = [rectified(Conv(128, padding=self.padding), max_pool) for _ in range(2)]
         return [*convs, rectified(Conv(128, padding=self.padding)), *dense((2048,), self.num_classes)]
+
+
+class FedAvgCNN(Net):
+    """5x5 convolutions of 32 and 64 channels without padding, each pooled, then 512 units (PFLlib's FedAvgCNN).
+
+    On 28x28x1 the dense layer is given 1,024 numbers, on 32x32x3 1,600: what PFLlib's `dim` has to be told is seen.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def blocks(self, train: bool) -> list[Block]:
+        convs = [rectified(Conv(features, (5, 5)), max_pool) for features in (32, 64)]
+        return [*convs, *dense((512,), self.num_classes)]
+
+
+class OneHidden(Net):
+    """One hidden layer of ReLU units: PFLlib's FedAvgMLP with 200, its DNN with 100."""
+
+    num_classes: int
+    width: int = 200
+
+    @nn.compact
+    def blocks(self, train: bool) -> list[Block]:
+        return dense((self.width,), self.num_classes)

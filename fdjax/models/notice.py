@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.extend import core
 
@@ -19,7 +18,7 @@ def notice_plain_conv(model: Model, input_shape: Sequence[int]) -> bool:
     if jax.default_backend() != "cpu":
         return False
     params = jax.eval_shape(model.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
+    x = model.example(input_shape, 2)
     if not _plain_conv(jax.make_jaxpr(model.apply)(params, x).jaxpr):
         return False
     logging.warning(

@@ -1,7 +1,8 @@
 """A user's own nets: a class or function in a file, or a value from Python, in the place of a name of the zoo.
 
 A net is a linen module or its class, an nnx module's class, a function of the number of classes that returns either, or
-a `Model`. A class or function is given `num_classes`, `input_shape` and (nnx) `rngs`, as far as it takes them.
+a `Model`. A class or function is given `num_classes`, `input_shape`, `tokens`, `categories` and (nnx) `rngs`, as far as
+it takes them.
 """
 
 import functools
@@ -13,12 +14,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from fdjax import digest, models, own
 from fdjax.errors import InputError, unknown
-from fdjax.models import MODELS, ModelEntry
+from fdjax.models import MODELS, NUMBERS, Features, ModelEntry
 from fdjax.types import Model
 
 _OWN = own.Registry("model")
@@ -74,11 +74,13 @@ def file_of(name: str) -> str:
     return _OWN[name].file if own.is_own(name) else ""
 
 
-def build(name: str, input_shape: Sequence[int], num_classes: int, **options: Any) -> Model:
+def build(
+    name: str, input_shape: Sequence[int], num_classes: int, features: Features = NUMBERS, **options: Any
+) -> Model:
     """As `models.build`, of a net by the name that settings hold."""
     if not own.is_own(name):
-        return models.build(name, input_shape, num_classes, **options)
-    return wrap(_OWN[name].value, input_shape, num_classes, _label(name), **options)
+        return models.build(name, input_shape, num_classes, features, **options)
+    return wrap(_OWN[name].value, input_shape, num_classes, _label(name), features, **options)
 
 
 def _label(name: str) -> str:
@@ -87,12 +89,14 @@ def _label(name: str) -> str:
     return title(name) if len(alike) == 1 else name
 
 
-def wrap(thing: Any, input_shape: Sequence[int], num_classes: int, name: str, **options: Any) -> Model:
+def wrap(
+    thing: Any, input_shape: Sequence[int], num_classes: int, name: str, features: Features = NUMBERS, **options: Any
+) -> Model:
     """A net as a `Model`. Raises InputError if it cannot take such inputs or give logits of so many classes."""
     shape = tuple(input_shape)
     try:
-        model = _model(thing, shape, num_classes, name, options)
-        x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        model = _model(thing, shape, num_classes, name, features, options)
+        x = model.example(shape, 2)
         out = jax.eval_shape(lambda key, x: model.apply(model.init(key), x), jax.random.key(0), x)
     except InputError:
         raise
@@ -106,23 +110,25 @@ def wrap(thing: Any, input_shape: Sequence[int], num_classes: int, name: str, **
     return model
 
 
-def _model(thing: Any, shape: tuple[int, ...], classes: int, name: str, options: dict[str, Any]) -> Model:
+def _model(
+    thing: Any, shape: tuple[int, ...], classes: int, name: str, features: Features, options: dict[str, Any]
+) -> Model:
     if isinstance(thing, Model):
-        return thing._replace(name=name)
+        return thing._replace(name=name, tokens=features.tokens)
     if isinstance(thing, nn.Module):
-        return models.from_linen(thing, shape, name)
+        return models.from_linen(thing, shape, name, features.tokens)
     if isinstance(thing, ModelEntry):
-        return models.from_linen(thing.make(num_classes=classes, **{**thing.preset, **options}), shape, name)
-    given = _arguments(thing, shape, classes, name)
+        return models.of_entry(thing, shape, classes, name, features, options)
+    given = _arguments(thing, shape, classes, name, features)
     if "rngs" in _signature(thing).parameters or (isinstance(thing, type) and issubclass(thing, nnx.Module)):
         make: Callable[..., Any] = functools.partial(thing, *given.args, **given.kwargs)
-        return models.from_nnx(lambda rngs: make(rngs=rngs), shape, name)
+        return models.from_nnx(lambda rngs: make(rngs=rngs), shape, name, features.tokens)
     made = thing(*given.args, **given.kwargs)
     if isinstance(made, nnx.Module):
         raise InputError(f"model {name!r} made an nnx module without being given rngs; let it take rngs")
     if not isinstance(made, nn.Module | Model):
         raise InputError(f"model {name!r} made a {type(made).__name__}, expected a linen module or a Model")
-    return _model(made, shape, classes, name, {})
+    return _model(made, shape, classes, name, features, {})
 
 
 def _signature(make: Any) -> inspect.Signature:
@@ -133,10 +139,12 @@ def _signature(make: Any) -> inspect.Signature:
     return taken.replace(parameters=list(taken.parameters.values())[1:])
 
 
-def _arguments(make: Any, shape: tuple[int, ...], classes: int, name: str) -> inspect.BoundArguments:
+def _arguments(
+    make: Any, shape: tuple[int, ...], classes: int, name: str, features: Features
+) -> inspect.BoundArguments:
     """What a class or function is called with. Raises InputError for one that wants more than is known."""
     signature = _signature(make)
-    known = {"num_classes": classes, "input_shape": shape}
+    known = {"num_classes": classes, "input_shape": shape, **features._asdict()}
     accepted = {n: v for n, v in known.items() if n in signature.parameters}
     wanted = [
         n

@@ -21,7 +21,7 @@ Part = Callable[[Any, Any, bool], Any]  # (module, x, train) -> y: a module's ca
 Call = Callable[[Part, PyTree, Any, jax.Array | None], Any]  # (part, params, x, key) -> y
 
 
-def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None = None) -> Model:
+def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None = None, tokens: int = 0) -> Model:
     """Wrap a linen module as a `Model`; a line is logged if its convolutions will be slow on this device.
 
     Args:
@@ -31,6 +31,7 @@ def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None =
         give it parts; one after another they must be the call.
       input_shape: one example's shape.
       name: how tables call it; the module's class if absent.
+      tokens: inputs are int32 tokens below this number; 0: they are float32.
 
     Returns:
       A `Model`; its parameters are the module's collection "params", with BatchNorm's "batch_stats" beside them.
@@ -43,7 +44,7 @@ def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None =
 
     def init(key: jax.Array) -> PyTree:
         mode: dict[str, Any] = _mode(module.__call__, train=False)
-        variables = dict(module.init(key, jnp.zeros((1, *shape), jnp.float32), **mode))
+        variables = dict(module.init(key, jnp.zeros((1, *shape), jnp.int32 if tokens else jnp.float32), **mode))
         params = variables.pop("params", {})
         if extra := sorted(set(variables) - {STATISTICS}):
             raise InputError(f"it keeps {', '.join(extra)} besides parameters and {STATISTICS}; use a module without")
@@ -61,16 +62,19 @@ def from_linen(module: nn.Module, input_shape: Sequence[int], name: str | None =
             return out
         return out[0] if statistics is None else _reporting(out[0], statistics, out[1][STATISTICS])
 
-    return _model(name or type(module).__name__, shape, type(module), init, call)
+    return _model(name or type(module).__name__, shape, type(module), init, call, tokens)
 
 
-def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequence[int], name: str | None = None) -> Model:
+def from_nnx(
+    make: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequence[int], name: str | None = None, tokens: int = 0
+) -> Model:
     """Wrap an nnx module as a `Model`, as `from_linen` does a linen one.
 
     Args:
       make: makes the module from `nnx.Rngs`: once to look at it, and at every init.
       input_shape: one example's shape.
       name: how tables call it; the module's class if absent.
+      tokens: as of `from_linen`.
 
     Returns:
       A `Model`; its parameters are the module's `nnx.Param`, with its `nnx.BatchStat` below "batch_stats". In training
@@ -107,7 +111,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module], input_shape: Sequence[int],
             return y
         return _reporting(y, statistics, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
 
-    return _model(label, tuple(input_shape), type(module), init, call)
+    return _model(label, tuple(input_shape), type(module), init, call, tokens)
 
 
 def _filled(state: nnx.State, values: PyTree) -> nnx.State:
@@ -166,7 +170,9 @@ def _block(index: int) -> Part:
     return lambda module, x, train: _blocks(module, train)[index](x)
 
 
-def _model(label: str, shape: tuple[int, ...], kind: type, init: Callable[[jax.Array], PyTree], call: Call) -> Model:
+def _model(
+    label: str, shape: tuple[int, ...], kind: type, init: Callable[[jax.Array], PyTree], call: Call, tokens: int
+) -> Model:
     """The checked model of a module of class `kind`."""
     if not shape or min(shape) < 1:
         raise InputError(f"model {label!r}: input_shape must have at least one axis, none of them empty; got {shape}")
@@ -175,8 +181,9 @@ def _model(label: str, shape: tuple[int, ...], kind: type, init: Callable[[jax.A
         return lambda params, x, key=None: call(part, params, x, key)
 
     def apply(params: PyTree, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        if x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise InputError(f"model {label!r} takes floats [B, {', '.join(map(str, shape))}]; got {x.dtype} {x.shape}")
+        if x.shape[1:] != shape or not jnp.issubdtype(x.dtype, jnp.integer if tokens else jnp.floating):
+            kind = "tokens, int32" if tokens else "floats"
+            raise InputError(f"model {label!r} takes {kind} [B, {', '.join(map(str, shape))}]; got {x.dtype} {x.shape}")
         return call(_whole, params, x, key)
 
     def parts() -> list[Part]:
@@ -188,11 +195,11 @@ def _model(label: str, shape: tuple[int, ...], kind: type, init: Callable[[jax.A
         both = all(callable(getattr(kind, name, None)) for name in ("features", "head"))
         return [_method("features"), _method("head")] if both else []
 
-    x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    x = Model(label, init, apply, tokens=tokens).example(shape, 2)
     try:
         params = jax.eval_shape(init, jax.random.key(0))
         logits = [jax.eval_shape(apply, params, x), jax.eval_shape(apply, params, x, jax.random.key(0))]
-        model = Model(label, init, apply, tuple(bound(part) for part in parts()))
+        model = Model(label, init, apply, tuple(bound(part) for part in parts()), tokens)
         for block in model.blocks:
             x = jax.eval_shape(block, params, x)
         logits += [x] if model.blocks else []

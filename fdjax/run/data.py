@@ -6,6 +6,7 @@ from typing import Any
 
 from fdjax import data
 from fdjax.data import own as own_data
+from fdjax.data.texts import UNITS
 from fdjax.run.setting import setting_field
 
 _data = functools.partial(setting_field, role="data")
@@ -31,6 +32,14 @@ class DataSettings:
         None, "folder for decoded tfds sets; default $FDJAX_CACHE or ~/.cache/fdjax", str, resumable=True, folder=True
     )
     labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
+    unit: str | None = _file_option("texts of your own: what a token is; default character", str, choices=UNITS)
+    length: int | None = _file_option(
+        "texts: tokens of a sequence, whose label is the next one; default 80", int, low=1
+    )
+    stride: int | None = _file_option("texts: tokens from one sequence to the next; default 1", int, low=1)
+    vocabulary: int | None = _file_option(
+        "texts: number of tokens that are known, by frequency; default all", int, low=2
+    )
     test_data: str | None = _file_option(
         "file or folder of the test part of your own data", str,
         resolve=lambda given: own_data.resolve(given, "test_data"),

@@ -38,7 +38,7 @@ class Shapes(NamedTuple):
     proxy: int
     participants: tuple[int, ...]  # of a round, of each cohort
     new: tuple[int, ...]  # clients of each cohort that never train
-    categories: tuple[int, ...] = ()  # of each input column the number of its codes, see `Source.categories`
+    features: models.Features = models.NUMBERS  # what inputs are
 
     @property
     def may_train(self) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         proxy=0 if proxy is None else len(proxy.y),
         participants=who.places,
         new=who.new,
-        categories=source.categories,
+        features=models.Features(len(source.vocabulary), source.categories),
     )
     static = settings.static(largest)
     request = plan.Request(settings.lifting, settings.chunk, settings.devices, settings.ordered_sums)
@@ -264,17 +264,17 @@ class _Networks(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     names = [name for name, _ in shapes.cohorts]
-    build = functools.partial(_network, settings, classes=shapes.classes, categories=shapes.categories)
-    clients = {name: build(name, shapes.inputs) for name in names}
+    build = functools.partial(_network, settings, classes=shapes.classes)
+    clients = {name: build(name, shapes.inputs, features=shapes.features) for name in names}
     if not settings.method.split:
-        central = clients.get(settings.model) or build(settings.model, shapes.inputs)
+        central = clients.get(settings.model) or build(settings.model, shapes.inputs, features=shapes.features)
         return _Networks(central, tuple(clients[name] for name in names))
     if settings.models is None:
         raise InputError(
             f"--model of {settings.method.name} is the server's, on features; name the clients' too, e.g. "
             f"--models=gkt_edge:{shapes.cohorts[0][1]}"
         )
-    x = jax.ShapeDtypeStruct((1, *shapes.inputs), np.float32)
+    x = clients[names[0]].example(shapes.inputs)
     features = {
         name: jax.eval_shape(lambda x, m=m: m.parts(settings.method.name)[0](m.init(jax.random.key(0)), x), x).shape[1:]
         for name, m in clients.items()
@@ -302,16 +302,10 @@ def _has_no_params(block: Callable[..., jax.Array], x: jax.ShapeDtypeStruct) -> 
 
 
 def _network(
-    settings: Settings, name: str, inputs: tuple[int, ...], classes: int, categories: tuple[int, ...]
+    settings: Settings, name: str, inputs: tuple[int, ...], classes: int, features: models.Features = models.NUMBERS
 ) -> Model:
     """A model of the zoo as the settings and the data want it."""
     has = frozenset() if own.is_own(name) else models.options_of(name)
-    if categories and "categories" not in has and not own.is_own(name):
-        able = ", ".join(other for other in models.MODELS if "categories" in models.options_of(other)) or "your own"
-        raise InputError(
-            f"model {name!r} would take the codes of categories for numbers; give the data with categories=one_hot, or "
-            f"choose a model that embeds them: {able}"
-        )
     options = {"norm": settings.norm, "dropout": settings.dropout or None}
     for option, value in options.items():
         if value is not None and option not in has:
@@ -319,9 +313,8 @@ def _network(
             raise InputError(
                 f"--{option}={value}: model {nets.title(name)!r} has no {option}; leave it out, or choose of {able}"
             )
-    options |= {"padding": settings.padding, "categories": categories}
-    options = {option: value for option, value in options.items() if value and option in has}
-    model = nets.build(name, inputs, classes, **options)
+    options = {option: v for option, v in {"padding": settings.padding, **options}.items() if v and option in has}
+    model = nets.build(name, inputs, classes, features, **options)
     if settings.dtype != "float32":
         model = models.in_precision(model, settings.dtype)
     return models.with_lora(model, settings.lora_rank) if settings.lora_rank else model

@@ -43,6 +43,7 @@ def _load(settings: Settings) -> Loaded:
     of_source, of_partition = _options(settings)
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
+    _check_numbers(settings, source)
     owners = None if source.train_owner is None else int(source.train_owner.max()) + 1
     if settings.labels is not None:
         source = data.of_labels(source, settings.labels)
@@ -64,6 +65,18 @@ def _load(settings: Settings) -> Loaded:
     if settings.method.pooled:
         holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
     return Loaded(source, holdings, proxy)
+
+
+def _check_numbers(settings: Settings, source: Source) -> None:
+    """Raises InputError for tokens where the method computes with inputs, which it can with numbers alone."""
+    method = settings.method
+    with_option = next((choice for choice in settings.options if choice in method.needs_numbers_for), None)
+    if source.vocabulary and (method.needs_numbers or with_option):
+        also = f" with --{'='.join(with_option)}" if with_option else ""
+        raise InputError(
+            f"--dataset={settings.dataset_title}: {method.name}{also} makes, changes or compares inputs as numbers, "
+            f"but these are tokens; choose another {with_option[0] if with_option else 'method'}"
+        )
 
 
 def _options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -54,7 +54,8 @@ class TrainedModel:
         for begin in range(0, len(x), batch):
             part = x[begin : begin + batch]
             whole = part[np.minimum(np.arange(batch), len(part) - 1)]  # so that the last one compiles nothing
-            logits = self._logits(self._arrays, whole.astype(np.float32) * scale + shift)
+            seen = whole if whole.dtype == np.int32 else whole.astype(np.float32) * scale + shift
+            logits = self._logits(self._arrays, seen)
             parts.append(np.asarray(logits)[: len(part)])
         return np.concatenate(parts)
 
@@ -142,7 +143,9 @@ class Trained:
                 f"predict: inputs of shape {x.shape} and type {x.dtype}; expected numbers [{shape}], as "
                 f"{self._source.name} has them"
             )
-        if like.dtype != np.uint8:
+        if self._source.vocabulary:
+            x = _tokens(x, len(self._source.vocabulary))
+        elif like.dtype != np.uint8:
             x = x.astype(np.float32)
         elif x.dtype.kind in "ui" and x.min() >= 0 and x.max() <= 255:
             x = x.astype(np.uint8)
@@ -276,9 +279,14 @@ class Trained:
             voters += jnp.sum(votes)
         return jnp.log(jnp.maximum(total / jnp.maximum(voters, 1), _CERTAIN))
 
+    def _drawn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Inputs of the shape that are like the data's."""
+        rng, tokens = np.random.default_rng(0), len(self._source.vocabulary)
+        return rng.integers(0, tokens, shape, np.int32) if tokens else rng.normal(size=shape).astype(np.float32)
+
     def _find(self, tree: PyTree, models: Sequence[Model], logits: Callable) -> PyTree | None:
         """The part of a tree that is params of one of the models and gives the same logits; None if no part does."""
-        x = np.random.default_rng(0).normal(size=(4, *self._source.train_x.shape[1:])).astype(np.float32)
+        x = self._drawn((4, *self._source.train_x.shape[1:]))
         expected = np.asarray(logits(x))
         for model in models:
             like = jax.eval_shape(model.init, jax.random.key(0))
@@ -289,6 +297,15 @@ class Trained:
                     if np.allclose(found, expected, rtol=0, atol=_CLOSE * most, equal_nan=True):
                         return part
         return None
+
+
+def _tokens(x: np.ndarray, number: int) -> np.ndarray:
+    """x as tokens. Raises InputError unless they are such."""
+    if x.dtype.kind not in "ui" or x.min() < 0 or x.max() >= number:
+        raise InputError(
+            f"predict: {x.dtype} from {x.min():g} to {x.max():g}; expected tokens, whole numbers from 0 to {number - 1}"
+        )
+    return x.astype(np.int32)
 
 
 def _parts(tree: PyTree) -> Iterator[PyTree]:

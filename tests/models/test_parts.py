@@ -11,9 +11,11 @@ from flax import nnx
 
 from fdjax.errors import InputError
 from fdjax.method import Method
-from fdjax.models import MODELS, build, from_linen, from_nnx, in_precision, with_lora
+from fdjax.models import MODELS, Features, build, from_linen, from_nnx, in_precision, with_lora
 
-SHAPES = {"mclr": (60,), "gkt_server": (16, 16, 8)}
+LETTERS = (6,)
+SHAPES = {"mclr": (60,), "gkt_server": (16, 16, 8), "embedded_mlp": (60,)}
+SHAPES |= dict.fromkeys(("char_lstm", "char_lstm_small", "transformer"), LETTERS)
 
 
 def chain(model):
@@ -34,7 +36,8 @@ def program(function, model, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_one_after_another_are_the_net(name):
     shape = SHAPES.get(name, (28, 28, 1))
-    model, x = build(name, shape, 7), jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    model = build(name, shape, 7, Features(9 if shape == LETTERS else 0))
+    x = model.example(shape, 2)
     assert len(model.blocks) >= 2
     for net in (model, in_precision(model, "bfloat16")) if name == "cnn1" else (model,):
         whole, blocks = program(net.apply, net, x), program(chain(net), net, x)

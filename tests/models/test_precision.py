@@ -126,7 +126,7 @@ IMAGES = {"dataset": "mnist_sample", "num_clients": 2}
             {"norm": "batch"},
             r"^--norm=batch: model '2nn' has no norm; leave it out, or choose of fedgen_cnn, resnet8, ",
         ),
-        ({"dropout": 0.1}, r"^--dropout=0.1: model '2nn' has no dropout; leave it out, or choose of fedmd_mnist_0, "),
+        ({"dropout": 0.1}, r"^--dropout=0.1: model '2nn' has no dropout; leave it out, or choose of transformer, "),
         ({"norm": "layer"}, r"^unknown norm 'layer'; known: batch, group, none"),
         ({"dropout": 1.0}, r"^--dropout=1.0: expected a number "),
         ({"dtype": "float16"}, r"^unknown dtype 'float16' \(did you mean 'bfloat16'\?\)"),

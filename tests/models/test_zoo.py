@@ -8,9 +8,10 @@ import pytest
 
 from fdjax.client.losses import cross_entropy
 from fdjax.errors import InputError
-from fdjax.models import MODELS, build, from_linen
+from fdjax.models import MODELS, Features, build, from_linen
 
 MNIST, CIFAR = (28, 28, 1), (32, 32, 3)
+LETTERS = {"features": Features(tokens=80)}
 
 # name, input, classes, options, parameters: the papers' own numbers where they give them
 COUNTS = [
@@ -31,6 +32,16 @@ COUNTS = [
     ("gkt_edge", MNIST, 10, {}, 72 + 16 + 2 * (9 * 8 * 8 + 16) + 90),
     ("gkt_server", (32, 32, 16), 10, {}, 78_042 - 464),  # ResNet-8 without its first convolution
     ("gkt_server", (32, 32, 16), 10, {"residual_blocks": 3}, 272_474 - 464),
+    ("fedavg_cnn", MNIST, 10, {}, 582_026),  # as PFLlib's with its dim = 1024
+    ("fedavg_cnn", CIFAR, 10, {}, 878_538),  # and with dim = 1600
+    ("fedavg_mlp", MNIST, 10, {}, 159_010),
+    ("dnn", MNIST, 10, {}, 79_510),
+    # LEAF's: 80 x 8, 4 x 256 x (8 + 256 + 1), 4 x 256 x (256 + 256 + 1), 256 x 80 + 80.
+    ("char_lstm", (80,), 80, LETTERS, 640 + 271_360 + 525_312 + 20_560),
+    ("char_lstm_small", (80,), 80, LETTERS, 640 + 4 * 64 * (8 + 64 + 1) + 64 * 80 + 80),
+    # Tokens and places, two blocks of 4 + 8 kernels 64 x 64, biases, two norms, the last norm and the head.
+    ("transformer", (80,), 80, LETTERS, 2 * 80 * 64 + 2 * (12 * 64**2 + (3 + 1 + 4 + 1 + 4) * 64) + 128 + 65 * 80),
+    ("embedded_mlp", (3,), 2, {"features": Features(categories=(0, 4, 0))}, 8 + 4 * 64 + 64 + 65 * 64 + 65 * 2),
 ]
 
 # FedMD's nets of 16 outputs: the filters, written once more, and the flattened image's side by the rule of its block.
@@ -96,10 +107,11 @@ TRAINED = [*(name for name in MODELS if name not in ALIKE), "fedmd_mnist_0", "fe
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_trains_one_step(rng, name):
-    shape = (60,) if name == "mclr" else MNIST
-    model = build(name, shape, 4)
+    reads = name in ("char_lstm", "char_lstm_small", "transformer")
+    shape = (60,) if name in ("mclr", "embedded_mlp") else (6,) if reads else MNIST
+    model = build(name, shape, 4, Features(9 if reads else 0))
     params = jax.jit(model.init)(jax.random.key(0))
-    x = jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32)
+    x = jnp.asarray(rng.integers(0, 9, (3, 6)) if reads else rng.normal(size=(3, *shape)), model.example(shape).dtype)
     y = jnp.arange(3)
 
     def loss(params):
