@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,21 @@ def options_table(method: Any) -> str:
 
 
 def settings_page() -> str:
-    """A row for each setting."""
+    """A row for each setting, and a table of what a setting chooses from where that is explained."""
+    from fdjax.run.setting import summary
     from fdjax.run.settings import FLAGS, Settings
 
+    named = {name: s.choices for name, s in FLAGS.items() if isinstance(s.choices, Mapping) and len(s.choices) > 4}
+    del named["algorithm"]  # which have pages
     rows = [
-        f"| `{name}` | {'' if (v := getattr(Settings, name)) in (None, '') else f'`{v}`'} | {_cell(s.flag_help())} |"
+        f"| `{name}` | {'' if (v := getattr(Settings, name)) in (None, '') else f'`{v}`'} | "
+        f"{_setting_cell(s) if name not in named else f'{_cell(s.help)}: see [below](#setting-{name})'} |"
         for name, s in FLAGS.items()
+    ]
+    tables = [
+        f"(setting-{name})=\n\n## `{name}`\n\n| choice | what it is |\n|---|---|\n"
+        + "\n".join(f"| `{choice}` | {_cell(summary(row))} |" for choice, row in choices.items())
+        for name, choices in named.items()
     ]
     return f"""# Settings
 
@@ -199,7 +209,15 @@ and options of methods are given in the same way; they are on the pages of the [
 | setting | default | what it is |
 |---|---|---|
 {chr(10).join(rows)}
+
+{(chr(10) * 2).join(tables)}
 """
+
+
+def _setting_cell(setting: Any) -> str:
+    if setting.choices and len(setting.choices) > 20:
+        return _cell(setting.help)
+    return _cell(setting.flag_help())
 
 
 def results_index(tables: dict[str, Path]) -> str:
