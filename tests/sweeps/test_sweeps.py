@@ -166,7 +166,7 @@ def test_bad_files_and_storages(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["temperature_alpha", "dsfl_temperature_alpha", "fedprox_learning_rate_mu",
-                                  "fedprox_random", "fedprox_tpe", "partition_seeds"])  # fmt: skip
+                                  "fedprox_random", "fedprox_tpe", "partition_seeds", "fedntd_clients"])  # fmt: skip
 def test_shipped_studies(name):
     study = load(f"sweeps/{name}.py").check()
     assert study.name == name
