@@ -73,7 +73,7 @@ clean: ## remove .venv, .venv-bench, caches and build leftovers; runs/ stays
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(call make_venv,$(VENV))
 	@echo "installing the pinned packages into $(VENV): less than a minute, 1.1 GB" >&2
-	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev,sweeps,docs,frames,tensorboard]'
+	@$(VENV)/bin/python $(PIP_INSTALL) constraints.txt --editable '.[test,dev,sweeps,docs,frames,hf,tensorboard]'
 	@touch $@
 
 $(VENV_BENCH)/.installed: constraints-bench.txt

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Upload,
     )
     from fdjax.data.arrays import from_arrays
+    from fdjax.data.frames import from_frame
     from fdjax.data.texts import from_texts
     from fdjax.errors import DataWarning, InputError
     from fdjax.exchange import reductions
@@ -54,7 +55,8 @@ __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result",
     "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
-    "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings", "summary",
+    "from_frame", "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds",
+    "settings", "summary",
 ]  # fmt: skip
 
 _MODULES = {
@@ -74,6 +76,7 @@ _ATTRIBUTES = {
     "Progress": "fdjax.run.loggers",
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
     "from_arrays": "fdjax.data.arrays",
+    "from_frame": "fdjax.data.frames",
     "from_texts": "fdjax.data.texts",
     "load": "fdjax.run.stored",
     "summary": "fdjax.run.summary",

@@ -91,8 +91,8 @@ def leave(out: Path, results: Sequence[Result]) -> None:
 
 def new_folder(chosen: settings.Settings) -> Path:
     """A folder under runs/, another for each of the processes that start in one second."""
-    dataset, when = chosen.dataset.replace("/", "-"), time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{when}-{chosen.method.name}-{dataset}-{chosen.partition_name}-{os.getpid()}"
+    dataset, partition = (name.partition("@")[0].replace("/", "-") for name in (chosen.dataset, chosen.partition_name))
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{chosen.method.name}-{dataset}-{partition}-{os.getpid()}"
 
 
 def command() -> None:

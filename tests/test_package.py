@@ -51,6 +51,7 @@ HEAVY = (
     "orbax",
     "flax",
     "pandas",
+    "datasets",
     "tensorboardX",
     "wandb",
 )

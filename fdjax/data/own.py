@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data import arrays, text_files
+from fdjax.data import arrays, hugging_face, images, tables, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
 from fdjax.errors import InputError, unknown
@@ -35,10 +35,18 @@ class Reader(NamedTuple):
 
 READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
+    "table": Reader("a table", tables.read_table, (*tables.CSV, ".parquet")),
     "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
+    "hugging_face": Reader(
+        "a folder of Hugging Face's save_to_disk", hugging_face.read_saved, is_folder=hugging_face.is_saved
+    ),
+    "images": Reader("a folder of images by class", images.read_images, is_folder=images.is_folder_of_images),
 }
 # Settings that are options of some kind of file.
-OPTIONS = ("unit", "length", "stride", "vocabulary", "test_data", "test_fraction", "test_by")
+OPTIONS = (
+    "target", "owner", "ignore", "row_id", "header", "categories", "missing", "image_size", "unit", "length", "stride",
+    "vocabulary", "test_data", "test_fraction", "test_by",
+)  # fmt: skip
 FILES = ("test_data",)  # options that are files of their own, which settings hold as they hold the data set
 
 _OWN = own.Registry("data set")
@@ -84,13 +92,28 @@ def load(name: str, **options: Any) -> Source:
     thing = _OWN[name]
     if isinstance(thing.value, Source):
         return call("data set", thing.titled(name), lambda: thing.value, **options)
-    if _content(thing.value) != _digest_of(name):
-        raise InputError(f"{thing.file} has changed since it was named; give it again")
-    return _read(name, tuple(sorted(options.items())))
+    files = {n: resolve(options[n], n) for n in FILES if options.get(n) is not None}
+    for held in (name, *files.values()):
+        path = _OWN[held].value
+        if isinstance(path, Source):
+            raise InputError(f"test_data={title(held)} is a value; give a file, or both parts to fdjax.from_arrays")
+        if not path.exists() or _content(path) != _digest_of(held):
+            raise InputError(f"{_OWN[held].file} has changed since it was named, or is gone; give it again")
+    return _read(name, tuple(sorted((options | files).items())))
 
 
-def load_proxy(name: str) -> Source:
-    """The same as proxy data: where it has no test part of its own, all its examples are training examples."""
+def load_proxy(name: str, like: Source) -> Source:
+    """The same as proxy data: where it has no test part of its own, all its examples are training examples.
+
+    A table's are made inputs as the rows of `like` were, if that is a table. Raises InputError if it is none.
+    """
+    value = _OWN[name].value
+    if not isinstance(value, Source) and reader_of(value).read is tables.read_table:
+        if like.encoding is None:
+            raise InputError(
+                f"--proxy={title(name)} is a table, but {like.name} is none; give a table as --dataset too"
+            )
+        return checked(tables.read_rows(value, name.partition("@")[0], like.encoding))
     return load(name, **({"test_fraction": 0.0} if "test_fraction" in options_of(name) else {}))
 
 
@@ -206,7 +229,7 @@ def _digest_of(name: str) -> str:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _read(name: str, options: tuple[tuple[str, Any], ...]) -> Source:
-    given = {n: _OWN[v].value if n in FILES and v in _OWN else v for n, v in options}
+    given = {n: _OWN[v].value if n in FILES and v is not None else v for n, v in options}
     path = _OWN[name].value
     reader = reader_of(path)
     source = call(f"{reader.what}", str(path), reader.read, path, name.partition("@")[0], **given)

@@ -62,7 +62,7 @@ def take_proxy(
         return source, Proxy(x, unlabelled, False)
     if kind not in SOURCES and not own.is_known(kind):
         raise unknown("proxy data", kind, {**KINDS, **SOURCES})
-    other = own.load_proxy(kind) if own.is_known(kind) else load(kind, **where)
+    other = own.load_proxy(kind, source) if own.is_known(kind) else load(kind, **where)
     if labels is not None and source.label_space.startswith(
         f"{other.label_space}: "
     ):  # the same part of the same labels

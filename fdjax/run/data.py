@@ -6,11 +6,13 @@ from typing import Any
 
 from fdjax import data
 from fdjax.data import own as own_data
+from fdjax.data import own_partition
+from fdjax.data.encoding import CATEGORIES, MISSING
 from fdjax.data.texts import UNITS
 from fdjax.run.setting import setting_field
 
 _data = functools.partial(setting_field, role="data")
-DATA_FILES = ("dataset", "proxy", "test_data")  # settings that may name a user's own file of data
+DATA_FILES = ("dataset", "proxy", "test_data", "partition")  # settings that may name a user's own file of data
 _partition = functools.partial(setting_field, None, role="partition")
 _file_option = functools.partial(setting_field, None, role="data")
 
@@ -32,6 +34,17 @@ class DataSettings:
         None, "folder for decoded tfds sets; default $FDJAX_CACHE or ~/.cache/fdjax", str, resumable=True, folder=True
     )
     labels: str | None = _data(None, "only examples of these labels, which become 0, 1, ...: e.g. 0,2,20", str)
+    target: str | None = _file_option("table of your own: the column of labels", str)
+    owner: str | None = _file_option("table: the column of who holds each row, whose partition is natural", str)
+    ignore: str | None = _file_option("table: columns that are no inputs, with commas between them", str)
+    row_id: str | None = _file_option("table: a column of ids, no input, in which none should be there twice", str)
+    header: bool | None = _file_option(
+        "table: whether the first row of a CSV names the columns, which are 0, 1, ... otherwise; default: if it has no "
+        "numbers", bool,
+    )  # fmt: skip
+    categories: str | None = _file_option("table: what texts become; default one_hot", str, choices=CATEGORIES)
+    missing: str | None = _file_option("table: what becomes of missing values; default refuse", str, choices=MISSING)
+    image_size: int | None = _file_option("images of your own: height and width that they become", int, low=1)
     unit: str | None = _file_option("texts of your own: what a token is; default character", str, choices=UNITS)
     length: int | None = _file_option(
         "texts: tokens of a sequence, whose label is the next one; default 80", int, low=1
@@ -57,7 +70,11 @@ class DataSettings:
     )
 
     partition: str | None = _data(
-        None, "who holds what; default natural where the data have owners, else iid", str, choices=data.PARTITIONS
+        None,
+        "who holds what; default natural where the data have owners, else iid; or an npz of your own",
+        str,
+        choices=data.PARTITIONS,
+        resolve=lambda given: own_partition.resolve(given, data.PARTITIONS),
     )
     num_clients: int | None = _data(
         None, "number of clients; default 30 for synthetic, all for writer, else 10", int, low=1
@@ -99,13 +116,18 @@ class DataSettings:
     @property
     def partition_name(self) -> str:
         """The partition that `partition` names or defaults to: `natural` where the data say who holds what."""
-        natural = self.dataset == "synthetic" or own_data.has_owners(self.dataset)
+        natural = self.dataset == "synthetic" or self.owner is not None or own_data.has_owners(self.dataset)
         return self.partition or ("natural" if natural else "iid")
 
     @property
     def dataset_title(self) -> str:
         """The data set as tables call it, with the file of a user's own."""
         return own_data.title(self.dataset)
+
+    @property
+    def partition_title(self) -> str:
+        """The partition likewise."""
+        return own_partition.title(self.partition_name)
 
     @property
     def proxy_title(self) -> str:
@@ -115,5 +137,6 @@ class DataSettings:
     @property
     def data_files(self) -> dict[str, str]:
         """The files that a user's own data came from, by the values of the settings that name them."""
-        names = (self.dataset, self.proxy, self.test_data)
-        return {name: file for name in names if name and (file := own_data.file_of(name))}
+        files = {name: own_data.file_of(name) for name in (self.dataset, self.proxy, self.test_data)}
+        files[self.partition] = own_partition.file_of(self.partition)
+        return {name: file for name, file in files.items() if name and file}

@@ -6,6 +6,7 @@ import numpy as np
 
 from fdjax import data
 from fdjax.data import own as own_data
+from fdjax.data import own_partition
 from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
 from fdjax.run.settings import Settings, cohorts_of, of_role
@@ -44,6 +45,8 @@ def _load(settings: Settings) -> Loaded:
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
     _check_numbers(settings, source)
+    total = len(source.train_y)
+    source = source._replace(train_index=np.arange(total, dtype=np.int32))
     owners = None if source.train_owner is None else int(source.train_owner.max()) + 1
     if settings.labels is not None:
         source = data.of_labels(source, settings.labels)
@@ -52,7 +55,27 @@ def _load(settings: Settings) -> Loaded:
     source = _fraction(source, settings.train_fraction, settings.data_seed)
     source, proxy = _take_proxy(settings, source)
     source = data.take_validation(source, settings.validation_fraction, settings.data_seed)
-    holdings = data.partition(
+    holdings = _partition(settings, source, owners, total, of_partition)
+    if settings.method.pooled:
+        holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
+    return Loaded(source, holdings, proxy)
+
+
+def _partition(settings: Settings, source: Source, owners: int | None, total: int, options: dict[str, Any]) -> Holdings:
+    """Who holds what of a source that is what is left of `total` training examples and of so many owners."""
+    if own_partition.is_known(settings.partition):
+        if options:
+            raise InputError(f"--{min(options)}: --partition={settings.partition_title} is as it is; leave it out")
+        once = settings.privacy in ("example", "means")
+        assert source.train_index is not None
+        holdings = own_partition.holdings(settings.partition_name, source.train_index, total, once=once)
+        if settings.num_clients not in (None, len(holdings.count)):
+            raise InputError(
+                f"--num_clients={settings.num_clients}, but --partition={settings.partition_title} has "
+                f"{len(holdings.count)} clients; give as many, or none"
+            )
+        return holdings
+    return data.partition(
         settings.partition_name,
         source.train_y,
         _clients(settings),
@@ -60,11 +83,8 @@ def _load(settings: Settings) -> Loaded:
         owner=source.train_owner,
         owners=owners,  # also those of which nothing is left, so that natural clients stay who they are
         num_classes=source.num_classes,
-        **of_partition,
+        **options,
     )
-    if settings.method.pooled:
-        holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
-    return Loaded(source, holdings, proxy)
 
 
 def _check_numbers(settings: Settings, source: Source) -> None:
@@ -88,11 +108,14 @@ def _options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     of_source = given(("writers", "iid", "samples_per_client", *own_data.OPTIONS))
     if "seed" in own_data.options_of(settings.dataset):
         of_source["seed"] = settings.data_seed
+    if "standardize" in own_data.options_of(settings.dataset):
+        of_source["standardize"] = settings.standardize
     of_partition = given(sorted(of_role("partition")))
     if settings.partition_name == "scarce" and "samples_per_client" in of_source:
         of_partition["samples_per_client"] = of_source.pop("samples_per_client")
     if settings.dataset == "synthetic":
-        if settings.partition_name.startswith(("dirichlet", "quantity")):
+        ours = not own_partition.is_known(settings.partition)
+        if ours and settings.partition_name.startswith(("dirichlet", "quantity")):
             raise InputError(
                 f"--partition={settings.partition_name} of synthetic: --alpha and --beta would be both the data's and "
                 "the partition's; use natural or iid"

@@ -65,7 +65,7 @@ def summary(results: Sequence[Result]) -> str:
 
 def _title(result: Result) -> str:
     chosen = result.settings
-    return f"{chosen.algorithm_title}, {chosen.dataset_title}, {chosen.partition_name}"
+    return f"{chosen.algorithm_title}, {chosen.dataset_title}, {chosen.partition_title}"
 
 
 def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
