@@ -94,7 +94,7 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
         published = PUBLISHED[partition, batch_size][fraction]
         needed = {
             rate: [
-                rounds_to(r.evaluations["round"], r.evaluations["central_accuracy"], given.target)
+                rounds_to(r.evaluations["round"], r.evaluations["central_accuracy"], given.target_accuracy)
                 for r in results[cell, rate]
             ]
             for rate in given.learning_rates
@@ -119,7 +119,8 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
     headers = ("partition", "B", "C", "learning rate", "rounds, published", "rounds", "difference",
                f"accuracy after {given.rounds}", "s")  # fmt: skip
     note = (
-        f"Rounds to {100 * given.target:g} % of the central model on the full test set; mean of {given.seeds} seed(s). "
+        f"Rounds to {100 * given.target_accuracy:g} % of the central model on the full test set; "
+        f"mean of {given.seeds} seed(s). "
         f"{given.model}, {given.dataset}, {given.num_clients} clients, E = {given.local_epochs or 1:g}, "
         f"inputs {'standardised' if given.standardize else 'in [0, 1]'}."
     )
@@ -129,7 +130,7 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
 if __name__ == "__main__":
     flags.DEFINE_list("cells", ["iid:10:0.1"], "cells of the table as partition:batch:C")
     flags.DEFINE_list("learning_rates", ["0.03", "0.05", "0.1", "0.2"], "the grid on which every cell is tuned")
-    flags.DEFINE_float("target", 0.97, "accuracy to reach", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float("target_accuracy", 0.97, "accuracy to reach", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seeds", 1, "number of seeds, from --seed on", lower_bound=1)
     settings.define_flags(
         skip=("algorithm", "partition", "batch_size", "participation", "learning_rate", "models"),

@@ -152,7 +152,7 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
     lines = []
     for name, runs in learned.items():
         settled = np.array([run.settled() for run in runs])
-        reached = [rounds_to(run.rounds, run.accuracy.tolist(), given.target) for run in runs]
+        reached = [rounds_to(run.rounds, run.accuracy.tolist(), given.target_accuracy) for run in runs]
         paid = [np.interp(at, run.rounds, run.sent) for at, run in zip(reached, runs, strict=True) if at is not None]
         lines.append((
             name,
@@ -165,7 +165,7 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
             f"{np.mean([run.down for run in runs]):,.0f}",
         ))  # fmt: skip
     headers = ("", "accuracy, %", "above FedAvg, points, of each seed", "forgetting, points",
-               f"rounds to {given.target:.0%}", "bytes until then", "bytes up", "bytes down")  # fmt: skip
+               f"rounds to {given.target_accuracy:.0%}", "bytes until then", "bytes up", "bytes down")  # fmt: skip
     note = (
         f"Central model on the test set, means over the evaluations (every {given.eval_every} rounds) of the last half "
         f"of {given.rounds} rounds, mean and std over {given.seeds} seeds, paired. Bytes up and down are of one client "
@@ -179,7 +179,7 @@ def _table(learned: dict[str, list[Learned]], given: Any) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("seeds", 3, "number of seeds, from --seed on", lower_bound=1)
-    flags.DEFINE_float("target", 0.85, "accuracy whose round is printed", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float("target_accuracy", 0.85, "accuracy whose round is printed", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_string("out", "runs/local_distillation", "folder for the table, results and picture")
     flags.DEFINE_boolean("overwrite", False, "begin again although --out holds a run")
     settings.define_flags(
