@@ -14,6 +14,7 @@ from absl import flags
 from benchmarks import cases
 from fdjax.errors import InputError
 from fdjax.run import program, report, settings
+from fdjax.run.derived import rounds_to
 from fdjax.run.runner import Result
 
 PUBLISHED = {
@@ -22,19 +23,6 @@ PUBLISHED = {
     ("shards", 0): {0.1: 1796, 0.2: 1528},
     ("shards", 10): {0.1: 664, 0.2: 619, 0.5: 443, 1.0: 380},
 }
-
-
-def rounds_to(rounds: list[float], values: list[float], target: float) -> float | None:
-    """The interpolated round at which the running maximum of `values` first reaches `target`; None if never."""
-    before_round, before = 0.0, 0.0
-    for round, value in zip(rounds, values, strict=True):
-        if value >= target:
-            return before_round + (round - before_round) * (target - before) / (value - before)
-        if value > before:
-            before_round, before = round, value
-        else:
-            before_round = round
-    return None
 
 
 def main() -> None:

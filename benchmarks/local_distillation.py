@@ -24,11 +24,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import cases
-from benchmarks.fedavg_table1 import rounds_to
 from fdjax.data.holdings import from_counts
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import count_bytes
 from fdjax.run import experiment, program, report, settings
+from fdjax.run.derived import forgetting, rounds_to
 from fdjax.types import Federation
 
 
@@ -78,8 +78,7 @@ class Learned(NamedTuple):
 
     def forgotten(self) -> float:
         """F, the mean over those."""
-        A = self.by_class
-        return float(np.mean([(A[:t].max(0) - A[t]).mean() for t in range(self.half, len(A))]))
+        return float(np.mean(forgetting(self.by_class)[self.half :]))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from fdjax.runtime import work_around_xla_cpu
 if TYPE_CHECKING:
     from fdjax import algorithms, data, keys, models
     from fdjax.client import losses
+    from fdjax.client.metric import Metric
     from fdjax.contract import (
         ENSEMBLE,
         Algorithm,
@@ -53,10 +54,10 @@ __version__ = "0.2.0"  # the only place; setup.cfg reads it
 
 __all__ = [
     "ENSEMBLE", "Algorithm", "Broadcast", "BrokenContractError", "CallbackError", "Context", "DataWarning",
-    "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Progress", "Received", "Reduction", "Result",
-    "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
-    "from_frame", "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds",
-    "settings", "summary",
+    "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Metric", "Progress", "Received", "Reduction",
+    "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
+    "from_frame", "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
+    "summary",
 ]  # fmt: skip
 
 _MODULES = {
@@ -75,6 +76,7 @@ _ATTRIBUTES = {
     "CallbackError": "fdjax.run.logs",
     "Progress": "fdjax.run.loggers",
     **dict.fromkeys(("DataWarning", "InputError"), "fdjax.errors"),
+    "Metric": "fdjax.client.metric",
     "from_arrays": "fdjax.data.arrays",
     "from_frame": "fdjax.data.frames",
     "from_texts": "fdjax.data.texts",

@@ -187,16 +187,18 @@ def options_table(method: Any) -> str:
 
 def settings_page() -> str:
     """A table for each group of settings, and one of what a setting chooses from, where that is explained."""
+    from fdjax.run.metrics import KNOWN
     from fdjax.run.setting import summary
     from fdjax.run.settings import FLAGS, Settings
 
     named = {name: s.choices for name, s in FLAGS.items() if isinstance(s.choices, Mapping) and len(s.choices) > 4}
     del named["algorithm"]  # which have pages
+    named["metrics"] = KNOWN  # of which a list is given, so that they are no choices
 
     def row(name: str) -> str:
         setting, default = FLAGS[name], getattr(Settings, name)
         shown = "" if default in (None, "") else f"`{default}`"
-        what = f"{_cell(setting.help)}: see [below](#setting-{name})" if name in named else _setting_cell(setting)
+        what = f"{_cell(setting.help.partition(':')[0])}: see [below](#setting-{name})" if name in named else _setting_cell(setting)
         return f"| `{name}` | {shown} | {what} |"
 
     groups = [

@@ -1,6 +1,6 @@
 """Tests of a model, and its predictions, over many examples in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,8 @@ from jax import lax
 
 from fdjax.client import losses
 from fdjax.client.data import ClientData, batches, whole
-from fdjax.types import Examples
+from fdjax.client.metric import Metric, finished, measured
+from fdjax.types import Examples, PyTree
 
 
 class Score(NamedTuple):
@@ -18,6 +19,11 @@ class Score(NamedTuple):
     correct: jax.Array
     loss: jax.Array
     count: jax.Array
+    metrics: dict[str, PyTree] = {}  # noqa: RUF012  sums of metrics by name; values when they are finished
+
+    def finished(self, metrics: Sequence[Metric], held: jax.Array | None = None) -> "Score":
+        """The same with the values of metrics; `held` [K] are the training examples of each label."""
+        return self._replace(metrics=finished(metrics, self.metrics, self.count, held)) if self.metrics else self
 
     def mean(self) -> tuple[jax.Array, jax.Array]:
         """Accuracy in [0, 1] and mean cross-entropy, NaN where there was nothing to test."""
@@ -25,25 +31,37 @@ class Score(NamedTuple):
         return self.correct / count, self.loss / count
 
 
-def test(model: Callable[[jax.Array], jax.Array], data: ClientData, batch_size: int) -> Score:
-    """Correct predictions and summed cross-entropy of a model, x -> logits, over all of `data`, in batches."""
+def test(
+    model: Callable[[jax.Array], jax.Array],
+    data: ClientData,
+    batch_size: int,
+    metrics: Sequence[Metric] = (),  # noqa: PT028  this is no test of pytest's
+) -> Score:
+    """Sums of a model, x -> logits, over all of `data`, in batches: its correct predictions, cross-entropy, metrics."""
 
-    def step(index, total):
+    def of_batch(index):
         position = index * batch_size + jnp.arange(batch_size)
         weight = (position < data.count).astype(jnp.float32)
         x, y = data.take(jnp.minimum(position, data.count - 1))
-        return jax.tree.map(jnp.add, total, score(model(x), y, weight))
+        return score(model(x), y, weight, metrics)
+
+    def step(index, total):
+        return jax.tree.map(jnp.add, total, of_batch(index))
 
     zero = jnp.float32(0)
-    return lax.fori_loop(0, batches(data.count, batch_size), step, Score(zero, zero, zero))
+    nothing = Score(zero, zero, zero)
+    if metrics:
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_batch, jnp.int32(0)))
+    return lax.fori_loop(0, batches(data.count, batch_size), step, nothing)
 
 
-def score(logits: jax.Array, y: jax.Array, weight: jax.Array) -> Score:
+def score(logits: jax.Array, y: jax.Array, weight: jax.Array, metrics: Sequence[Metric] = ()) -> Score:
     """The score of `logits` [M, K] for labels `y` [M], each as often as its `weight` [M] says."""
     return Score(
         jnp.sum(weight * losses.correct(logits, y)),
         jnp.sum(weight * losses.cross_entropy(logits, y)),
         jnp.sum(weight),
+        measured(metrics, logits, y, weight),
     )
 
 

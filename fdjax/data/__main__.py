@@ -4,11 +4,23 @@ python -m fdjax.data --dataset=mnist_sample --partition=dirichlet_a --alpha=0.3 
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
-from fdjax.data import PARTITIONS, SOURCES, count_labels, draw_partition, load, own_test_part, partition
+from fdjax.data import (
+    PARTITIONS,
+    SOURCES,
+    count_labels,
+    draw_partition,
+    load,
+    merged,
+    own_test_part,
+    partition,
+    split_by_client,
+    write_pfllib,
+)
 from fdjax.errors import InputError
 
 
@@ -25,6 +37,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_clients", None, "number of clients, by default 10 or as many as owners", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of the partition", lower_bound=0)
     flags.DEFINE_string("out", None, "picture to write, such as partition.png")
+    flags.DEFINE_float(
+        "split_by_client", None, "merge both parts of the data, and let each client train on this share of its own",
+        lower_bound=1e-9, upper_bound=1 - 1e-9,
+    )  # fmt: skip
+    flags.DEFINE_string("write_pfllib", None, "folder to write the partition to, as PFLlib and HtFLlib read it")
     flags.DEFINE_float("alpha", None, "of the Dirichlet partitions")
     flags.DEFINE_float("beta", None, "of quantity")
     flags.DEFINE_float("sampling_ratio", None, "of dirichlet_e")
@@ -68,6 +85,8 @@ def main(argv: list[str]) -> None:
 def _run(given: flags.FlagValues) -> None:
     writers = {"writers": given.writers} if given.writers else {}
     source = load(given.dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **writers)
+    if given.split_by_client is not None:
+        source = merged(source)
     options = {name: given[name].value for name in _OPTIONS if given[name].value is not None}
     num_clients = given.num_clients
     if num_clients is None and given.partition not in ("writer", "natural"):
@@ -81,6 +100,8 @@ def _run(given: flags.FlagValues) -> None:
         num_classes=source.num_classes,
         **options,
     )
+    if given.split_by_client is not None:
+        source, holdings = split_by_client(source, holdings, given.split_by_client, given.seed)
     own = own_test_part(
         source.train_y,
         holdings,
@@ -107,6 +128,10 @@ def _run(given: flags.FlagValues) -> None:
     if given.out:
         draw_partition(holdings, source.train_y, source.num_classes, given.out, title)
         lines.append(f"wrote {given.out}")
+    if given.write_pfllib:
+        config = {"alpha": given.alpha or 0, "partition": given.partition, "non_iid": given.partition != "iid"}
+        write_pfllib(Path(given.write_pfllib).expanduser(), source, holdings, own, **config)
+        lines.append(f"wrote {given.write_pfllib}: train/ and test/ of {len(size):,} clients, config.json")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

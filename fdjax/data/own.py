@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data import arrays, hugging_face, images, tables, text_files
+from fdjax.data import arrays, hugging_face, images, pfllib, tables, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
 from fdjax.errors import InputError, unknown
@@ -36,6 +36,12 @@ class Reader(NamedTuple):
 READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
     "table": Reader("a table", tables.read_table, (*tables.CSV, ".parquet")),
+    "pfllib": Reader(
+        "a data folder of PFLlib or HtFLlib",
+        pfllib.read_folder,
+        has_owners=pfllib.is_folder,
+        is_folder=pfllib.is_folder,
+    ),
     "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
     "hugging_face": Reader(
         "a folder of Hugging Face's save_to_disk", hugging_face.read_saved, is_folder=hugging_face.is_saved

@@ -9,10 +9,11 @@ from jax import lax
 
 from fdjax import keys
 from fdjax.client import losses, testing
-from fdjax.client.data import ClientData, whole
+from fdjax.client.data import ClientData, label_counts, whole
 from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.engine import lift, membership, new_clients
 from fdjax.engine.check import check_logits
+from fdjax.engine.client_means import across_clients, measured_across, measured_means
 from fdjax.engine.layout import Layout, State, classes_of, rows_of
 from fdjax.engine.step import Moment, context
 from fdjax.types import Array, Examples, Federation, PyTree
@@ -36,6 +37,10 @@ class _Test(NamedTuple):
     moment: Moment
     server: PyTree
     classes: int  # K, by the clients' models
+
+    def finished(self, score: testing.Score) -> testing.Score:
+        """A score of the model of all clients, with the values of metrics, but for those of what one client holds."""
+        return score.finished([metric for metric in self.layout.metrics if not metric.holds])
 
     @property
     def has_personal(self) -> bool:
@@ -74,7 +79,8 @@ def evaluate(
     one for methods without personal ones) on the client's own test part. What the layout says is not tested is not
     there.
     Validation, where the federation has such examples: the central model or the ensemble on them, or else the mean over
-    clients of their own model. Membership, if the layout says so: see `membership.attack`.
+    clients of their own model. Metrics of the layout likewise: [] and [C], or by class [K] and [C, K]. Membership, if
+    the layout says so: see `membership.attack`.
     """
     key = keys.stream(jax.random.wrap_key_data(state.root), "evaluate", state.round)
     moment = Moment(federation, hparams, state.round, key)
@@ -84,26 +90,34 @@ def evaluate(
     part = _part(federation, examples)
     scalars: Scalars = {}
     clients: dict[str, jax.Array] = {}
-    if test.has_central and layout.central_eval:
-        scalars["central_accuracy"], scalars["central_loss"] = _central(test, federation.test)
+    central = _central(test, federation.test) if test.has_central and layout.central_eval else None
+    if central is not None:
+        scalars |= _named("central", test.finished(central))
     own, local, votes = _clients_tests(test, state, trained, part)
     if own is not None:
-        clients["own_accuracy"], clients["own_loss"] = own.mean()
+        clients |= _named("own", own)
         tested = federation.test_holdings.count > 0
-        scalars |= _across_clients(own, tested & ~new, federation.train_holdings.count)
+        scalars |= across_clients(own, tested & ~new, federation.train_holdings.count)
         scalars |= new_clients.as_they_are(layout, *own.mean(), tested)
+        scalars |= measured_means("own", own.metrics, tested & ~new)
+        scalars |= measured_across(layout.metrics, own.mean()[0], tested & ~new)
+        scalars |= measured_means("new", own.metrics, tested & new) if any(layout.new) else {}
     if local is not None:
-        clients["local_accuracy"], clients["local_loss"] = local.mean()
+        clients |= _named("local", local)
         scalars |= {name: losses.weighted_mean(clients[name], trained) for name in ("local_accuracy", "local_loss")}
+        scalars |= measured_means("local", local.metrics, trained > 0)
         scalars["local_examples"] = jnp.asarray(part.count, jnp.float32)
-    elif "central_accuracy" in scalars and not test.has_personal:
-        scalars["local_accuracy"], scalars["local_loss"] = scalars["central_accuracy"], scalars["central_loss"]
+    elif central is not None and not test.has_personal:
+        scalars |= _named("local", test.finished(central))
         scalars["local_examples"] = jnp.float32(len(federation.test.y))
+        if any(metric.holds for metric in layout.metrics):
+            by_holdings = _by_holdings(test, central)
+            clients |= {f"local_{name}": values for name, values in by_holdings.items()}
+            scalars |= measured_means("local", by_holdings, trained > 0)
     if votes is not None:
-        scalars["central_accuracy"], scalars["central_loss"] = _ensemble(votes, part)
+        scalars |= _named("central", _ensemble(test, votes, part))
     if federation.validation is not None:
-        validation = _validation(test, state, trained, federation.validation)
-        scalars["validation_accuracy"], scalars["validation_loss"] = validation
+        scalars |= _validation(test, state, trained, federation.validation)
     if layout.membership:
         means, each = membership.attack(algorithm, layout, state, federation, hparams)
         return scalars | means, clients | each
@@ -116,20 +130,51 @@ def _part(federation: Federation, examples: Array | int | None) -> _Part:
     return _Part(federation.test, order, jnp.asarray(size if examples is None else examples, jnp.int32))
 
 
-def _validation(test: _Test, state: State, trained: jax.Array, examples: Examples) -> tuple[jax.Array, jax.Array]:
+def _named(kind: str, score: testing.Score) -> Scalars:
+    """Accuracy, loss and metrics of a finished score."""
+    accuracy, loss = score.mean()
+    metrics = {f"{kind}_{name}": values for name, values in score.metrics.items()}
+    return {f"{kind}_accuracy": accuracy, f"{kind}_loss": loss, **metrics}
+
+
+def _validation(test: _Test, state: State, trained: jax.Array, examples: Examples) -> Scalars:
     if test.has_central:
-        return _central(test, examples)
+        return _named("validation", test.finished(_central(test, examples)))
     everything = whole(examples)
     part = _Part(examples, everything.order, everything.count)
     score, votes = _personal(test, state, trained, part, votes=test.has_ensemble)
     if test.has_ensemble:
-        return _ensemble(votes, part)
-    accuracy, loss = score.mean()
-    return losses.weighted_mean(accuracy, trained), losses.weighted_mean(loss, trained)
+        return _named("validation", _ensemble(test, votes, part))
+    means = {name: losses.weighted_mean(values, trained) for name, values in
+             zip(("validation_accuracy", "validation_loss"), score.mean(), strict=True)}  # fmt: skip
+    return means | measured_means("validation", score.metrics, trained > 0)
 
 
-def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
-    """Accuracy and loss of the central model on all of `examples`, whose batches are dealt to the devices."""
+def _held(test: _Test, start: Array | None = None, count: Array | None = None) -> jax.Array | None:
+    """[K] training examples of each label in a stretch of what clients hold; None where none is asked for."""
+    if start is None or count is None:
+        return None
+    federation = test.moment.federation
+    return label_counts(ClientData(federation.train, federation.train_holdings.order, start, count), test.classes)
+
+
+def _by_holdings(test: _Test, central: testing.Score) -> dict[str, jax.Array]:
+    """Of the central model, for each client [C]: the metrics that depend on what it holds."""
+    layout, holdings = test.layout, test.moment.federation.train_holdings
+    metrics = [metric for metric in layout.metrics if metric.holds]
+
+    def client(shared, row):
+        moment, central = shared
+        held = _held(test._replace(moment=moment), *row)
+        return central.finished(metrics, held).metrics, lift.Partials()
+
+    rows = jnp.asarray(holdings.start), jnp.asarray(holdings.count)
+    shared = test.moment, central
+    return lift.over_clients(client, shared, rows, layout.lifting._replace(narrow=()), stage="evaluation")[0]
+
+
+def _central(test: _Test, examples: Examples) -> testing.Score:
+    """Sums of the central model over all of `examples`, whose batches are dealt to the devices."""
     layout = test.layout
     central: Any = test.algorithm.central  # neither None nor ENSEMBLE here
 
@@ -141,7 +186,8 @@ def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
         def model(x):
             return check_logits(test.algorithm, "central", central(ctx, server, x), x, test.classes)
 
-        return (), lift.Partials(testing.test(model, ClientData(examples, everything, *row), layout.eval_batch))
+        data = ClientData(examples, everything, *row)
+        return (), lift.Partials(testing.test(model, data, layout.eval_batch, layout.metrics))
 
     start = jnp.arange(0, len(examples.y), layout.eval_batch, dtype=jnp.int32)
     batches = start, jnp.minimum(layout.eval_batch, len(examples.y) - start)
@@ -150,7 +196,7 @@ def _central(test: _Test, examples: Examples) -> tuple[jax.Array, jax.Array]:
     _, total = lift.over_clients(
         batch, (test.server, test.moment, examples), batches, lifting, stage="central evaluation"
     )
-    return total.sum.mean()
+    return total.sum
 
 
 def _model_of(test: _Test, cohort: int) -> Callable:
@@ -200,13 +246,14 @@ def _own_parts(test: _Test, state: State, part: _Part | None) -> list[testing.Sc
     for j, rows_of_cohort in enumerate(layout.slices):
         model = _model_of(test, j)
 
-        def client(shared, row, model=model):
-            server, moment, order, count = shared
-            predict = model(moment, server, row)
+        def client(shared, row_and_holds, model=model):
+            (server, moment, order, count), (row, holds) = shared, row_and_holds
+            predict, held = model(moment, server, row), _held(test._replace(moment=moment), *holds)
 
             def one(turn):
                 data = ClientData(moment.federation.test, order, *turn)
-                return testing.test(predict, data, layout.own_batch)
+                score = testing.test(predict, data, layout.own_batch, layout.metrics)
+                return score.finished(layout.metrics, held)
 
             own = jnp.asarray(row.start), jnp.asarray(row.count)
             if part is None:
@@ -218,12 +265,15 @@ def _own_parts(test: _Test, state: State, part: _Part | None) -> list[testing.Sc
         rows = rows_of(federation, federation.test_holdings, rows_of_cohort, state.clients[j])
         lifting = layout.lifting if part is None else layout.lifting._replace(narrow=())
         score, _ = lift.over_clients(
-            client, (test.server, test.moment, order, count), rows, lifting, storage=layout.storages[j],
+            client, (test.server, test.moment, order, count), (rows, _holds(test, rows_of_cohort)), lifting,
+            storage=layout.storages[j],
             stage="evaluation", names=rows.client,
         )  # fmt: skip
         scores.append(score)
     together = jax.tree.map(lambda *x: jnp.concatenate(x), *scores)  # [C, 1 or 2]
-    return [jax.tree.map(lambda x, i=i: x[:, i], together) for i in range(1 if part is None else 2)]
+    own, *common = [jax.tree.map(lambda x, i=i: x[:, i], together) for i in range(1 if part is None else 2)]
+    of_test_set = {metric.name for metric in layout.metrics if metric.holds}
+    return [own._replace(metrics={n: v for n, v in own.metrics.items() if n not in of_test_set}), *common]
 
 
 def _personal(test: _Test, state: State, trained: jax.Array, part: _Part, *, votes: bool) -> tuple[testing.Score, Any]:
@@ -233,24 +283,32 @@ def _personal(test: _Test, state: State, trained: jax.Array, part: _Part, *, vot
     for j, rows_of_cohort in enumerate(layout.slices):
         model = _model_of(test, j)
 
-        def client(shared, row_and_trained, model=model):
-            (server, moment, part), (row, trained) = shared, row_and_trained
-            predict = model(moment, server, row)
+        def client(shared, row_and_more, model=model):
+            (server, moment, part), (row, trained, holds) = shared, row_and_more
+            predict, held = model(moment, server, row), _held(test._replace(moment=moment), *holds)
             data = ClientData(part.examples, part.order, jnp.int32(0), part.count)
             if not votes:
-                return testing.test(predict, data, layout.eval_batch), lift.Partials()
+                score = testing.test(predict, data, layout.eval_batch, layout.metrics)
+                return score.finished(layout.metrics, held), lift.Partials()
             logits = testing.predict_first(predict, data, len(part.order), layout.eval_batch)
-            score = testing.score(logits, *_targets(part))
+            score = testing.score(logits, *_targets(part), layout.metrics).finished(layout.metrics, held)
             return score, lift.Partials(_Votes(trained * jax.nn.softmax(logits), trained))
 
         rows = rows_of(federation, federation.test_holdings, rows_of_cohort, state.clients[j])
         score, total = lift.over_clients(
-            client, (test.server, test.moment, part), (rows, trained[rows_of_cohort]),
+            client, (test.server, test.moment, part), (rows, trained[rows_of_cohort], _holds(test, rows_of_cohort)),
             layout.lifting._replace(narrow=()), storage=layout.storages[j], stage="evaluation", names=rows.client,
         )  # fmt: skip
         scores.append(score)
         totals.append(total)
     return jax.tree.map(lambda *x: jnp.concatenate(x), *scores), lift.combine(*totals).sum
+
+
+def _holds(test: _Test, rows: slice) -> Any:
+    """Where the training examples of each of these clients begin, and how many they are, [C_j] each, if need be."""
+    holdings = test.moment.federation.train_holdings
+    asked = any(metric.holds for metric in test.layout.metrics)
+    return (jnp.asarray(holdings.start[rows]), jnp.asarray(holdings.count[rows])) if asked else ()
 
 
 def _targets(part: _Part) -> tuple[jax.Array, jax.Array]:
@@ -259,34 +317,7 @@ def _targets(part: _Part) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(part.examples.y)[part.order], (jnp.arange(size) < part.count).astype(jnp.float32)
 
 
-def _ensemble(votes: Any, part: _Part) -> tuple[jax.Array, jax.Array]:
-    """Accuracy and loss of the mean of softmax outputs."""
+def _ensemble(test: _Test, votes: Any, part: _Part) -> testing.Score:
+    """The finished score of the mean of softmax outputs."""
     logits = jnp.log(jnp.maximum(votes.total / jnp.maximum(votes.voters, 1), _CERTAIN))
-    return testing.score(logits, *_targets(part)).mean()
-
-
-def _across_clients(own: testing.Score, tested: Array, examples: Array) -> dict[str, jax.Array]:
-    """Statistics over the clients that have a test part; NaN if there are none.
-
-    Three means, of each client alike, weighted by its training examples (n_k), and by its test examples (so of all test
-    examples alike); the worst client, the 10 % quantile and the standard deviation.
-    """
-    accuracy, loss = own.mean()
-    count = _or_nan(jnp.sum(tested))
-    mean = jnp.sum(jnp.where(tested, accuracy, 0)) / count
-    weight = jnp.where(tested, examples, 0).astype(jnp.float32)
-    masked = jnp.where(tested, accuracy, jnp.nan)
-    return {
-        "own_accuracy": mean,
-        "own_accuracy_weighted": jnp.vdot(jnp.where(tested, accuracy, 0), weight) / _or_nan(jnp.sum(weight)),
-        "own_accuracy_by_test_size": jnp.vdot(own.correct, tested) / _or_nan(jnp.vdot(own.count, tested)),
-        "own_loss": jnp.sum(jnp.where(tested, loss, 0)) / count,
-        "worst_client": jnp.nanmin(masked),
-        "quantile_10": jnp.nanquantile(masked, 0.1),
-        "client_std": jnp.sqrt(jnp.sum(jnp.where(tested, (accuracy - mean) ** 2, 0)) / count),
-    }
-
-
-def _or_nan(count: jax.Array) -> jax.Array:
-    """What a mean divides by; NaN where it is of nothing."""
-    return jnp.where(count > 0, count, jnp.nan)
+    return test.finished(testing.score(logits, *_targets(part), test.layout.metrics))

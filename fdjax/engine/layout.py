@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdjax.client.metric import Metric
 from fdjax.engine.lift import Lifting, Stored
 from fdjax.engine.participation import Policy
 from fdjax.engine.storage import Storage, storage
@@ -50,6 +51,7 @@ class Layout(NamedTuple):
     new: tuple[int, ...] = ()  # clients of each cohort that never train, its last rows; () for none
     fine_tuning: FineTuning | None = None  # of these, at the end
     membership: bool = False  # attack models and uploads at every evaluation
+    metrics: tuple[Metric, ...] = ()  # measured wherever accuracy is
 
     @property
     def slices(self) -> list[slice]:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fdjax.client.metric import flattened
 from fdjax.engine.new_clients import never_train
 from fdjax.engine.trials import Inputs, Running, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
+from fdjax.run import metrics
 from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.logs import Logs
@@ -105,7 +107,7 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
                 break
         return results
 
-    return Batch(run, fits, trials.slots, trials.scalars, trials.why)
+    return Batch(run, fits, trials.slots, _values_of(first, trials.scalars), trials.why)
 
 
 def _run(
@@ -114,7 +116,8 @@ def _run(
 ) -> list[Result]:  # fmt: skip
     """Run trials that fit in at once, until they are done, end by their own rules or are told to stop."""
     settings = experiments[0].settings
-    recordings = [Recording(e, traffic, who=f"trial {number}: ") for number, e in enumerate(experiments)]
+    beside = len(experiments)
+    recordings = [Recording(e, traffic, who=f"trial {n}: ", beside=beside) for n, e in enumerate(experiments)]
     time_spent.start(recordings[0].record)
     running, setups = trials.start([_inputs(experiment) for experiment in experiments])
     if experiments[0].simulation.setup is not None:
@@ -144,6 +147,17 @@ def _run(
         _tell(logs, recordings)
     times = time_spent.stamp(recordings[0].record)
     return [recording.result(times) for recording in recordings]
+
+
+def _values_of(experiment: Experiment, scalars: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of what an evaluation gives, as records have them: a metric by class has one for each class."""
+    if experiment.settings.metrics is None:
+        return scalars
+    simulation, federation = experiment.simulation, experiment.federation
+    state = simulation.shapes(federation)
+    found, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams)
+    names = {name: np.zeros(value.shape) for name, value in found.items()}
+    return (*flattened(names, 0), *metrics.derived_names(experiment.settings.metrics, found))
 
 
 def _ended(trials: Trials, running: Running, recordings: Sequence[Recording], done: int) -> list[int]:

@@ -65,6 +65,11 @@ class DataSettings:
         "of what that is a share; default label", str,
         choices={"label": "of the examples of every label", "owner": "of every owner's examples"},
     )  # fmt: skip
+    split_by_client: float | None = _data(
+        None, "share of each client's examples that it trains on, the rest being its test, where both parts of the "
+        "data set are merged before the partition (PFLlib's 0.75); default: the data set's own parts", float,
+        low=0, above=True, high=1, below=True,
+    )  # fmt: skip
     writers: str | None = _data(
         None, "npz with the writers of mnist's images (train_writer, test_writer)", str, resumable=True, folder=True
     )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from types import MappingProxyType
 
+from fdjax.run import derived, metrics
 from fdjax.run.setting import setting_field
 
 _setting = setting_field
@@ -27,3 +28,15 @@ class EvaluationSettings:
     eval_batch: int = _setting(500, "examples of a step of an evaluation", low=1)
     local_eval: str = _setting("auto", "where personal models are tested", choices=LOCAL_EVALS)
     central_eval: bool = _setting(True, "test the central model, or the ensemble, on the full test set")
+    metrics: str | None = _setting(
+        None, "what is measured wherever accuracy is, with commas between: " + "; ".join(
+            f"{name}: {metric.summary}" for name, metric in metrics.KNOWN.items()
+        ) + "; or the file of one of your own (my.py)", str, resolve=metrics.resolve,
+    )  # fmt: skip
+    targets: str | None = _run(
+        None, "accuracies, such as 0.8,0.9, of which the table says after how many rounds and bytes they are reached",
+        str, resolve=derived.resolve, resumable=True,
+    )  # fmt: skip
+    client_history: bool = _run(
+        True, "keep every client's values of every evaluation, and not of the last one alone", resumable=True
+    )

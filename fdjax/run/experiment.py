@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fdjax import data, models, own
-from fdjax.client.augment import AUGMENTATIONS
+from fdjax.client.augment import NORMALISE, augmentation, names_of, with_normalised_inputs
 from fdjax.contract import ENSEMBLE, Algorithm, HParams
 from fdjax.data.federation import federate, replicated
 from fdjax.engine import hosts, plan, proportion
@@ -19,6 +19,7 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.method import Task
 from fdjax.models import own as nets
+from fdjax.run import metrics
 from fdjax.run.accounting import Ledger, ledger_of
 from fdjax.run.loading import cohort_sizes, load
 from fdjax.run.participants import participants, policy_of
@@ -195,6 +196,7 @@ def _validated(experiment: Experiment) -> int:
 
 
 def _check_that_something_is_tested(settings: Settings, algorithm: Algorithm) -> None:
+    metrics.check_tested(settings.metrics, algorithm, settings.local_eval, settings.central_eval)
     if settings.local_eval != "none" or settings.validation_fraction:
         return
     if algorithm.central is None:
@@ -265,9 +267,14 @@ class _Networks(NamedTuple):
 def _networks(settings: Settings, shapes: Shapes) -> _Networks:
     names = [name for name, _ in shapes.cohorts]
     build = functools.partial(_network, settings, classes=shapes.classes)
-    clients = {name: build(name, shapes.inputs, features=shapes.features) for name in names}
+
+    def of_data(name: str) -> Model:
+        model = build(name, shapes.inputs, features=shapes.features)
+        return with_normalised_inputs(model) if NORMALISE in names_of(settings.augment) else model
+
+    clients = {name: of_data(name) for name in names}
     if not settings.method.split:
-        central = clients.get(settings.model) or build(settings.model, shapes.inputs, features=shapes.features)
+        central = clients.get(settings.model) or of_data(settings.model)
         return _Networks(central, tuple(clients[name] for name in names))
     if settings.models is None:
         raise InputError(
@@ -322,11 +329,10 @@ def _network(
 
 def _task(settings: Settings, shapes: Shapes) -> Task:
     """What the method is built for."""
-    augment = AUGMENTATIONS[settings.augment]
-    if augment is not None and len(shapes.inputs) != 3:
+    if names_of(settings.augment) and len(shapes.inputs) != 3:
         raise InputError(f"--augment={settings.augment} needs images, but examples have shape {shapes.inputs}")
     networks = _networks(settings, shapes)
-    training, distilling, serving = trainings(settings, augment)
+    training, distilling, serving = trainings(settings, augmentation(settings.augment))
     return Task(
         model=networks.central,
         models=networks.clients,
@@ -358,6 +364,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
     clients = sum(shapes.may_train)
     expected = settings.participation * clients if settings.sampling == "poisson" else sum(shapes.participants)
     algorithm = method_of(settings, task, expected, clients)
+    measures = metrics.checked_records(settings.metrics, shapes.classes)
 
     @functools.lru_cache(maxsize=8)
     def lifted(lifting: Lifting) -> tuple[Layout, Simulation]:
@@ -375,6 +382,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             policy=policy_of(settings),
             new=shapes.new,
             membership=settings.membership,
+            metrics=measures,
             fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)

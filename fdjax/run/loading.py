@@ -45,6 +45,8 @@ def _load(settings: Settings) -> Loaded:
     source = data.load(settings.dataset, data_dir=settings.data_dir, cache_dir=settings.cache_dir, **of_source)
     source = data.checked(source)
     _check_numbers(settings, source)
+    if settings.split_by_client is not None:
+        source = data.merged(source)
     total = len(source.train_y)
     source = source._replace(train_index=np.arange(total, dtype=np.int32))
     owners = None if source.train_owner is None else int(source.train_owner.max()) + 1
@@ -56,6 +58,8 @@ def _load(settings: Settings) -> Loaded:
     source, proxy = _take_proxy(settings, source)
     source = data.take_validation(source, settings.validation_fraction, settings.data_seed)
     holdings = _partition(settings, source, owners, total, of_partition)
+    if settings.split_by_client is not None:
+        source, holdings = data.split_by_client(source, holdings, settings.split_by_client, settings.data_seed)
     if settings.method.pooled:
         holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
     return Loaded(source, holdings, proxy)

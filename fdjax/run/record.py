@@ -13,13 +13,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fdjax.client.metric import flattened
 from fdjax.data import count_labels
 from fdjax.engine import proportion
 from fdjax.engine.layout import NonFinite, Report
 from fdjax.engine.new_clients import never_train
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
+from fdjax.run import client_history, metrics
 from fdjax.run.accounting import Ledger, accounted, spent_on_its_own
+from fdjax.run.derived import add_forgetting
 from fdjax.run.experiment import Experiment
 from fdjax.run.settings import Settings
 from fdjax.run.stopping import reason_to_stop, still_stopped
@@ -56,6 +59,9 @@ class Result(NamedTuple):
     privacy: Mapping[str, Any] = MappingProxyType({})
     # of a private run: epsilon, delta, the relation that these are about, accountant, noise_multiplier and clip; and
     # "parts", the same of what the method makes private by itself
+    client_evaluations: Mapping[str, np.ndarray] = MappingProxyType({})
+    # [E, C] float32: of every evaluation the values of every client in order of ids, of which `clients` has the last;
+    # {} without --client_history, and where these are too many
     stopped: Mapping[str, Any] = MappingProxyType({})
     # of a run that ended before its last round by its own rules: "round", "rule" (accuracy, bytes, patience) and "why"
 
@@ -102,9 +108,14 @@ def empty_record() -> Record:
 class Recording:
     """The record of a run while it grows; what needs attention is said as a warning that begins with `who`."""
 
-    def __init__(self, experiment: Experiment, traffic: Traffic, record: Record | None = None, who: str = ""):
+    def __init__(
+        self, experiment: Experiment, traffic: Traffic, record: Record | None = None, who: str = "", beside: int = 1
+    ):
+        """`beside`: how many records grow at once, which share the room for clients' values."""
         self.record = record or empty_record()
         self._experiment, self._traffic, self._who = experiment, traffic, who
+        self._beside, self._keeps_clients = beside, experiment.settings.client_history
+        self._told = set[str]()  # metrics whose values were not numbers
 
     @property
     def settings(self) -> Settings:
@@ -160,27 +171,40 @@ class Recording:
     def add_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
         """Keep an evaluation after `done` rounds; after 0 it is of what the set-up leaves."""
         scalars, clients = jax.device_get((scalars, clients))
+        scalars, clients = flattened(scalars, 0), flattened(clients, 1)
         evaluations = self.record["evaluations"]
         for name, value in {"round": done, **_as_floats(scalars)}.items():
             evaluations.setdefault(name, []).append(value)
+        if metrics.forgets(self.settings.metrics):
+            add_forgetting(evaluations)
         self._warn_of_divergence()
+        last = {name: values[-1] for name, values in evaluations.items()}
+        if unsound := metrics.unsound(self.settings.metrics, last, self._told):
+            self._warn(f"{unsound} after round {done}")
         in_order_of_ids = np.argsort(np.asarray(self._experiment.federation.client))
-        self.record["clients"] = {
-            name: np.asarray(values, float)[in_order_of_ids].tolist() for name, values in clients.items()
-        }
+        clients = {name: np.asarray(values)[in_order_of_ids] for name, values in clients.items()}
+        self.record["clients"] = {name: np.asarray(values, float).tolist() for name, values in clients.items()}
+        if self._keeps_clients:
+            left = -(-max(self.settings.rounds - done, 0) // self.settings.eval_every)
+            why = client_history.add(self.record, clients, left, self._beside)
+            self._keeps_clients = not why
+            if why:
+                tqdm.write(f"{self._who}clients' values are kept of the last evaluation alone: {why}", file=sys.stderr)
+        else:
+            self.record.pop("client_evaluations", None)
 
     def replace_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
         """Keep an evaluation in the place of the last one, which was of fewer examples."""
         evaluations = self.record["evaluations"]
         size = len(evaluations["round"])
-        for values in evaluations.values():
+        for values in (*evaluations.values(), *self.record.get("client_evaluations", {}).values()):
             del values[size - 1 :]
         self.add_evaluation(done, scalars, clients)
 
     def clients_at(self, evaluation: int) -> dict[str, list[float]]:
         """Values of every client at an evaluation; {} where they are not kept."""
         last = len(self.record["evaluations"]["round"]) - 1
-        return dict(self.record["clients"]) if evaluation == last else {}
+        return dict(self.record["clients"]) if evaluation == last else client_history.at(self.record, evaluation)
 
     def histories(self) -> dict[str, list[float]]:
         """Of every round, as `Result.rounds` has them but for epsilon: bytes add up, from those of the set-up on."""
@@ -215,6 +239,7 @@ class Recording:
             holdings=holdings_of(self._experiment),
             trained=trained,
             privacy=privacy,
+            client_evaluations=client_history.unpack(self.record.get("client_evaluations", {})),
             stopped=self.stopped,
         )
 

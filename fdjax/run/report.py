@@ -17,9 +17,10 @@ from tabulate import tabulate
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
+from fdjax.run import derived
 from fdjax.run.checkpoint import FOLDER
 from fdjax.run.lock import locked
-from fdjax.run.record import Result
+from fdjax.run.record import Result, kind_of
 from fdjax.run.saving import saving
 from fdjax.run.settings import FOLDERS
 
@@ -120,6 +121,20 @@ def bytes_until(result: Result, round: int) -> float:
     )
 
 
+def reached(result: Result) -> dict[str, dict[str, Any]]:
+    """Of each of the settings' targets: of what it is an accuracy, and at which round and after how many bytes.
+
+    These are interpolated between evaluations; None for a target that was never reached.
+    """
+    rounds, name = result.evaluations.get("round", []), f"{kind_of(result.evaluations)}_accuracy"
+    sent = [bytes_until(result, int(round)) for round in rounds]
+    found = {}
+    for target in derived.targets_of(result.settings.targets):
+        at = derived.rounds_to(rounds, result.evaluations[name], target)
+        found[f"{target:g}"] = {"of": name, "round": at, "bytes": derived.bytes_at(at, rounds, sent)}
+    return found
+
+
 def result_dict(result: Result) -> dict[str, Any]:
     """A result as plain JSON values; folders, which mean nothing on another machine, left out.
 
@@ -136,6 +151,7 @@ def result_dict(result: Result) -> dict[str, Any]:
         "evaluations": result.evaluations,
         "clients": result.clients,
         "holdings": dict(result.holdings),
+        **({"targets": targets} if (targets := reached(result)) else {}),
         "bytes_per_participant": {way: bytes_of_one_client(result, way) for way in ("up", "down")},
         "participants": result.traffic.participants,
         **({"privacy": dict(result.privacy)} if result.privacy else {}),

@@ -15,13 +15,14 @@ from absl import flags
 
 from fdjax import own
 from fdjax.algorithms import ALGORITHMS
-from fdjax.client.augment import AUGMENTATIONS
+from fdjax.client.augment import AUGMENTATIONS, names_of
 from fdjax.engine.lift import KINDS
 from fdjax.errors import InputError, end
 from fdjax.method import Method
 from fdjax.models import MODELS
 from fdjax.models import own as nets
 from fdjax.run import methods
+from fdjax.run import metrics as measures
 from fdjax.run.data import DataSettings
 from fdjax.run.evaluation import EvaluationSettings
 from fdjax.run.optimizers import OptimizerSettings, check_optimizers, ends_with_rounds
@@ -86,7 +87,10 @@ class Settings(
         "averaged", "BatchNorm's statistics",
         choices={"averaged": "as the params are", "local": "stay with the client"},
     )  # fmt: skip
-    augment: str = _setting("none", "augmentation of training batches", choices=tuple(AUGMENTATIONS))
+    augment: str = _setting(
+        "none", "augmentations of training batches of images, with commas between them, in this order. "
+        + "; ".join(f"{name}: {what}" for name, what in AUGMENTATIONS.items())
+    )  # fmt: skip
 
     seed: int = _setting(0, "seed of initialisation, sampling and shuffling", role="traced", low=0, high=2**31 - 1)
     proxy_per_round: int = _setting(0, "proxy examples that a round uses, a fresh subset each; 0: all", low=0)
@@ -122,10 +126,10 @@ class Settings(
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that a user's own method, nets and data came from, by the values of settings that name them."""
+        """The files that a user's own method, nets, data and metrics came from, by the names that settings hold."""
         names = {self.model, *(name for name, _ in self.cohorts)}
         found = {self.algorithm: methods.file_of(self.algorithm), **{name: nets.file_of(name) for name in names}}
-        found |= self.data_files
+        found |= self.data_files | {name: measures.file_of(name) for name in measures.names_of(self.metrics)}
         return {own.recorded(name): file for name, file in sorted(found.items()) if file}
 
     @property
@@ -169,6 +173,7 @@ class Settings(
         for name, setting in SETTINGS.items():
             setting.check(name, getattr(self, name))
         check_optimizers(self)
+        names_of(self.augment)
         options = self.method.choices(dict(self.options))
         hparams = self.method.values(dict(self.hparams))
         whole = {name: int(v) if self.method.hparams[name].integer else v for name, v in hparams.items()}

@@ -1,7 +1,9 @@
 """A run read back from its folder."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import jax
 
 from fdjax import own
 from fdjax.algorithms import ALGORITHMS
+from fdjax.client.metric import Metric
 from fdjax.errors import InputError
 from fdjax.method import Method
-from fdjax.run import methods
+from fdjax.run import methods, metrics
 from fdjax.run.checkpoint import FOLDER, Checkpoints, runs_at, storages_of
 from fdjax.run.data import DATA_FILES
 from fdjax.run.experiment import build, traffic_of
@@ -68,6 +71,8 @@ def _settings(then: dict[str, Any], files: dict[str, str], named: dict[str, Any]
     if then.get("models"):
         nets = [f"{_net(name, files)}:{size}" for name, size in cohorts_of(then["models"])]
         given["models"] = ",".join(nets)
+    if then.get("metrics"):
+        given["metrics"] = ",".join(_metric(name, files) for name in metrics.names_of(then["metrics"]))
     return make(**given | named)
 
 
@@ -75,12 +80,22 @@ def _method(name: str, files: dict[str, str]) -> str:
     """A method by what `make` takes: of the records in its file, the one that the run had."""
     if name in ALGORITHMS or name not in files:
         return name
-    file = files[name]
-    called = own.load(file, "algorithm").having(Method)
-    tried = (
-        {methods.resolve(given): given for given in (file, *(f"{file}:{each}" for each in called))} if called else {}
-    )
-    return next((given for held, given in tried.items() if own.recorded(held) == name), file)
+    return _thing(name, files[name], "algorithm", Method, methods.resolve)
+
+
+def _metric(name: str, files: dict[str, str]) -> str:
+    """A metric likewise."""
+    return _thing(name, files[name], "metrics", Metric, metrics.resolve) if name in files else name
+
+
+def _thing(name: str, file: str, flag: str, kind: type, resolve: Callable[[str], str]) -> str:
+    """Of the things of a kind in a file, the one that a run had; the file itself if it has none such."""
+    called = own.load(file, flag).having(kind)
+    for given in (file, *(f"{file}:{each}" for each in called)):
+        with contextlib.suppress(InputError):  # the file may have no thing by the usual name
+            if own.recorded(resolve(given)) == name:
+                return given
+    return file
 
 
 def _net(name: str, files: dict[str, str]) -> str:

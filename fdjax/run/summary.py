@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fdjax.run import report
+from fdjax.run import metrics, report
 from fdjax.run.record import Result
 
 _NAMES = {
@@ -29,6 +29,13 @@ _ATTACKED = {
     "upload_auc": "what one client sends",
     "consensus_auc": "what the server makes of it",
 }
+_MEASURED = {
+    "central": "central model",
+    "local": "mean of clients' models on the test set",
+    "own": "mean on clients' own test parts",
+    "validation": "validation split",
+    "new": "new clients",
+}
 _DRAWN = ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client", "validation_accuracy")
 
 
@@ -43,7 +50,9 @@ def summary(results: Sequence[Result]) -> str:
     rows = [
         *((text.format(examples=examples), _percent(results, n)) for n, text in _NAMES.items() if n in final),
         *((name.replace("_", " "), _spread(results, name, 4)) for name in losses),
+        *_measured(results),
         *([("test examples for local accuracy at evaluations before", between)] if between else []),
+        *_reached(results),
         *_trained_on(results),
         *_privacy(results),
         *(
@@ -61,6 +70,40 @@ def summary(results: Sequence[Result]) -> str:
     seeds = ", ".join(str(result.settings.seed) for result in results)
     more = f"; mean ± std, seeds {seeds}" if len(results) > 1 else ""
     return report.table(rows, (_title(first), f"round {_rounds(results)}{more}"))
+
+
+def _measured(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """The settings' metrics of every kind of model, but for those by class."""
+    rows, final, held = [], results[0].final, results[0].settings.metrics
+    for name in final:
+        kind, metric = name.partition("_")[0], metrics.metric_of(name, held)
+        if metric is None or name != f"{kind}_{metric.name}" or kind not in _MEASURED:
+            continue
+        if kind == "local" and name not in results[0].clients and f"central_{metric.name}" in final:
+            continue  # the central model is every client's
+        missing = _mean(results, lambda r, name=name: r.final.get(f"{name}_undefined", 0.0))
+        more = f" ({missing:.3g} clients have none)" if missing else ""
+        value = _percent(results, name) if metric.unit == "%" else _spread(results, name)
+        unit = f", {metric.unit}" if metric.unit else ""
+        rows.append((f"{metric.name.replace('_', ' ')}, {_MEASURED[kind]}{unit}", value + more))
+    return rows
+
+
+def _reached(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Rounds and bytes until each target, the means of all seeds if all reach it."""
+    rows, each = [], [report.reached(result) for result in results]
+    for target, first in each[0].items():
+        of, found = first["of"].replace("_", " "), [reached[target] for reached in each]
+        missed = sum(one["round"] is None for one in found)
+        words = f"not in {results[0].round}" + (f", in {missed} of {len(results)} seeds" if len(results) > 1 else "")
+        text = f"rounds to {of} {report.percent(float(target))} %"
+        if missed:
+            rows.append((text, words))
+            continue
+        mean, std = report.spread([one["round"] for one in found])
+        rows.append((text, f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else "")))
+        rows.append(("bytes until then", report.byte_size(float(np.mean([one["bytes"] for one in found])))))
+    return rows
 
 
 def _title(result: Result) -> str:

@@ -15,7 +15,7 @@ from learning_cases import SEEDS
 
 from fdjax.data.holdings import from_counts
 from fdjax.models import nets
-from fdjax.run import experiment, settings
+from fdjax.run import derived, experiment, settings
 
 K, EVALUATIONS, EVERY = 10, 10, 2
 SHARDS = {
@@ -74,9 +74,7 @@ def accuracy(name):
 
 def forgetting(name):
     """mean_c (max_{t < T} A_c^t - A_c^T), the mean over the last half of the evaluations as T: [S]."""
-    A = by_class(name)
-    each = [(A[:, :t].max(1) - A[:, t]).mean(1) for t in range(EVALUATIONS // 2, EVALUATIONS)]
-    return np.mean(each, 0)
+    return np.array([derived.forgetting(A)[EVALUATIONS // 2 :].mean() for A in by_class(name)])
 
 
 def of_each_method():
