@@ -107,9 +107,9 @@ def _table(results: dict[tuple[str, str], list[Result]]) -> str:
     headers = ("partition", "B", "C", "learning rate", "rounds, published", "rounds", "difference",
                f"accuracy after {given.rounds}", "s")  # fmt: skip
     note = (
-        f"Rounds to {100 * given.target_accuracy:g} % of the central model on the full test set; "
-        f"mean of {given.seeds} seed(s). "
-        f"{given.model}, {given.dataset}, {given.num_clients} clients, E = {given.local_epochs or 1:g}, "
+        f"Rounds to {100 * given.target_accuracy:g} % of the central model on the full test set; mean of "
+        f"{given.seeds} seed(s). {given.model}, {given.dataset}, "
+        f"{given.num_clients} clients, E = {given.local_epochs or 1:g}, "
         f"inputs {'standardised' if given.standardize else 'in [0, 1]'}."
     )
     return f"{report.table(lines, headers)}\n\n{note}"

@@ -1,7 +1,8 @@
 """Local distillation of global knowledge where few clients take part: accuracy, forgetting, bytes, rounds to a target.
 
     python -m benchmarks.local_distillation --data_dir=...        # a quarter of MNIST; ten minutes on two cores
-    python -m benchmarks.local_distillation --dataset=mnist_sample --train_fraction=1 --proxy_size=500 --target=0.8
+    python -m benchmarks.local_distillation --dataset=mnist_sample --train_fraction=1 --proxy_size=500 \
+        --target_accuracy=0.8
 
 Lee et al. (2022), FedNTD, have MNIST and CIFAR-10 among 100 clients of which 10 % take part, E = 5, B = 50, SGD with
 0.01 and momentum 0.9, and 200 rounds, by shards or Dirichlet. Here a 2NN learns a quarter of MNIST by Dirichlet(0.1),

@@ -39,7 +39,9 @@ def main() -> None:
     if given.draw_partition:
         source, holdings, _ = loading.load(chosen)
         with saving(out / "partition.png") as path:
-            data.draw_partition(holdings, source.train_y, source.num_classes, path, chosen.partition_name)
+            data.draw_partition(
+                holdings, source.train_y, source.num_classes, path, chosen.partition_title, source.classes
+            )
     try:
         if given.seeds is not None:
             with locked(out):

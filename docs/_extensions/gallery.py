@@ -198,11 +198,11 @@ def settings_page() -> str:
     def row(name: str) -> str:
         setting, default = FLAGS[name], getattr(Settings, name)
         shown = "" if default in (None, "") else f"`{default}`"
-        what = (
-            f"{_cell(setting.help.partition(':')[0])}: see [below](#setting-{name})"
-            if name in named
-            else _setting_cell(setting)
-        )
+        if name in named:
+            help = setting.help.partition(":")[0] if name == "metrics" else setting.help
+            what = f"{_cell(help)}: see [below](#setting-{name})"
+        else:
+            what = _setting_cell(setting)
         return f"| `{name}` | {shown} | {what} |"
 
     groups = [

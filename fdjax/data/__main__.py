@@ -1,6 +1,7 @@
 """Partitions a data set, tells the clients' sizes and labels, and draws them.
 
 python -m fdjax.data --dataset=mnist_sample --partition=dirichlet_a --alpha=0.3 --num_clients=10 --out=partition.png
+python -m fdjax.data --dataset=people.csv --target=income --owner=site --partition=natural
 """
 
 import sys
@@ -16,6 +17,8 @@ from fdjax.data import (
     draw_partition,
     load,
     merged,
+    own,
+    own_partition,
     own_test_part,
     partition,
     split_by_client,
@@ -29,11 +32,13 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset", "mnist_sample", f"data set, one of{_table(SOURCES)}")
+    flags.DEFINE_string("dataset", "mnist_sample", f"data set, the path of one of your own, or one of{_table(SOURCES)}")
+    for name in own.OPTIONS:
+        _DEFINE.get(name, flags.DEFINE_string)(name, None, "of data of your own, as for python -m fdjax")
     flags.DEFINE_string("data_dir", None, "folder of the data set's files")
     flags.DEFINE_string("cache_dir", None, "folder for decoded tfds sets; by default $FDJAX_CACHE or ~/.cache/fdjax")
     flags.DEFINE_string("writers", None, "npz with the writers of mnist's images")
-    flags.DEFINE_string("partition", "iid", f"partition, one of{_table(PARTITIONS)}")
+    flags.DEFINE_string("partition", "iid", f"partition, an npz of your own, or one of{_table(PARTITIONS)}")
     flags.DEFINE_integer("num_clients", None, "number of clients, by default 10 or as many as owners", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of the partition", lower_bound=0)
     flags.DEFINE_string("out", None, "picture to write, such as partition.png")
@@ -70,6 +75,11 @@ _OPTIONS = (
     "scarce_size",
     "merge",
 )
+_DEFINE = {
+    "header": flags.DEFINE_boolean,
+    "test_fraction": flags.DEFINE_float,
+    **dict.fromkeys(("image_size", "length", "stride", "vocabulary"), flags.DEFINE_integer),
+}
 _MOST_LINES = 20
 
 
@@ -83,26 +93,30 @@ def main(argv: list[str]) -> None:
 
 
 def _run(given: flags.FlagValues) -> None:
-    writers = {"writers": given.writers} if given.writers else {}
-    source = load(given.dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **writers)
+    of_source = {name: given[name].value for name in ("writers", *own.OPTIONS) if given[name].value is not None}
+    source = load(given.dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **of_source)
     if given.split_by_client is not None:
         source = merged(source)
     options = {name: given[name].value for name in _OPTIONS if given[name].value is not None}
     num_clients = given.num_clients
     if num_clients is None and given.partition not in ("writer", "natural"):
         num_clients = 10
-    holdings = partition(
-        given.partition,
-        source.train_y,
-        num_clients,
-        given.seed,
-        owner=source.train_owner,
-        num_classes=source.num_classes,
-        **options,
-    )
+    name, total = own_partition.resolve(given.partition, PARTITIONS), len(source.train_y)
+    if own_partition.is_known(name):
+        holdings = own_partition.holdings(name, np.arange(total), total)
+    else:
+        holdings = partition(
+            name,
+            source.train_y,
+            num_clients,
+            given.seed,
+            owner=source.train_owner,
+            num_classes=source.num_classes,
+            **options,
+        )
     if given.split_by_client is not None:
         source, holdings = split_by_client(source, holdings, given.split_by_client, given.seed)
-    own = own_test_part(
+    own_tests = own_test_part(
         source.train_y,
         holdings,
         source.test_y,
@@ -119,18 +133,19 @@ def _run(given: flags.FlagValues) -> None:
         f"clients: {len(size):,}; examples held: {size.sum():,} of {len(source.train_y):,}",
         f"examples per client: min {size.min():,}, median {np.median(size):,.0f}, max {size.max():,}",
         f"labels per client: min {kinds.min()}, median {np.median(kinds):.0f}, max {kinds.max()}",
-        f"own test parts: {own.count.sum():,} rows of {len(source.test_y):,} test examples, min {own.count.min():,}",
+        f"own test parts: {own_tests.count.sum():,} rows of {len(source.test_y):,} test examples, "
+        f"min {own_tests.count.min():,}",
     ]
     rows = zip(size[:_MOST_LINES], table, strict=False)
     lines += [f"client {k}: {n:,} examples; by label: {' '.join(map(str, row))}" for k, (n, row) in enumerate(rows)]
     if len(size) > _MOST_LINES:
         lines.append(f"and {len(size) - _MOST_LINES:,} more clients")
     if given.out:
-        draw_partition(holdings, source.train_y, source.num_classes, given.out, title)
+        draw_partition(holdings, source.train_y, source.num_classes, given.out, title, source.classes)
         lines.append(f"wrote {given.out}")
     if given.write_pfllib:
         config = {"alpha": given.alpha or 0, "partition": given.partition, "non_iid": given.partition != "iid"}
-        write_pfllib(Path(given.write_pfllib).expanduser(), source, holdings, own, **config)
+        write_pfllib(Path(given.write_pfllib).expanduser(), source, holdings, own_tests, **config)
         lines.append(f"wrote {given.write_pfllib}: train/ and test/ of {len(size):,} clients, config.json")
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -111,7 +111,8 @@ def load(name: str, **options: Any) -> Source:
 def load_proxy(name: str, like: Source) -> Source:
     """The same as proxy data: where it has no test part of its own, all its examples are training examples.
 
-    A table's are made inputs as the rows of `like` were, if that is a table. Raises InputError if it is none.
+    A table's are made inputs as the rows of `like` were, if that is a table, and texts read with its vocabulary.
+    Raises InputError if it is none.
     """
     value = _OWN[name].value
     if not isinstance(value, Source) and reader_of(value).read is tables.read_table:
@@ -120,6 +121,8 @@ def load_proxy(name: str, like: Source) -> Source:
                 f"--proxy={title(name)} is a table, but {like.name} is none; give a table as --dataset too"
             )
         return checked(tables.read_rows(value, name.partition("@")[0], like.encoding))
+    if not isinstance(value, Source) and reader_of(value).read is text_files.read_texts:
+        return checked(text_files.read_like(value, name.partition("@")[0], like))
     return load(name, **({"test_fraction": 0.0} if "test_fraction" in options_of(name) else {}))
 
 

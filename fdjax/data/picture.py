@@ -2,7 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +17,16 @@ MOST_COLUMNS = 2000
 
 
 def draw_partition(
-    holdings: Holdings, labels: np.ndarray, num_classes: int, path: str | os.PathLike, title: str = ""
+    holdings: Holdings,
+    labels: np.ndarray,
+    num_classes: int,
+    path: str | os.PathLike,
+    title: str = "",
+    classes: Sequence[str] = (),
 ) -> None:
     """Writes a picture of how many examples of each label each client holds, in the format that the suffix names.
+
+    `classes` [K] are what the labels are called, if they are not 0, 1, ...
 
     Up to 50 clients: a bubble per client and label, its area the count. More: a column per client, its colours the
     client's label shares, clients sorted by their largest label; above it the clients' sizes. Raises InputError for a
@@ -31,7 +40,9 @@ def draw_partition(
     table = count_labels(holdings, labels, num_classes)
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    (_bubbles if len(table) <= MOST_BUBBLES else _heat)(figure, table, title)
+    axes = (_bubbles if len(table) <= MOST_BUBBLES else _heat)(figure, table, title)
+    ticks = np.arange(0, num_classes, -(-num_classes // 25))
+    axes.set_yticks(ticks, [classes[int(label)] for label in ticks] if classes else None)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -41,7 +52,7 @@ def draw_partition(
         raise InputError(f"cannot write {str(path)!r} ({error}); give a file such as partition.png") from None
 
 
-def _bubbles(figure, table: np.ndarray, title: str) -> None:
+def _bubbles(figure, table: np.ndarray, title: str) -> Any:
     num_clients, num_classes = table.shape
     height, width = 5 * 60 / max(num_classes, 5), 8 * 60 / max(num_clients, 5)
     axes = figure.add_subplot()
@@ -53,11 +64,11 @@ def _bubbles(figure, table: np.ndarray, title: str) -> None:
     axes.set(xlabel="client", ylabel="label", xlim=(-0.7, num_clients - 0.3), ylim=(-0.7, num_classes - 0.3))
     axes.set_title(title or f"{num_clients} clients, {table.sum():,} examples", fontsize=10)
     axes.set_xticks(np.arange(0, num_clients, -(-num_clients // 25)))
-    axes.set_yticks(np.arange(0, num_classes, -(-num_classes // 25)))
     axes.grid(alpha=0.2)
+    return axes
 
 
-def _heat(figure, table: np.ndarray, title: str) -> None:
+def _heat(figure, table: np.ndarray, title: str) -> Any:
     num_clients, num_classes = table.shape
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     largest = np.where(share.any(axis=1), share.argmax(axis=1), num_classes)
@@ -75,4 +86,4 @@ def _heat(figure, table: np.ndarray, title: str) -> None:
     figure.colorbar(image, ax=[top, main], label="share of the label in the client")
     shown = f", {len(columns):,} shown" if len(columns) < num_clients else ""
     main.set(xlabel=f"clients, sorted by their largest label{shown}", ylabel="label")
-    main.set_yticks(np.arange(0, num_classes, -(-num_classes // 25)))
+    return main

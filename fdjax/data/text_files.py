@@ -57,6 +57,20 @@ def read_texts(
     return _of_sequences(name, path, texts, tested, length, fraction_of(test_fraction, tested is not None))
 
 
+def read_like(path: Path, name: str, like: Source) -> Source:
+    """A file of texts as proxy data: sequences of the length and with the vocabulary of `like`, none held out.
+
+    Raises InputError for a source without tokens, and for sequences that are cut already.
+    """
+    texts = _content(path)
+    if not like.vocabulary or _is_cut(texts):
+        what = "sequences that are cut already" if _is_cut(texts) else "texts"
+        raise InputError(f"--proxy={path.name} has {what}, but --dataset={like.name} has to be read alike; give others")
+    known, length = like.vocabulary[:-2], like.train_x.shape[1]
+    unit = "word" if any(len(token) > 1 for token in known) else "character"
+    return from_texts(texts, unit=unit, length=length, vocabulary=known, test_fraction=0, name=name)
+
+
 def _called(path: Path | None) -> str:
     return "" if path is None else path.name
 

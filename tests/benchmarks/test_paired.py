@@ -34,8 +34,8 @@ def test_feddf_and_fedavg_have_the_same_start_and_private_data(tmp_path):
 def test_methods_that_distil_locally_have_the_same_start(tmp_path):
     done = programs.run(
         "benchmarks.local_distillation", "--dataset=mnist_sample", "--local_epochs=1", "--proxy_size=100",
-        "--eval_every=1", "--target_accuracy=0.1",
-        *TINY, "--num_clients=12", "--participation=0.5", f"--out={tmp_path}",
+        "--eval_every=1", "--target_accuracy=0.1", *TINY,
+        "--num_clients=12", "--participation=0.5", f"--out={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = {name: of_seeds[0] for name, of_seeds in results(tmp_path).items()}

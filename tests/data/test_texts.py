@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fdjax.data import own
 from fdjax.data.checked import checked
 from fdjax.data.proxy import take_proxy
 from fdjax.data.text_files import read_texts
@@ -142,6 +143,20 @@ def test_proxy_noise_is_uniform_over_tokens():
     assert held.labelled
     assert held.x.dtype == np.int32
     assert len(kept.train_y) + 20 == len(source.train_y)
+
+
+def test_a_file_as_proxy_data_is_read_with_the_vocabulary_of_the_data_set(tmp_path):
+    path = tmp_path / "public.txt"
+    path.write_text("Fair Helena, they say: quite Xenial!")
+    source = read_texts(SPEECHES, "speeches", length=8, stride=4)
+    kept, proxy = take_proxy(source, own.resolve(str(path), "proxy"), 10, 0)
+    assert kept is source
+    assert proxy.labelled
+    assert proxy.x.shape == (10, 8)
+    assert all(text in path.read_text() for text in decoded(source, proxy.x) if UNKNOWN not in text)
+    images = Source("images", np.zeros((2, 8), np.float32), np.zeros(2, int), *[np.zeros((2, 8))] * 2, 2)
+    with pytest.raises(InputError, match="has texts, but --dataset=images has to be read alike"):
+        take_proxy(images, own.resolve(str(path), "proxy"), 1, 0)
 
 
 _TEXT = ["to be or not to be, that is the question", "whether tis nobler in the mind"]

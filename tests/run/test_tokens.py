@@ -16,7 +16,7 @@ from fdjax.run import experiment, settings
 from fdjax.types import Source
 
 SPEECHES = str(Path(__file__).parents[1] / "own_files" / "speeches.json")
-READING = {"dataset": SPEECHES, "length": 8, "stride": 3, "model": "char_lstm_small"}
+READING = {"dataset": SPEECHES, "length": 8, "stride": 6, "model": "char_lstm_small"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def result() -> fdjax.Result:
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return fdjax.data.load(SPEECHES, length=8, stride=3)
+    return fdjax.data.load(SPEECHES, length=8, stride=6)
 
 
 def test_it_learns_more_than_the_most_frequent_character(result, source):
