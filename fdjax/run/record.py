@@ -80,8 +80,7 @@ class Result(NamedTuple):
     def central(self) -> TrainedModel:
         """The central model as it was trained; of a method that tests an ensemble, that. Raises InputError without one.
 
-        result = fdjax.run(algorithm="fedavg", model="2nn", rounds=20)
-        logits = result.central.predict(images)  # [N, K] of inputs in the form of the data set
+        `result.central.predict(images)` gives logits [N, K] of inputs in the form of the data set.
         """
         return self._models().central()
 
