@@ -36,8 +36,8 @@ _FALLING = ("_loss", "client_std")
 _RISING = (
     "_accuracy", "_accuracy_by_test_size", "_accuracy_tuned", "_accuracy_weighted", "worst_client", "quantile_10",
 )  # fmt: skip
-# of what evaluations give without asking, what is better when it is smaller, and what when it is larger; an attack's AUC
-# is neither: that depends on the side
+# what evaluations give without asking that is better when it is smaller, and when it is larger; the AUC of an attack is
+# neither, for that depends on the side
 Described = str | Mapping[str, Mapping[str, str]] | None
 
 

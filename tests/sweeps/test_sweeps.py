@@ -143,7 +143,7 @@ BAD = [
     ({"direction": "up"}, r"unknown direction 'up'"),
     ({"objective": "central_loss"}, r"direction='maximize' of central_loss, which is better when it is smaller; give"),
     ({"direction": "minimize"}, r"direction='minimize' of central_accuracy, .* larger; give direction='maximize'$"),
-    ({"objective": "central_calibration_error", "fixed": {"metrics": "calibration_error"}}, r"better when it is smaller"),
+    ({"objective": "central_calibration_error"}, r"of central_calibration_error, which is better when it is smaller"),
 ]  # fmt: skip
 
 
