@@ -23,15 +23,22 @@ def unpack(history: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
     }
 
 
+def kept(record: Mapping[str, Any]) -> int:
+    """Of how many evaluations, the first ones, a record keeps the values."""
+    return min(map(len, record.get("client_evaluations", {}).values()), default=0)
+
+
 def at(record: Mapping[str, Any], evaluation: int) -> dict[str, list[float]]:
     """The values of every client by name at an evaluation; {} where they are not kept."""
-    history = record.get("client_evaluations", {})
+    history = record.get("client_evaluations", {}) if evaluation < kept(record) else {}
     found = unpack({name: rows[evaluation : evaluation + 1] for name, rows in history.items()})
     return {name: values[0].astype(float).tolist() for name, values in found.items()}
 
 
 def add(record: dict[str, Any], values: Mapping[str, Any], left: int, beside: int) -> str:
     """Add the values [C] of the latest evaluation by name to a record that can keep those of all; else, why it cannot.
+
+    What it keeps by then stays: a run that goes on for more rounds than were planned may have no room for them.
 
     Args:
       record: with the latest evaluation in it.
@@ -40,7 +47,6 @@ def add(record: dict[str, Any], values: Mapping[str, Any], left: int, beside: in
       beside: records that are kept at once, which share the room.
     """
     if why := _why_not(record, values, left, beside):
-        record.pop("client_evaluations", None)
         return why
     history = record.setdefault("client_evaluations", {})
     for name, of_clients in values.items():
@@ -49,7 +55,7 @@ def add(record: dict[str, Any], values: Mapping[str, Any], left: int, beside: in
 
 
 def _why_not(record: Mapping[str, Any], values: Mapping[str, Any], left: int, beside: int) -> str:
-    done, kept = len(record["evaluations"]["round"]), record.get("client_evaluations", {})
+    done = len(record["evaluations"]["round"])
     clients, evaluations = len(next(iter(values.values()), [])), done + left
     if clients * evaluations * len(values) * beside > MOST:
         of_trials = f" x {beside} trials" if beside > 1 else ""
@@ -57,6 +63,6 @@ def _why_not(record: Mapping[str, Any], values: Mapping[str, Any], left: int, be
             f"{clients:,} clients x {evaluations:,} evaluations x {len(values)} values{of_trials} are more than "
             f"{MOST:,}; a larger --eval_every keeps them, --client_history=false leaves this line out"
         )
-    if any(len(kept.get(name, [])) != done - 1 for name in values):
-        return "the part of the run before this one has kept none"
+    if kept(record) != done - 1:
+        return "the part of the run before this one has kept no more"
     return ""

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fdjax.client.metrics import FORGETTING
+from fdjax.contract import ENSEMBLE
 from fdjax.errors import InputError
+from fdjax.run import metrics
 
 
 def resolve(given: Any, *, accuracies: bool = True) -> str:
@@ -72,15 +75,48 @@ def forgetting(by_class: Any) -> np.ndarray:
     """
     A = np.asarray(by_class, float)
     best = np.fmax.accumulate(A, axis=0)[:-1]  # NaN where a class was not tested yet
-    lost = best - A[1:]
-    there = np.sum(~np.isnan(lost), axis=1)
-    mean = np.nansum(lost, axis=1) / np.where(there, there, 1)
-    return np.concatenate([[math.nan], np.where(there, mean, math.nan)])
+    return np.concatenate([[math.nan], _forgotten(best, A[1:])])
 
 
-def add_forgetting(evaluations: dict[str, list[float]]) -> None:
-    """Add that of the latest evaluation: of the central model, and of the mean accuracies of clients' own."""
-    for kind in ("central", "local"):
-        if classes := [name for name in evaluations if re.fullmatch(rf"{kind}_class_accuracy_\d+", name)]:
-            by_class = np.array([evaluations[name] for name in classes]).T
-            evaluations.setdefault(f"{kind}_forgetting", []).append(float(forgetting(by_class)[-1]))
+def _forgotten(best: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Means over classes [..., K] of what is lost, [...]; NaN without a class that was tested before and is now."""
+    lost = best - now
+    there = np.sum(~np.isnan(lost), axis=-1)
+    return np.where(there, np.nansum(lost, axis=-1) / np.where(there, there, 1), math.nan)
+
+
+class Forgetting:
+    """Forgetting at one evaluation after another, each as cheap as the first: the best of those before is kept."""
+
+    def __init__(self):
+        self._best: dict[str, tuple[int, np.ndarray]] = {}  # by kind of model: of how many evaluations, by class
+
+    def add(self, evaluations: dict[str, list[float]]) -> None:
+        """Add that of the latest evaluation: of the central model, and of the mean accuracies of clients' own."""
+        for kind in ("central", "local"):
+            if classes := [name for name in evaluations if re.fullmatch(rf"{kind}_class_accuracy_\d+", name)]:
+                seen, best = self._best.get(kind, (0, np.full(len(classes), math.nan)))
+                before = np.array([evaluations[name][seen:-1] for name in classes]).T  # [new, K]
+                best = np.fmax.reduce(np.vstack([best, before]), axis=0)
+                self._best[kind] = len(evaluations[classes[0]]) - 1, best
+                now = np.array([evaluations[name][-1] for name in classes])
+                evaluations.setdefault(f"{kind}_forgetting", []).append(float(_forgotten(best, now)))
+
+
+def check_in_full(experiment: Any) -> None:
+    """Raises InputError where evaluations are to be compared that test clients' models on different examples.
+
+    The best of many small samples is too good, and the last evaluation tests on all examples: what a model forgot, and
+    when it reached a target, would be wrong. The central model is tested on all of them at every evaluation.
+    """
+    settings, tests = experiment.settings, experiment.tests
+    if tests.between == tests.last:
+        return
+    in_full = settings.central_eval and experiment.algorithm.central not in (None, ENSEMBLE)
+    asked = [f"--metrics={FORGETTING.name}"] if metrics.forgets(settings.metrics) else []
+    asked += [f"--targets={settings.targets}"] if settings.targets and not in_full else []
+    if asked:
+        raise InputError(
+            f"{' and '.join(asked)} would compare clients' models on {tests.between:,} test examples with those on all "
+            f"{tests.last:,} at the end (--local_eval={settings.local_eval}); give --local_eval=full"
+        )

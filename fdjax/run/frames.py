@@ -44,14 +44,18 @@ def _clients(result: Any) -> dict[str, Any]:
     rounds = np.asarray(result.evaluations["round"], int)
     histories = {name: np.asarray(v, float) for name, v in getattr(result, "client_evaluations", {}).items()}  # [E, C]
     last = {name: np.asarray(v, float) for name, v in result.clients.items() if name not in histories}  # [C]
+    seen = min(map(len, histories.values()), default=0)
+    if seen < len(rounds):  # the last evaluation follows on those that are kept
+        rounds = np.concatenate([rounds[:seen], rounds[-1:]])
+        histories = {name: np.vstack([values, result.clients[name]]) for name, values in histories.items()}
     clients = len(result.holdings.get("n_k", ())) or max((len(v) for v in last.values()), default=0)
-    kept = len(rounds) if histories else 1
+    kept = len(rounds)
 
     def at_the_end(values: np.ndarray) -> np.ndarray:
         return np.concatenate([np.full((kept - 1) * clients, np.nan), values])
 
     return {
-        "round": np.repeat(rounds[-kept:], clients),
+        "round": np.repeat(rounds, clients),
         "client": np.tile(np.arange(clients), kept),
         **{name: values.reshape(-1) for name, values in histories.items()},
         **{name: at_the_end(values) for name, values in last.items()},

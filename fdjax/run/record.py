@@ -22,7 +22,7 @@ from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sizes, Traffic, count_bytes
 from fdjax.run import client_history, metrics
 from fdjax.run.accounting import Ledger, accounted, spent_on_its_own
-from fdjax.run.derived import add_forgetting
+from fdjax.run.derived import Forgetting
 from fdjax.run.experiment import Experiment
 from fdjax.run.frames import frame_of
 from fdjax.run.settings import Settings
@@ -62,7 +62,8 @@ class Result(NamedTuple):
     # "parts", the same of what the method makes private by itself
     client_evaluations: Mapping[str, np.ndarray] = MappingProxyType({})
     # [E, C] float32: of every evaluation the values of every client in order of ids, of which `clients` has the last;
-    # {} without --client_history, and where these are too many
+    # {} without --client_history, and where these are too many; of the first ones alone, where a run went on for so
+    # long that there was no room for more
     stopped: Mapping[str, Any] = MappingProxyType({})
     # of a run that ended before its last round by its own rules: "round", "rule" (accuracy, bytes, patience) and "why"
 
@@ -127,6 +128,7 @@ class Recording:
         self.record = record or empty_record()
         self._experiment, self._traffic, self._who = experiment, traffic, who
         self._beside, self._keeps_clients = beside, experiment.settings.client_history
+        self._forgetting = Forgetting()
         self._told = set[str]()  # metrics whose values were not numbers
 
     @property
@@ -152,6 +154,9 @@ class Recording:
     def stop_if_due(self) -> bool:
         """Whether the run ends here by its own rules, which is kept on record then."""
         settings, evaluations = self.settings, self.record["evaluations"]
+        if evaluations["round"][-1] >= settings.rounds:  # all are done, whatever a rule says of the last one
+            self.record.pop("stopped", None)
+            return False
         if still_stopped(settings, self.record):
             return True
         self.record.pop("stopped", None)
@@ -188,7 +193,7 @@ class Recording:
         for name, value in {"round": done, **_as_floats(scalars)}.items():
             evaluations.setdefault(name, []).append(value)
         if metrics.forgets(self.settings.metrics):
-            add_forgetting(evaluations)
+            self._forgetting.add(evaluations)
         self._warn_of_divergence()
         last = {name: values[-1] for name, values in evaluations.items()}
         if unsound := metrics.unsound(self.settings.metrics, last, self._told):
@@ -196,14 +201,16 @@ class Recording:
         in_order_of_ids = np.argsort(np.asarray(self._experiment.federation.client))
         clients = {name: np.asarray(values)[in_order_of_ids] for name, values in clients.items()}
         self.record["clients"] = {name: np.asarray(values, float).tolist() for name, values in clients.items()}
-        if self._keeps_clients:
+        if not self.settings.client_history:
+            self.record.pop("client_evaluations", None)
+        elif self._keeps_clients:
             left = -(-max(self.settings.rounds - done, 0) // self.settings.eval_every)
             why = client_history.add(self.record, clients, left, self._beside)
             self._keeps_clients = not why
             if why:
-                tqdm.write(f"{self._who}clients' values are kept of the last evaluation alone: {why}", file=sys.stderr)
-        else:
-            self.record.pop("client_evaluations", None)
+                kept = client_history.kept(self.record)
+                of = f"the first {kept} evaluations and the last one" if kept else "the last evaluation alone"
+                tqdm.write(f"{self._who}clients' values are kept of {of}: {why}", file=sys.stderr)
 
     def replace_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
         """Keep an evaluation in the place of the last one, which was of fewer examples."""

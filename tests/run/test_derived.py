@@ -6,7 +6,7 @@ import pytest
 
 from fdjax.client.metric import Metric
 from fdjax.errors import InputError
-from fdjax.run import derived, metrics
+from fdjax.run import derived, experiment, metrics, runner, settings, stopping
 
 DISTANCE = Metric("distance", per_example=lambda z, y: jnp.abs(z[:, 0]), better="lower")
 MY_LOSS = Metric("my_loss", per_example=lambda z, y: z[:, 0])  # whose author says that higher is better
@@ -67,3 +67,52 @@ def test_targets_that_are_none(given):
 def test_forgetting_of_classes_that_were_not_tested():
     A = [[0.5, NAN, NAN], [0.9, 0.2, NAN], [0.6, NAN, NAN], [0.8, 0.1, NAN]]
     np.testing.assert_allclose(derived.forgetting(A), [NAN, -0.4, 0.3, (0.1 + 0.1) / 2])
+
+
+def test_forgetting_of_one_evaluation_after_another(rng):
+    """As the definition has it, also where the last one is replaced, and where a resumed run begins in the middle."""
+    A = rng.random((7, 3))
+    A[rng.random((7, 3)) < 0.3] = NAN
+    expected = [NAN]
+    for t in range(1, 7):
+        lost = [max(A[:t, c][~np.isnan(A[:t, c])], default=NAN) - A[t, c] for c in range(3)]
+        known = [x for x in lost if not np.isnan(x)]
+        expected.append(sum(known) / len(known) if known else NAN)
+    found, adding = {}, derived.Forgetting()
+    for t in range(7):
+        adding = derived.Forgetting() if t == 4 else adding
+        for values in (A[t] + 0.25, A[t]):
+            for history in found.values():
+                del history[t:]
+            for c in range(3):
+                found.setdefault(f"central_class_accuracy_{c}", []).append(values[c])
+            adding.add(found)
+    np.testing.assert_allclose(found["central_forgetting"], expected)
+    np.testing.assert_allclose(derived.forgetting(A), expected)
+
+
+MNIST = {"dataset": "mnist_sample", "num_clients": 5, "train_fraction": 0.05, "model": "mclr", "devices": 1}
+COMPARED = [
+    ({"algorithm": "local", "metrics": "forgetting"}, r"^--metrics=forgetting would compare clients' models on 100"),
+    ({"algorithm": "local", "targets": "0.8"}, r"^--targets=0.8 would .* all [\d,]+ at the end \(--local_eval=auto\);"),
+    ({"algorithm": "ensemble", "targets": "0.8", "metrics": "forgetting"}, r"^--metrics=forgetting and --targets=0.8 "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), COMPARED, ids=[message[:30] for _, message in COMPARED])
+def test_samples_that_are_not_compared(fields, message, monkeypatch):
+    monkeypatch.setattr(runner, "_compile", None)  # nothing may be compiled before
+    with pytest.raises(InputError, match=message) as error:
+        runner.run(settings.make(**MNIST | fields), progress=False)
+    assert "\n" not in str(error.value)
+    derived.check_in_full(experiment.build(settings.make(**MNIST | fields, local_eval="full")))
+
+
+@pytest.mark.parametrize("name", ["central_class_accuracy_0", "central_forgetting"])
+def test_what_follows_from_evaluations_may_end_a_run(name):
+    fields = {"patience": 2, "stop_metric": name, "metrics": "class_accuracy,forgetting"}
+    stopping.check_watched(experiment.build(settings.make(**MNIST | fields)))
+
+
+def test_the_central_model_is_tested_in_full():
+    derived.check_in_full(experiment.build(settings.make(**MNIST, targets="0.8", metrics="forgetting")))

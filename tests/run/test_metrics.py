@@ -242,12 +242,15 @@ def test_a_history_that_is_too_large(monkeypatch, capsys, tmp_path):
     assert result.client_evaluations["own_loss"].shape == (2, 5)
     result = runner.run(make(rounds=2), tmp_path, resume=True, progress=False)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "clients' values" in line]
-    assert "kept of the last evaluation alone: 5 clients x 3 evaluations x 2 values are more than 25" in line
-    assert result.client_evaluations == {}
+    assert "kept of the first 2 evaluations and the last one: 5 clients x 3 evaluations x 2 values are more" in line
+    assert result.client_evaluations["own_loss"].shape == (2, 5)
+    frame = result.frame("clients")
+    assert [*frame["round"]] == [0] * 5 + [1] * 5 + [2] * 5
+    np.testing.assert_allclose(frame["own_loss"][-5:], result.clients["own_loss"])
     monkeypatch.undo()
     result = runner.run(make(rounds=3), tmp_path, resume=True, progress=False)
-    assert result.client_evaluations == {}  # the first evaluations are gone
-    assert "the part of the run before this one has kept none" in capsys.readouterr().err
+    assert result.client_evaluations["own_loss"].shape == (2, 5)  # as much as there is without a gap
+    assert "the part of the run before this one has kept no more" in capsys.readouterr().err
 
 
 def test_packed_values_are_what_they_were(rng):

@@ -126,6 +126,7 @@ def test_a_resumed_run_decides_as_if_it_had_never_stopped(tmp_path):
     assert again.rounds == straight.rounds
     assert fdjax.load(tmp_path).stopped == straight.stopped
     assert run(tmp_path, resume=True).round == 6  # without the rule it goes on
+    assert not run(tmp_path, resume=True, stop_at_bytes=1.0).stopped  # all rounds are done, so that nothing stopped it
 
 
 def test_the_last_evaluation_of_a_stopped_run_is_in_full(whole, monkeypatch):
@@ -173,6 +174,10 @@ def test_seeds_of_a_batch_end_each_by_itself():
         ({"stop_metric": "central_loss"}, "--stop_metric=central_loss: nothing goes by a metric; give --patience or"),
         ({"patience": 3, "stop_metric": "validation_accuracy"}, "there is no validation split"),
         ({"stop_at_accuracy": 0.9, "stop_metric": "central_loss"}, "which is better when it is smaller"),
+        (
+            {"patience": 3, "stop_metric": "central_class_accuracy", "metrics": "class_accuracy"},
+            "central_class_accuracy_9'?",
+        ),
         ({"patience": 3, "stop_metric": "central_acuracy"}, "did you mean 'central_accuracy'?"),
         ({"patience": 3, "stop_metric": "worst"}, "unknown --stop_metric 'worst'; known: central_accuracy"),
     ],
