@@ -162,10 +162,10 @@ def _carry_out(run: Callable[[], object], arguments: list[str], only_parse: bool
     """A program within this process, without the frame that ends it: `InputError` is raised."""
 
     def start(main: Callable[..., None], takes: str = "") -> None:
-        left = parsing.parse_flags(sys.argv)[1:]
-        assert takes or not left, f"unexpected arguments {left}"
+        left = parsing.parse_flags(sys.argv)
+        assert len(left) == 1 or takes, f"unexpected arguments {left[1:]}"
         if not only_parse:
-            main(*left)
+            main(*left[1:])
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(program, "start", start))
