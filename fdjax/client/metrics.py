@@ -127,8 +127,8 @@ METRICS = {
         Metric(
             "roc_auc", sums=_scores, finish=_area,
             summary="area under the ROC curve of p_c, class c against the rest, mean over the classes with both, so "
-            "NaN where all examples are of one class; clients without a value are left out and counted. By 1,024 bins of "
-            "log-odds: a pair in one bin counts 1/2, so it is off by at most half the share of such pairs",
+            "NaN where all examples are of one class; clients without a value are left out and counted. By 1,024 bins "
+            "of log-odds: a pair in one bin counts 1/2, so it is off by at most half the share of such pairs",
         ),
         Metric(
             "calibration_error", sums=_calibration, finish=_expected_error, better="lower",
