@@ -13,7 +13,6 @@ from fdjax.engine.trials import Inputs, Running, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.run.accounting import ledger_of
-from fdjax.run.derived import check_in_full
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.logs import Logs
 from fdjax.run.record import Clock, Record, Recording, Result, clock
@@ -77,7 +76,6 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
     settings = first.settings
     for experiment in like:
         check_watched(experiment)
-        check_in_full(experiment)
     trials = compile_trials(
         first.simulation.pure,
         first.layout,

@@ -47,7 +47,9 @@ def add(record: dict[str, Any], values: Mapping[str, Any], left: int, beside: in
       beside: records that are kept at once, which share the room.
     """
     if why := _why_not(record, values, left, beside):
-        return why
+        number = kept(record)
+        of = f"the first {number} evaluations and the last one" if number else "the last evaluation alone"
+        return f"clients' values are kept of {of}: {why}"
     history = record.setdefault("client_evaluations", {})
     for name, of_clients in values.items():
         history.setdefault(name, []).append(pack(of_clients))

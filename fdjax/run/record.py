@@ -62,8 +62,7 @@ class Result(NamedTuple):
     # "parts", the same of what the method makes private by itself
     client_evaluations: Mapping[str, np.ndarray] = MappingProxyType({})
     # [E, C] float32: of every evaluation the values of every client in order of ids, of which `clients` has the last;
-    # {} without --client_history, and where these are too many; of the first ones alone, where a run went on for so
-    # long that there was no room for more
+    # {} without --client_history, and where these are too many; of the first ones if the run went on for too long
     stopped: Mapping[str, Any] = MappingProxyType({})
     # of a run that ended before its last round by its own rules: "round", "rule" (accuracy, bytes, patience) and "why"
 
@@ -187,8 +186,7 @@ class Recording:
 
     def add_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
         """Keep an evaluation after `done` rounds; after 0 it is of what the set-up leaves."""
-        scalars, clients = jax.device_get((scalars, clients))
-        scalars, clients = flattened(scalars, 0), flattened(clients, 1)
+        scalars, clients = flattened(jax.device_get(scalars), 0), flattened(jax.device_get(clients), 1)
         evaluations = self.record["evaluations"]
         for name, value in {"round": done, **_as_floats(scalars)}.items():
             evaluations.setdefault(name, []).append(value)
@@ -208,9 +206,7 @@ class Recording:
             why = client_history.add(self.record, clients, left, self._beside)
             self._keeps_clients = not why
             if why:
-                kept = client_history.kept(self.record)
-                of = f"the first {kept} evaluations and the last one" if kept else "the last evaluation alone"
-                tqdm.write(f"{self._who}clients' values are kept of {of}: {why}", file=sys.stderr)
+                tqdm.write(f"{self._who}{why}", file=sys.stderr)
 
     def replace_evaluation(self, done: int, scalars: Any, clients: Any) -> None:
         """Keep an evaluation in the place of the last one, which was of fewer examples."""

@@ -18,7 +18,6 @@ from fdjax.engine.layout import Report, State, first_rounds
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
 from fdjax.run.checkpoint import check_resumable
-from fdjax.run.derived import check_in_full
 from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, with_plan
 from fdjax.run.lock import locked
 from fdjax.run.loggers import Progress
@@ -129,7 +128,6 @@ def run(
         leave_devices()
         built = build(settings)
         check_watched(built)
-        check_in_full(built)
         profiler = stack.enter_context(contextlib.closing(Profiler(out / "profile" if profile and out else None)))
         with profiler.compiling():
             experiment, traffic, needed = _compile(built, profiler)

@@ -16,6 +16,7 @@ import numpy as np
 from fdjax.client.metric import flattened
 from fdjax.errors import InputError, unknown
 from fdjax.run import metrics
+from fdjax.run.derived import check_in_full
 from fdjax.run.setting import setting_field
 
 _run = functools.partial(setting_field, role="run", resumable=True)
@@ -66,7 +67,11 @@ def check_stopping(settings: Any) -> None:
 
 
 def check_watched(experiment: Any) -> None:
-    """Raises InputError, before anything compiles, if evaluations do not give the metric that is to decide."""
+    """Raises InputError, before anything compiles, if evaluations do not give what is asked of them.
+
+    That is the metric that is to decide when to stop, and values that can be compared: see `derived.check_in_full`.
+    """
+    check_in_full(experiment)
     named = experiment.settings.stop_metric
     if named is not None and named not in (names := values_of(experiment)):
         raise unknown("--stop_metric", named, names)
