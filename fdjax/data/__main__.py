@@ -5,6 +5,7 @@ python -m fdjax.data --dataset=people.csv --target=income --owner=site
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fdjax.data import (
     split_by_client,
     write_pfllib,
 )
-from fdjax.errors import InputError
+from fdjax.errors import InputError, show_warning
 from fdjax.types import Holdings, Source
 
 
@@ -90,6 +91,7 @@ _MOST_LINES = 20
 
 
 def main(argv: list[str]) -> None:
+    warnings.showwarning = show_warning
     try:
         if len(argv) > 1:
             raise InputError(f"unexpected argument {argv[1]!r}; options look like --partition=iid")

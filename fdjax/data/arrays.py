@@ -64,7 +64,6 @@ def from_arrays(
     """
     if not isinstance(name, str) or not isinstance(labels, str):
         raise InputError(f"from_arrays: name={name!r}, labels={labels!r}: expected texts")
-    as_proxy = none_held_out(name, test_fraction)
     own_test = _parts_given(name, x_test, y_test, owner, owner_test, ids, ids_test, test_fraction)
     x, y, owner, ids = _part(name, "", x, y, owner, ids)
     if own_test:
@@ -74,7 +73,7 @@ def from_arrays(
         (x,) = _inputs(name, x)
     coded = code_labels(name, y, y_test)
     owners = code_owners(name, owner, owner_test)
-    if not own_test and as_proxy:
+    if not own_test and none_held_out(name, test_fraction):
         return make_source(name, x, x, coded._replace(test=coded.train), owners, labels)
     if not own_test:
         x, x_test, coded, owners, ids, ids_test = _held_out(name, x, coded, owners, ids, test_fraction, test_by, seed)
@@ -167,6 +166,7 @@ def _parts_given(
             f"{name}: {'y_test' if x_test is None else 'x_test'} alone; give both x_test and y_test, or none"
         )
     given = x_test is not None
+    none_held_out(name, fraction)  # raises, if it is a bool
     if given and fraction:
         raise InputError(f"{name}: test_fraction={fraction!r} beside test data; give one of them")
     for what, part, test in (("owner", owner, owner_test), ("ids", ids, ids_test)):
