@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdjax.client.metric import flattened
 from fdjax.errors import InputError, unknown
+from fdjax.run import metrics
 from fdjax.run.setting import setting_field
 
 _run = functools.partial(setting_field, role="run", resumable=True)
 _SPLIT = "validation_accuracy"
-_FALLS = ("loss", "error", "forgetting", "std")  # ends of the names of metrics that are better when they are smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def check_stopping(settings: Any) -> None:
     named = settings.stop_metric
     if named == _SPLIT and not settings.validation_fraction:
         raise InputError(f"--stop_metric={named}: there is no validation split; give --validation_fraction, e.g. 0.1")
-    if settings.stop_at_accuracy and named is not None and _falls(named):
+    if settings.stop_at_accuracy and named is not None and _falls(settings, named):
         raise InputError(
             f"--stop_at_accuracy={settings.stop_at_accuracy:g} with --stop_metric={named}, which is better when it is "
             "smaller; name an accuracy, or use --patience"
@@ -66,13 +67,18 @@ def check_stopping(settings: Any) -> None:
 
 def check_watched(experiment: Any) -> None:
     """Raises InputError, before anything compiles, if evaluations do not give the metric that is to decide."""
-    named, simulation = experiment.settings.stop_metric, experiment.simulation
-    if named is None:
-        return
-    state, federation = simulation.shapes(experiment.federation), experiment.federation
-    scalars, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams, np.int32(0))
-    if named not in scalars:
-        raise unknown("--stop_metric", named, scalars)
+    named = experiment.settings.stop_metric
+    if named is not None and named not in (names := values_of(experiment)):
+        raise unknown("--stop_metric", named, names)
+
+
+def values_of(experiment: Any) -> tuple[str, ...]:
+    """The names of what an evaluation gives, as records have them: a metric by class has one for each class."""
+    simulation, federation = experiment.simulation, experiment.federation
+    state = simulation.shapes(federation)
+    found, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams, np.int32(0))
+    names = {name: np.zeros(value.shape) for name, value in found.items()}
+    return (*flattened(names, 0), *metrics.derived_names(experiment.settings.metrics, found))
 
 
 def reason_to_stop(settings: Any, record: Mapping[str, Any], shown: str) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def reason_to_stop(settings: Any, record: Mapping[str, Any], shown: str) -> dict
         found["accuracy"] = f"{named} of {evaluations[named][-1]:.4g} reached {settings.stop_at_accuracy:g}"
     if settings.stop_at_bytes and (sent := bytes_sent(record)) >= settings.stop_at_bytes:
         found["bytes"] = f"{sent:,.0f} bytes were sent, and {settings.stop_at_bytes:,.0f} were to end it"
-    if settings.patience and (waited := _waited(evaluations[named], settings.min_delta, _falls(named))) >= (
+    if settings.patience and (waited := _waited(evaluations[named], settings.min_delta, _falls(settings, named))) >= (
         settings.patience
     ):
         found["patience"] = f"{named} got no better in {waited} evaluations"
@@ -122,8 +128,10 @@ def bytes_sent(record: Mapping[str, Any]) -> float:
     )
 
 
-def _falls(name: str) -> bool:
-    return name.endswith(_FALLS)
+def _falls(settings: Any, name: str) -> bool:
+    """Whether the metric is better when it is smaller."""
+    metric = metrics.metric_of(name, settings.metrics)
+    return metric.better == "lower" if metric is not None else name.endswith("_loss") or name == "client_std"
 
 
 def _waited(values: Sequence[float], least: float, falls: bool) -> int:
