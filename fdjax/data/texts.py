@@ -79,10 +79,9 @@ def from_texts(
     ends = {owner: len(stream) - round(fraction * len(stream)) for owner, stream in streams.items()}
     training = {owner: stream[: ends[owner]] for owner, stream in streams.items()}
     known = _known(vocabulary, [*training.values()])
+    tested = {owner: stream[ends[owner] :] for owner, stream in streams.items()} if fraction else training
     if test_texts is not None:
         tested = {owner: _tokens(unit, its) for owner, its in _by_owner(test_texts).items()}
-    else:
-        tested = {owner: stream[ends[owner] :] for owner, stream in streams.items()} if fraction else training
     number = {owner: i for i, owner in enumerate({**training, **tested})}
 
     def windows(part: Mapping[Any, Sequence[str]]) -> Windows:
