@@ -58,7 +58,7 @@ def check_stopping(settings: Any) -> None:
     named = settings.stop_metric
     if named == _SPLIT and not settings.validation_fraction:
         raise InputError(f"--stop_metric={named}: there is no validation split; give --validation_fraction, e.g. 0.1")
-    if settings.stop_at_accuracy and named is not None and _falls(settings, named):
+    if settings.stop_at_accuracy and named is not None and metrics.falls(named, settings.metrics):
         raise InputError(
             f"--stop_at_accuracy={settings.stop_at_accuracy:g} with --stop_metric={named}, which is better when it is "
             "smaller; name an accuracy, or use --patience"
@@ -101,10 +101,10 @@ def reason_to_stop(settings: Any, record: Mapping[str, Any], shown: str) -> dict
         found["accuracy"] = f"{named} of {evaluations[named][-1]:.4g} reached {settings.stop_at_accuracy:g}"
     if settings.stop_at_bytes and (sent := bytes_sent(record)) >= settings.stop_at_bytes:
         found["bytes"] = f"{sent:,.0f} bytes were sent, and {settings.stop_at_bytes:,.0f} were to end it"
-    if settings.patience and (waited := _waited(evaluations[named], settings.min_delta, _falls(settings, named))) >= (
-        settings.patience
-    ):
-        found["patience"] = f"{named} got no better in {waited} evaluations"
+    if settings.patience:
+        waited = _waited(evaluations[named], settings.min_delta, metrics.falls(named, settings.metrics))
+        if waited >= settings.patience:
+            found["patience"] = f"{named} got no better in {waited} evaluations"
     if not found:
         return {}
     rules = {name: getattr(settings, name) for name in RULES}
@@ -128,16 +128,10 @@ def bytes_sent(record: Mapping[str, Any]) -> float:
     )
 
 
-def _falls(settings: Any, name: str) -> bool:
-    """Whether the metric is better when it is smaller."""
-    metric = metrics.metric_of(name, settings.metrics)
-    return metric.better == "lower" if metric is not None else name.endswith("_loss") or name == "client_std"
-
-
-def _waited(values: Sequence[float], least: float, falls: bool) -> int:
+def _waited(values: Sequence[float], least: float, lower: bool) -> int:
     """Evaluations since the last one that was better than all before it by more than `least`."""
     best, at = math.nan, 0
-    for i, value in enumerate(-v if falls else v for v in values):
+    for i, value in enumerate(-v if lower else v for v in values):
         if (math.isnan(best) and not math.isnan(value)) or value > best + least:
             best, at = value, i
     return len(values) - 1 - at
