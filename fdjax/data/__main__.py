@@ -118,6 +118,7 @@ def _run(given: flags.FlagValues) -> None:
         given.seed,
         train_owner=source.train_owner,
         test_owner=source.test_owner,
+        only_own=given.split_by_client is not None,
     )
     table = count_labels(holdings, source.train_y, source.num_classes)
     size, kinds = holdings.count, (table > 0).sum(axis=1)
