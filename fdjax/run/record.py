@@ -154,14 +154,12 @@ class Recording:
     def stop_if_due(self) -> bool:
         """Whether the run ends here by its own rules, which is kept on record then."""
         settings, evaluations = self.settings, self.record["evaluations"]
-        if evaluations["round"][-1] >= settings.rounds:  # all are done, whatever a rule says of the last one
-            self.record.pop("stopped", None)
-            return False
-        if still_stopped(settings, self.record):
+        all_done = evaluations["round"][-1] >= settings.rounds  # so that it ends, whatever a rule says of it
+        if not all_done and still_stopped(settings, self.record):
             return True
         self.record.pop("stopped", None)
-        if found := reason_to_stop(settings, self.record, f"{kind_of(evaluations)}_accuracy"):
-            self.record["stopped"] = found
+        found = {} if all_done else reason_to_stop(settings, self.record, f"{kind_of(evaluations)}_accuracy")
+        self.record |= {"stopped": found} if found else {}
         return bool(found)
 
     def add_setup(self, report: Report) -> None:
