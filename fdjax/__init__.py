@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fdjax.run.settings import Settings
     from fdjax.run.settings import make as settings
     from fdjax.run.stored import load
+    from fdjax.run.summary import summary
 
 __version__ = "0.2.0"  # the only place; setup.cfg reads it
 
@@ -56,6 +57,7 @@ __all__ = [
     "Exchange", "HParam", "InputError", "InterruptedRun", "Method", "Metric", "Progress", "Received", "Reduction",
     "Result", "Settings", "Stack", "Task", "Training", "Upload", "algorithms", "check_method", "data", "from_arrays",
     "from_frame", "from_texts", "keys", "load", "losses", "models", "reductions", "run", "run_seeds", "settings",
+    "summary",
 ]  # fmt: skip
 
 _MODULES = {
@@ -79,6 +81,7 @@ _ATTRIBUTES = {
     "from_frame": "fdjax.data.frames",
     "from_texts": "fdjax.data.texts",
     "load": "fdjax.run.stored",
+    "summary": "fdjax.run.summary",
     "run_seeds": "fdjax.run.seeds",
     **dict.fromkeys(("BrokenContractError", "check_method"), "fdjax.run.contract_check"),
     **dict.fromkeys(

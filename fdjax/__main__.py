@@ -2,9 +2,9 @@
 
     fdjax --algorithm=feddistill --dataset=synthetic --alpha=1 --beta=1 --model=mclr --rounds=50
 
-Prints a table of what came out and writes table.md, results.json, curves.png and checkpoints under --out, also after
-Ctrl-C, of the rounds until then, and metrics.csv while it runs. Every setting is a flag below; --flagfile reads them
-from a file.
+Prints a table of what came out and writes table.md, results.json, results.parquet, curves.png and checkpoints under
+--out, also after Ctrl-C, of the rounds until then, and metrics.csv while it runs. Every setting is a flag below;
+--flagfile reads them from a file.
 """
 
 import os
@@ -18,6 +18,7 @@ from fdjax import data
 from fdjax.errors import InputError
 from fdjax.run import loading, program, report, settings
 from fdjax.run.checkpoint import FOLDER, steps
+from fdjax.run.frames import write_parquet
 from fdjax.run.lock import locked
 from fdjax.run.logs import METRICS, Told
 from fdjax.run.runner import InterruptedRun, Result, run
@@ -47,7 +48,7 @@ def main() -> None:
             with locked(out):
                 results = run_seeds(chosen, [int(text) for text in given.seeds], told=told, out=out)
         else:
-            more = {"resume": given.resume, "checkpoint_every": given.checkpoint_every}
+            more = {"profile": given.profile, "resume": given.resume, "checkpoint_every": given.checkpoint_every}
             results = [run(chosen, out, told=told, **more)]
     except InterruptedRun as stop:
         if stop.results:
@@ -61,9 +62,9 @@ def _check_seeds() -> None:
     given = flags.FLAGS
     if not given.seeds or not all(text.strip().isdecimal() for text in given.seeds):
         raise InputError(f"--seeds={','.join(given.seeds)}: expected whole numbers, such as 0,1,2")
-    for name in ("seed", "resume", "checkpoint_every"):
+    for name in ("seed", "resume", "checkpoint_every", "profile"):
         if given[name].present:
-            raise InputError(f"--seeds and --{name} exclude each other: seeds are one batch, without checkpoints")
+            raise InputError(f"--seeds and --{name} exclude each other: seeds are one batch, without either")
     if given.out and not given.overwrite and (rounds := steps(Path(given.out).expanduser() / FOLDER)):
         raise InputError(
             f"{given.out} holds {max(rounds)} rounds of a run; use --overwrite to begin anew, or another --out"
@@ -83,10 +84,13 @@ def leave(out: Path, results: Sequence[Result]) -> None:
     named = {"result": told[0]} if len(told) == 1 else {"results": told}
     report.write_text(out / "table.md", text + "\n")
     report.write_json(out / "results.json", report.environment() | named)
+    write_parquet(out / "results.parquet", results)
     draw(out / "curves.png", shown)
     missing = {Path(what).name for what in unsaved()[len(before) :]}
     here = [METRICS] if (out / METRICS).is_file() else []
-    written = [name for name in ("table.md", "results.json", "curves.png", *here) if name not in missing]
+    written = [
+        name for name in ("table.md", "results.json", "results.parquet", "curves.png", *here) if name not in missing
+    ]
     if written:
         print(f"\nwritten: {out}/{', '.join(written)}")
 
@@ -103,6 +107,11 @@ def command() -> None:
     flags.DEFINE_list("seeds", None, "several seeds, such as 0,1,2, as one batch, in place of --seed: mean and std")
     flags.DEFINE_boolean("tensorboard", False, "also write events for TensorBoard, to the folder tensorboard in --out")
     flags.DEFINE_boolean("wandb", False, "also write an offline run of Weights & Biases, to the folder wandb in --out")
+    flags.DEFINE_boolean(
+        "profile",
+        False,
+        "also trace the second superstep to the folder profile in --out, for Perfetto and TensorBoard",
+    )
     settings.define_flags()
     program.define_output_flags(None)
     program.define_host_flags()

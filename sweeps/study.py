@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 import fdjax
 from fdjax.errors import InputError, unknown
-from fdjax.run import settings
+from fdjax.run import metrics, settings
 from fdjax.run.settings import Settings
 
 SEARCHES = ("grid", "random", "tpe")
@@ -115,8 +115,17 @@ class Study(NamedTuple):
             first = {name: values[0] for name, values in ends.items()}
             points = [first | {name: value} for name, values in ends.items() for value in values]
         for point in points:
-            self.settings(point)
+            self._check_direction(self.settings(point))
         return self
+
+    def _check_direction(self, settings: Settings) -> None:
+        """Raises InputError for a direction in which the objective gets worse."""
+        right = {"higher": "maximize", "lower": "minimize"}.get(metrics.better(self.objective, settings.metrics))
+        if right not in (None, self.direction):
+            raise InputError(
+                f"study {self.name}: direction={self.direction!r} of {self.objective}, which is better when it is "
+                f"{'larger' if right == 'maximize' else 'smaller'}; give direction={right!r}"
+            )
 
     def description(self) -> dict[str, Any]:
         """What makes it this study, as plain JSON values."""

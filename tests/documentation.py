@@ -161,11 +161,11 @@ def _extras(words: list[str]) -> None:
 def _carry_out(run: Callable[[], object], arguments: list[str], only_parse: bool) -> None:
     """A program within this process, without the frame that ends it: `InputError` is raised."""
 
-    def start(main: Callable[[], None]) -> None:
+    def start(main: Callable[..., None], takes: str = "") -> None:
         left = parsing.parse_flags(sys.argv)
-        assert len(left) == 1, f"unexpected arguments {left[1:]}"
+        assert len(left) == 1 or takes, f"unexpected arguments {left[1:]}"
         if not only_parse:
-            main()
+            main(*left[1:])
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(program, "start", start))

@@ -23,7 +23,7 @@ LAYERS = (
     ("algorithms",),
     ("engine",),
     ("run",),
-    ("__init__", "__main__"),
+    ("__init__", "__main__", "compare"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -182,7 +182,7 @@ def test_the_map_draws_the_imports():
     """Every arrow between folders, no more and no less; the modules beside the folders are the ground for all."""
     ground, found = {*LAYERS[0]}, {}
     for name, path in MODULES.items():
-        if (own := layer(name)) not in ground and own not in ("__init__", "__main__"):
+        if (own := layer(name)) not in ground and own not in ("__init__", "__main__", "compare"):
             others = {layer(module) for module in imported(path) if module in MODULES} - ground - {own, "__init__"}
             found.setdefault(own, set()).update(others)
     assert arrows_of_the_map() == {name: others for name, others in found.items() if others}

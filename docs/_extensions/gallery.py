@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ PROXY_NEEDS = {
     "labelled": "labelled proxy data (`--proxy=held_out`)",
     "unlabelled": "proxy data (`--proxy=held_out`), whose labels it does not use",
 }
+SETTINGS_OF = {"Settings": "Method, nets and rounds", "EvaluationSettings": "Evaluation", "StoppingSettings": "Ending"}
 CAPTION = (
     "ten clients of the MNIST sample with `2nn` nets (199,210 parameters, 796,840 bytes of float32), K = 10, and where "
     "a method needs proxy data 500 examples"
@@ -184,22 +186,53 @@ def options_table(method: Any) -> str:
 
 
 def settings_page() -> str:
-    """A row for each setting."""
+    """A table for each group of settings, and one of what a setting chooses from, where that is explained."""
+    from fdjax.run.metrics import KNOWN
+    from fdjax.run.setting import summary
     from fdjax.run.settings import FLAGS, Settings
 
-    rows = [
-        f"| `{name}` | {'' if (v := getattr(Settings, name)) in (None, '') else f'`{v}`'} | {_cell(s.flag_help())} |"
-        for name, s in FLAGS.items()
+    named = {name: s.choices for name, s in FLAGS.items() if isinstance(s.choices, Mapping) and len(s.choices) > 4}
+    del named["algorithm"]  # which have pages
+    named["metrics"] = KNOWN  # of which a list is given, so that they are no choices
+
+    def row(name: str) -> str:
+        setting, default = FLAGS[name], getattr(Settings, name)
+        shown = "" if default in (None, "") else f"`{default}`"
+        if name in named:
+            help = setting.help.partition(":")[0] if name == "metrics" else setting.help
+            what = f"{_cell(help)}: see [below](#setting-{name})"
+        else:
+            what = _setting_cell(setting)
+        return f"| `{name}` | {shown} | {what} |"
+
+    groups = [
+        f"## {SETTINGS_OF.get(group.__name__, group.__name__.removesuffix('Settings'))}\n\n"
+        "| setting | default | what it is |\n|---|---|---|\n" + "\n".join(map(row, names))
+        for group in (Settings, *Settings.__bases__)
+        if (names := [name for name in FLAGS if name in group.__annotations__])
+    ]
+    tables = [
+        f"(setting-{name})=\n\n### `{name}`\n\n| choice | what it is |\n|---|---|\n"
+        + "\n".join(f"| `{choice}` | {_cell(summary(what))} |" for choice, what in choices.items())
+        for name, choices in named.items()
     ]
     return f"""# Settings
 
 Every setting of a run: a flag of `fdjax` (`--rounds=20`), and a keyword of `fdjax.run` (`rounds=20`). Hyperparameters
 and options of methods are given in the same way; they are on the pages of the [methods](methods/index.md).
 
-| setting | default | what it is |
-|---|---|---|
-{chr(10).join(rows)}
+{(chr(10) * 2).join(groups)}
+
+## Choices
+
+{(chr(10) * 2).join(tables)}
 """
+
+
+def _setting_cell(setting: Any) -> str:
+    if setting.choices and len(setting.choices) > 20:
+        return _cell(setting.help)
+    return _cell(setting.flag_help())
 
 
 def results_index(tables: dict[str, Path]) -> str:

@@ -35,6 +35,7 @@ def watched(layout: Layout, ctx: Context) -> tuple[Context, list[Distillation]]:
     return (ctx._replace(distillations=noted) if layout.before_distillation else ctx), noted
 
 
+@jax.named_scope("evaluate")
 def of_client(noted: list[Distillation], layout: Layout, moment: Moment, client: Array, counts: Array) -> Values:
     """A client's accuracies on its own test part, by name; NaN without one, or if it does not count."""
     if not noted:
@@ -55,6 +56,7 @@ def means(values: Sequence[Values], weights: Sequence[jax.Array]) -> Values:
     return found
 
 
+@jax.named_scope("evaluate")
 def of_server(
     noted: list[Distillation],
     algorithm: Algorithm,

@@ -63,6 +63,7 @@ class _Part(NamedTuple):
     count: Array  # [] int32, traced: a subsample and all of them are one compiled function
 
 
+@jax.named_scope("evaluate")
 def evaluate(
     algorithm: Algorithm,
     layout: Layout,

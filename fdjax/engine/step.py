@@ -4,6 +4,8 @@ exchange_step: broadcast -> lift(client -> partials) -> finish -> server
 round_step:    draw participants, gather their rows once, the round's exchange_steps, scatter them back once
 superstep:     a scan of rounds
 setup_step:    the set-up's exchange_steps, with all clients
+
+What is compiled names the stages of an exchange (broadcast, client, reduce, server), so that a profile can.
 """
 
 import functools
@@ -83,20 +85,25 @@ def exchange_step(
     storages = storages or (None,) * len(rows)
     kept, totals = [], []
     for j, row in enumerate(rows):
-        ctx = context(moment, layout.central, keys.stream(moment.key, "broadcast", j), cohort=j)
-        sent = check.broadcast(exchange.broadcast(ctx, server), j, layout.cohorts[j].size)
-        own = jax.tree.map(lambda x, row=row, j=j: x[row.client - layout.slices[j].start], sent.own)
-        cohort_kept, cohort_totals = lift.over_clients(
-            _client_part(algorithm, exchange, layout, j), (sent.shared, sent.known, moment), (row, own),
-            layout.lifting, storage=storages[j], stage=stage, names=row.client,
-        )  # fmt: skip
+        with jax.named_scope("broadcast"):
+            ctx = context(moment, layout.central, keys.stream(moment.key, "broadcast", j), cohort=j)
+            sent = check.broadcast(exchange.broadcast(ctx, server), j, layout.cohorts[j].size)
+            own = jax.tree.map(lambda x, row=row, j=j: x[row.client - layout.slices[j].start], sent.own)
+        with jax.named_scope("client"):
+            cohort_kept, cohort_totals = lift.over_clients(
+                _client_part(algorithm, exchange, layout, j), (sent.shared, sent.known, moment), (row, own),
+                layout.lifting, storage=storages[j], stage=stage, names=row.client,
+            )  # fmt: skip
         kept.append(cohort_kept)
         totals.append(cohort_totals)
     standing = [_standing(layout, row, k.nonfinite) for row, k in zip(rows, kept, strict=True)]
     weights = [cohort.weight for cohort in standing]
-    summary = _summary(check, exchange, layout, moment, rows, kept, totals, weights)
-    ctx, noted = distillations.watched(layout, context(moment, layout.central, keys.stream(moment.key, "server")))
-    new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
+    with jax.named_scope("reduce"):
+        summary = _summary(check, exchange, layout, moment, rows, kept, totals, weights)
+    with jax.named_scope("server"):
+        ctx = context(moment, layout.central, keys.stream(moment.key, "server"))
+        ctx, noted = distillations.watched(layout, ctx)
+        new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
     after = [row._replace(state=k.state) for row, k in zip(rows, kept, strict=True)]
     more = distillations.of_server(noted, algorithm, layout, moment, (server, new), after, weights, storages)
     check_names(algorithm, (server_metrics, more))
@@ -127,9 +134,10 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
         took_part, sends, _, weight = _standing(layout, row, nonfinite)
         nonfinite, counts = jnp.where(sends, nonfinite, -1), weight > 0
         ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client), distillations=None)
-        partials = {
-            label: check.partial(label, r, r.partial(ctx, upload.tree, weight)) for label, r in reductions.items()
-        }
+        with jax.named_scope("reduce"):
+            partials = {
+                label: check.partial(label, r, r.partial(ctx, upload.tree, weight)) for label, r in reductions.items()
+            }
 
         def combined_by(kind):
             return {label: partials[label] for label, r in reductions.items() if r.combine == kind}

@@ -8,18 +8,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fdjax.client.metric import flattened
 from fdjax.engine.new_clients import never_train
 from fdjax.engine.trials import Inputs, Running, Trials, compile_trials, differ
 from fdjax.errors import InputError
 from fdjax.exchange.traffic import Traffic
-from fdjax.run import metrics
 from fdjax.run.accounting import ledger_of
 from fdjax.run.experiment import Experiment, Shapes, build, common, tests_of, traffic_of
 from fdjax.run.logs import Logs
 from fdjax.run.record import Clock, Record, Recording, Result, clock
 from fdjax.run.settings import Settings, of_role
-from fdjax.run.stopping import check_watched
+from fdjax.run.stopping import check_watched, values_of
 from fdjax.run.training import hparams_now, hparams_of
 
 Watch = Callable[[int, dict[int, Record]], Collection[int]]
@@ -107,7 +105,8 @@ def batch(like: Sequence[Experiment], slots: int, space: Collection[str] = (), d
                 break
         return results
 
-    return Batch(run, fits, trials.slots, _values_of(first, trials.scalars), trials.why)
+    values = trials.scalars if settings.metrics is None else values_of(first)
+    return Batch(run, fits, trials.slots, values, trials.why)
 
 
 def _run(
@@ -147,17 +146,6 @@ def _run(
         _tell(logs, recordings)
     times = time_spent.stamp(recordings[0].record)
     return [recording.result(times) for recording in recordings]
-
-
-def _values_of(experiment: Experiment, scalars: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of what an evaluation gives, as records have them: a metric by class has one for each class."""
-    if experiment.settings.metrics is None:
-        return scalars
-    simulation, federation = experiment.simulation, experiment.federation
-    state = simulation.shapes(federation)
-    found, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams)
-    names = {name: np.zeros(value.shape) for name, value in found.items()}
-    return (*flattened(names, 0), *metrics.derived_names(experiment.settings.metrics, found))
 
 
 def _ended(trials: Trials, running: Running, recordings: Sequence[Recording], done: int) -> list[int]:

@@ -10,18 +10,22 @@ import numpy as np
 from fdjax.errors import InputError
 
 
-def resolve(given: Any) -> str:
+def resolve(given: Any, *, accuracies: bool = True) -> str:
     """Targets as text, with commas between them, of such text or of numbers.
 
-    Raises InputError for what are no different accuracies above 0 and at most 1.
+    Raises InputError for what are no different accuracies above 0 and at most 1; without `accuracies`, as for targets
+    of a loss, for what are no different finite numbers.
     """
     if isinstance(given, str):
         parts: list[Any] = [part.strip() for part in given.split(",")]
     else:
         parts = list(given) if isinstance(given, Sequence | np.ndarray) else [given]
     numbers = [_number(part) for part in parts]
-    if not numbers or not all(0 < x <= 1 for x in numbers) or len({*numbers}) < len(numbers):
-        raise InputError(f"--targets={given!r}: expected accuracies above 0 and at most 1, each another, e.g. 0.8,0.9")
+    allowed = (0 < x <= 1 for x in numbers) if accuracies else map(math.isfinite, numbers)
+    if not numbers or not all(allowed) or len({*numbers}) < len(numbers):
+        expected = "accuracies above 0 and at most 1, each another, e.g. 0.8,0.9"
+        expected = expected if accuracies else "finite numbers, each another, e.g. 1.5,0.5"
+        raise InputError(f"--targets={given!r}: expected {expected}")
     return ",".join(f"{x:.10g}" for x in numbers)
 
 
@@ -37,19 +41,21 @@ def targets_of(text: str | None) -> list[float]:
     return [float(part) for part in text.split(",")] if text else []
 
 
-def rounds_to(rounds: Sequence[float], values: Sequence[float], target: float) -> float | None:
+def rounds_to(rounds: Sequence[float], values: Sequence[float], target: float, *, falls: bool = False) -> float | None:
     """The interpolated round at which the running maximum of `values` first reaches `target`; None if never.
 
+    With `falls` it is the running minimum, as of a loss: see `metrics.falls`. A value that reaches the target without
+    a finite one before it does so at its own round.
     Source: McMahan et al. (2017), section 3, whose curves are made monotone and interpolated so.
     """
-    before_round, before = 0.0, 0.0
-    for round, value in zip(rounds, values, strict=True):
-        if value >= target:
-            return before_round + (round - before_round) * (target - before) / (value - before)
-        if value > before:
-            before_round, before = round, value
-        else:
-            before_round = round
+    sign = -1.0 if falls else 1.0
+    goal, before_round, before = sign * target, math.nan, -math.inf
+    for round, value in zip(rounds, (sign * value for value in values), strict=True):
+        if value >= goal:
+            if not math.isfinite(before):
+                return float(round)
+            return before_round + (round - before_round) * (goal - before) / (value - before)
+        before_round, before = float(round), max(before, value)  # which a NaN does not change
     return None
 
 

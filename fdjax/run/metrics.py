@@ -31,6 +31,14 @@ KNOWN = METRICS | {FORGETTING.name: FORGETTING}
 _TAKEN = {
     "accuracy", "accuracy_by_test_size", "accuracy_tuned", "accuracy_weighted", "auc", "examples", "loss",
 }  # fmt: skip
+_KINDS = ("central", "local", "own", "validation", "new")  # of models, whose values begin with these
+_FALLING = ("_loss", "client_std")
+_RISING = (
+    "_accuracy", "_accuracy_by_test_size", "_accuracy_tuned", "_accuracy_weighted", "worst_client", "quantile_10",
+)  # fmt: skip
+# what evaluations give without asking that is better when it is smaller, and when it is larger; the AUC of an attack is
+# neither, for that depends on the side
+Described = str | Mapping[str, Mapping[str, str]] | None
 
 
 def resolve(given: Any) -> str:
@@ -166,8 +174,40 @@ def metric_of(value: str, held: str | None) -> Metric | None:
     """The metric that gives an evaluation's value of this name, such as central_top_3; None if none of these does."""
     _, _, rest = value.partition("_")
     by_class = re.sub(r"_\d+$", "", rest)
-    asked = (*records(held), *([FORGETTING] if forgets(held) else []))
-    return next((metric for metric in asked if metric.name in (rest, by_class)), None)
+    return next((metric for metric in _asked(held) if metric.name in (rest, by_class)), None)
+
+
+def _asked(held: str | None) -> tuple[Metric, ...]:
+    """Those that an evaluation measures, and those that follow from them."""
+    return (*records(held), *([FORGETTING] if forgets(held) else []))
+
+
+def described(held: str | None) -> dict[str, dict[str, str]]:
+    """What results.json says of these metrics, for whoever reads it without their files: see `better`."""
+    return {metric.name: {"better": metric.better, "unit": metric.unit} for metric in _asked(held)}
+
+
+def better(value: str, asked: Described) -> str:
+    """Whether "higher" or "lower" is better for an evaluation's value of this name, "" if nothing says so.
+
+    By the record of the metric that gives it, such as `own_top_3`; of what is there without asking, by its name.
+
+    Args:
+      value: as records have it, such as central_loss.
+      asked: metrics, as settings hold them or as results.json describes them.
+    """
+    facts = asked if isinstance(asked, Mapping) else described(asked)
+    known = {name: metric.better for name, metric in KNOWN.items()} | {n: f["better"] for n, f in facts.items()}
+    kind, _, name = value.partition("_")
+    for metric in (name, re.sub(r"_\d+$", "", name)):
+        if kind in _KINDS and metric in known:
+            return known[metric]
+    return "lower" if value.endswith(_FALLING) else "higher" if value.endswith(_RISING) else ""
+
+
+def falls(value: str, asked: Described) -> bool:
+    """Whether an evaluation's value of this name is better when it is smaller; see `better`."""
+    return better(value, asked) == "lower"
 
 
 def unsound(held: str | None, values: Mapping[str, float], told: set[str]) -> str:

@@ -99,9 +99,10 @@ class _Unbreakable:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
-def start(main: Callable[[], None]) -> None:
+def start(main: Callable[..., None], arguments: str = "") -> None:
     """Parse the flags and call `main`. Bad input ends in one line and exit code 2, a stop in 130.
 
+    `arguments` says what the arguments beside flags are, of a program that takes some: `main` gets them.
     Where `main` ends well, but something that was asked for could not be saved, the exit code is 1.
     """
 
@@ -109,7 +110,7 @@ def start(main: Callable[[], None]) -> None:
     sys.modules["__main__"].__doc__ = about  # which --help begins with; a console command has none
 
     def guarded(argv: list[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             sys.exit(_complain(f"unexpected argument {argv[1]!r}; settings are flags, e.g. --rounds=20 (see --help)"))
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save at level info
@@ -130,7 +131,7 @@ def start(main: Callable[[], None]) -> None:
             elif resume:  # of several runs, some of which may not have begun
                 check_resumable(Path(given.out).expanduser())
             with contextlib.nullcontext() if hosts.is_first() else _silent():
-                main()
+                main(*argv[1:])
         except InputError as error:
             where = [note for note in getattr(error, "__notes__", []) if not note.startswith("---")]  # not JAX's own
             sys.exit(_complain("\n".join([str(error), *where])))

@@ -24,6 +24,7 @@ from fdjax.run import client_history, metrics
 from fdjax.run.accounting import Ledger, accounted, spent_on_its_own
 from fdjax.run.derived import add_forgetting
 from fdjax.run.experiment import Experiment
+from fdjax.run.frames import frame_of
 from fdjax.run.settings import Settings
 from fdjax.run.stopping import reason_to_stop, still_stopped
 from fdjax.run.trained_model import Trained, TrainedModel
@@ -79,14 +80,24 @@ class Result(NamedTuple):
     def central(self) -> TrainedModel:
         """The central model as it was trained; of a method that tests an ensemble, that. Raises InputError without one.
 
-        result = fdjax.run(algorithm="fedavg", model="2nn", rounds=20)
-        logits = result.central.predict(images)  # [N, K] of inputs in the form of the data set
+        `result.central.predict(images)` gives logits [N, K] of inputs in the form of the data set.
         """
         return self._models().central()
 
     def personal(self, client: int) -> TrainedModel:
         """The model of one client, by its id. Raises InputError for a method whose clients have none of their own."""
         return self._models().personal(client)
+
+    def frame(self, of: str = "evaluations") -> Any:
+        """A pandas DataFrame: a row for each of the "evaluations", or "rounds", or of "clients" at each evaluation.
+
+        result.frame().plot(x="round", y="central_accuracy")
+        result.frame(of="clients").groupby("round")["own_accuracy"].describe()
+
+        Columns are `seed`, `round` (and `client`) and the metrics; evaluations also have the cumulative bytes_up and
+        bytes_down. Raises InputError where pandas is not installed, and for a table that there is not.
+        """
+        return frame_of(self, of)
 
     def _models(self) -> Trained:
         if self.trained is None:

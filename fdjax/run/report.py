@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
-from fdjax.run import derived
+from fdjax.run import derived, metrics
 from fdjax.run.checkpoint import FOLDER
 from fdjax.run.lock import locked
 from fdjax.run.record import Result, kind_of
@@ -143,6 +143,7 @@ def result_dict(result: Result) -> dict[str, Any]:
     return {
         "settings": {name: value for name, value in result.settings.public().items() if name not in FOLDERS},
         **({"files": result.settings.files} if result.settings.files else {}),  # of a user's own
+        **({"metrics": asked} if (asked := metrics.described(result.settings.metrics)) else {}),
         "round": result.round,  # fewer than settings.rounds if the run was stopped
         **({"stopped": dict(result.stopped)} if result.stopped else {}),
         "final": result.final,

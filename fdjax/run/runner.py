@@ -22,6 +22,7 @@ from fdjax.run.experiment import Experiment, build, put_hparams, traffic_of, wit
 from fdjax.run.lock import locked
 from fdjax.run.loggers import Progress
 from fdjax.run.logs import Logs, Told, check_told
+from fdjax.run.profiling import Profiler, check_profile
 from fdjax.run.record import Record, Recording, Result, clock, kind_of
 from fdjax.run.saves import Saves
 from fdjax.run.settings import FOLDERS, Settings, make
@@ -60,14 +61,16 @@ def start(
     progress: bool = True,
     tensorboard: bool = False,
     wandb: bool = False,
+    profile: bool = False,
     callback: Callable[[Progress], Any] | None = None,
     **named: Any,
 ) -> Result:
     """`run` as users call it, by the name `fdjax.run`: with `Settings`, or with the names of what is to be set.
 
     These are names of settings, and of hyperparameters and options of the method. With `tensorboard` and `wandb` the
-    folder `out` gets event files and an offline run; `callback` is called with a `fdjax.Progress` at every evaluation,
-    and ends the run by a `fdjax.CallbackError` if it raises something. All else is as in `run`.
+    folder `out` gets event files and an offline run, with `profile` a trace of one superstep. `callback` is called with
+    a `fdjax.Progress` at every evaluation; if it raises something, the run ends by a `fdjax.CallbackError`. All else is
+    as in `run`.
     """
     checked = chosen("run", settings, named)
     if out is not None and not isinstance(out, str | os.PathLike):
@@ -80,7 +83,8 @@ def start(
         raise InputError(f"checkpoint_every={checkpoint_every} needs a folder for the checkpoints; give out as well")
     folder = None if out is None else Path(out).expanduser()
     told = Told(tensorboard, wandb, callback)
-    return run(checked, folder, resume=resume, checkpoint_every=checkpoint_every, progress=progress, told=told)
+    how = {"resume": resume, "checkpoint_every": checkpoint_every, "progress": progress}
+    return run(checked, folder, **how, told=told, profile=profile)
 
 
 def chosen(function: str, settings: Any, named: dict[str, Any]) -> Settings:
@@ -100,17 +104,20 @@ def run(
     checkpoint_every: int = 0,
     progress: bool = True,
     told: Told = _NOBODY,
+    profile: bool = False,
 ) -> Result:
     """Simulate the rounds of checked settings, fewer if their rules of stopping say so.
 
     With `out`, checkpoints are kept in that folder, which is this run's alone meanwhile; with `resume`, the run goes
     on from the latest of them that is whole. `checkpoint_every` is in rounds; 0 saves about every 30 seconds. The last
     round is always saved. A save that fails is told, and costs nothing but itself. `told` gets every evaluation.
+    With `profile`, a superstep is traced into the folder `profile` in `out`.
 
     Raises InputError for settings that cannot work or that differ from the checkpoint's, before anything compiles;
     InterruptedRun, which has the result so far, after the first SIGINT or SIGTERM; CallbackError, which has it too.
     """
     check_told(told, out)
+    check_profile(profile, out, settings.lifting)
     public = settings.public()
     with contextlib.ExitStack() as stack:
         time_spent = stack.enter_context(clock())
@@ -121,7 +128,9 @@ def run(
         leave_devices()
         built = build(settings)
         check_watched(built)
-        experiment, traffic, needed = _compile(built)
+        profiler = stack.enter_context(contextlib.closing(Profiler(out / "profile" if profile and out else None)))
+        with profiler.compiling():
+            experiment, traffic, needed = _compile(built, profiler)
         progress = progress and hosts.is_first()
         if progress:
             tests = f"; {experiment.tests.why}" if experiment.tests.why else ""
@@ -146,7 +155,7 @@ def run(
             folder = out if saves.round == int(state.round) else None
             return recording.result(time_spent.stamp(recording.record), Trained(experiment, state, folder=folder))
 
-        return _run_rounds(experiment, state, recording, saves, logs, bar, result)
+        return _run_rounds(experiment, state, recording, saves, logs, profiler, bar, result)
 
 
 def _take(stack: contextlib.ExitStack, out: Path | None, resume: bool) -> None:
@@ -188,7 +197,9 @@ def _record(experiment: Experiment, state: State, recording: Recording, done: in
 
 def _evaluate(experiment: Experiment, state: State, examples: int) -> tuple[Any, Any]:
     """An evaluation that tests personal models on so many examples."""
-    return experiment.simulation.evaluate(state, experiment.federation, experiment.hparams, np.int32(examples))
+    with jax.profiler.TraceAnnotation("evaluation"):
+        tested = experiment.simulation.evaluate(state, experiment.federation, experiment.hparams, np.int32(examples))
+        return jax.device_get(tested)
 
 
 def _run_rounds(
@@ -197,6 +208,7 @@ def _run_rounds(
     recording: Recording,
     saves: Saves,
     logs: Logs,
+    profiler: Profiler,
     bar: tqdm,
     result: Callable[[Experiment, State], Result],
 ) -> Result:
@@ -215,9 +227,12 @@ def _run_rounds(
             if experiment.settings.schedule == "plateau":
                 now = hparams_now(experiment.settings, experiment.ledger, recording.record["evaluations"])
                 experiment = experiment._replace(hparams=put_hparams(experiment, now))
-            state, report = simulation.run(state, federation, experiment.hparams, most, np.int32(length))
             done += length
-            ended = _record(experiment, state, recording, done, first_rounds(jax.device_get(report), length))
+            with profiler.superstep(last=done == rounds):
+                with jax.profiler.TraceAnnotation("superstep"):
+                    state, report = simulation.run(state, federation, experiment.hparams, most, np.int32(length))
+                    report = first_rounds(jax.device_get(report), length)
+                ended = _record(experiment, state, recording, done, report)
             _show(bar, recording.record, length)
             logs.tell(recording)
             stopping, failed = hosts.any_of(bool(signals)), logs.failed()
@@ -241,7 +256,7 @@ def _longest(settings: Settings) -> int:
     return min(settings.eval_every, settings.rounds)
 
 
-def _compile(experiment: Experiment) -> tuple[Experiment, Traffic, str]:
+def _compile(experiment: Experiment, profiler: Profiler) -> tuple[Experiment, Traffic, str]:
     """The experiment in chunks that fit in memory, compiled; its traffic; what it needs of what is free, in words.
 
     Everything is traced before anything is compiled, and then compiled side by side. The jitted functions keep what is
@@ -271,6 +286,7 @@ def _compile(experiment: Experiment) -> tuple[Experiment, Traffic, str]:
         ]
         once = [] if traffic else [first]
         compiled = compiling.together([*calls, *once], lambda: traffic or traffic.append(traffic_of(experiment)))
+        profiler.modules = [call.as_text() for call in compiled[:2]] if profiler.folder else []
         return held + max(plan.needed_bytes(call) for call in compiled[: len(calls)])
 
     fitting, needed = plan.fit_chunk(chunk, free or 1 << 62, needed_by, may_change=planned.automatic_chunk)

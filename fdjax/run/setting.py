@@ -77,11 +77,11 @@ class Setting(NamedTuple):
     def flag_help(self) -> str:
         """The help of its flag, which names the choices."""
         if isinstance(self.choices, Mapping):
-            return f"{self.help}. {'; '.join(f'{name}: {_summary(row)}' for name, row in self.choices.items())}"
+            return f"{self.help}. {'; '.join(f'{name}: {summary(row)}' for name, row in self.choices.items())}"
         return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
 
 
-def _summary(row: Any) -> str:
+def summary(row: Any) -> str:
     """What a table of methods, models or data sets says of one of them."""
     return getattr(row, "summary", getattr(row, "help", row))
 

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdjax.client.metric import flattened
 from fdjax.errors import InputError, unknown
+from fdjax.run import metrics
 from fdjax.run.setting import setting_field
 
 _run = functools.partial(setting_field, role="run", resumable=True)
 _SPLIT = "validation_accuracy"
-_FALLS = ("loss", "error", "forgetting", "std")  # ends of the names of metrics that are better when they are smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def check_stopping(settings: Any) -> None:
     named = settings.stop_metric
     if named == _SPLIT and not settings.validation_fraction:
         raise InputError(f"--stop_metric={named}: there is no validation split; give --validation_fraction, e.g. 0.1")
-    if settings.stop_at_accuracy and named is not None and _falls(named):
+    if settings.stop_at_accuracy and named is not None and metrics.falls(named, settings.metrics):
         raise InputError(
             f"--stop_at_accuracy={settings.stop_at_accuracy:g} with --stop_metric={named}, which is better when it is "
             "smaller; name an accuracy, or use --patience"
@@ -66,13 +67,18 @@ def check_stopping(settings: Any) -> None:
 
 def check_watched(experiment: Any) -> None:
     """Raises InputError, before anything compiles, if evaluations do not give the metric that is to decide."""
-    named, simulation = experiment.settings.stop_metric, experiment.simulation
-    if named is None:
-        return
-    state, federation = simulation.shapes(experiment.federation), experiment.federation
-    scalars, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams, np.int32(0))
-    if named not in scalars:
-        raise unknown("--stop_metric", named, scalars)
+    named = experiment.settings.stop_metric
+    if named is not None and named not in (names := values_of(experiment)):
+        raise unknown("--stop_metric", named, names)
+
+
+def values_of(experiment: Any) -> tuple[str, ...]:
+    """The names of what an evaluation gives, as records have them: a metric by class has one for each class."""
+    simulation, federation = experiment.simulation, experiment.federation
+    state = simulation.shapes(federation)
+    found, _ = jax.eval_shape(simulation.pure.evaluate, state, federation, experiment.hparams, np.int32(0))
+    names = {name: np.zeros(value.shape) for name, value in found.items()}
+    return (*flattened(names, 0), *metrics.derived_names(experiment.settings.metrics, found))
 
 
 def reason_to_stop(settings: Any, record: Mapping[str, Any], shown: str) -> dict[str, Any]:
@@ -95,10 +101,10 @@ def reason_to_stop(settings: Any, record: Mapping[str, Any], shown: str) -> dict
         found["accuracy"] = f"{named} of {evaluations[named][-1]:.4g} reached {settings.stop_at_accuracy:g}"
     if settings.stop_at_bytes and (sent := bytes_sent(record)) >= settings.stop_at_bytes:
         found["bytes"] = f"{sent:,.0f} bytes were sent, and {settings.stop_at_bytes:,.0f} were to end it"
-    if settings.patience and (waited := _waited(evaluations[named], settings.min_delta, _falls(named))) >= (
-        settings.patience
-    ):
-        found["patience"] = f"{named} got no better in {waited} evaluations"
+    if settings.patience:
+        waited = _waited(evaluations[named], settings.min_delta, metrics.falls(named, settings.metrics))
+        if waited >= settings.patience:
+            found["patience"] = f"{named} got no better in {waited} evaluations"
     if not found:
         return {}
     rules = {name: getattr(settings, name) for name in RULES}
@@ -122,14 +128,10 @@ def bytes_sent(record: Mapping[str, Any]) -> float:
     )
 
 
-def _falls(name: str) -> bool:
-    return name.endswith(_FALLS)
-
-
-def _waited(values: Sequence[float], least: float, falls: bool) -> int:
+def _waited(values: Sequence[float], least: float, lower: bool) -> int:
     """Evaluations since the last one that was better than all before it by more than `least`."""
     best, at = math.nan, 0
-    for i, value in enumerate(-v if falls else v for v in values):
+    for i, value in enumerate(-v if lower else v for v in values):
         if (math.isnan(best) and not math.isnan(value)) or value > best + least:
             best, at = value, i
     return len(values) - 1 - at

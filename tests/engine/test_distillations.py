@@ -69,7 +69,7 @@ def test_the_digest_of_fedmd():
 
 
 @pytest.mark.parametrize(
-    "name, epochs", [("dsfl", ("distill_epochs",)), ("fedmd", ("digest_epochs",)), ("feddf", ("server_steps",))]
+    ("name", "epochs"), [("dsfl", ("distill_epochs",)), ("fedmd", ("digest_epochs",)), ("feddf", ("server_steps",))]
 )
 def test_a_distillation_of_no_epochs_changes_nothing(name, epochs):
     told = Rounds(name, dict.fromkeys(epochs, 0)).one()
@@ -145,10 +145,13 @@ def test_a_method_that_says_that_it_distils_and_does_not():
         simulation.run(simulation.init(0, federation), federation, {}, 1)
 
 
+@pytest.mark.exhaustive
 def test_seeds_as_one_batch_and_a_run_with_a_folder_tell_the_same(tmp_path):
-    small = {"algorithm": "fedmd", "dataset": "synthetic", "num_clients": 3, "samples_per_client": 20, "model": "mclr",
-             "rounds": 2, "proxy": "held_out", "proxy_size": 12, "pretrain_epochs": 1, "private_epochs": 1, "devices": 1}  # fmt: skip
-    small["before_distillation"] = True
+    small = {
+        "algorithm": "dsfl", "dataset": "synthetic", "num_clients": 3, "samples_per_client": 20, "model": "mclr",
+        "rounds": 2, "proxy": "held_out", "proxy_size": 12, "devices": 1,
+        "before_distillation": True,
+    }  # fmt: skip
     batch = fdjax.run_seeds([0, 1], **small)
     alone = runner.run(settings.make(**small, seed=1), tmp_path, progress=False)
     with (tmp_path / "metrics.csv").open(newline="") as file:

@@ -10,6 +10,7 @@ import pytest
 import fdjax
 from fdjax.errors import InputError
 from fdjax.run import runner
+from fdjax.run.logs import Told
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"algorithm": "feddistill", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr"}
@@ -77,4 +78,5 @@ def test_names_reach_the_runner(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "run", lambda *args, **named: calls.append((args, named)))
     fdjax.run(out=str(tmp_path), checkpoint_every=2, temperature=3.0, **SMALL)
     expected = (fdjax.settings(temperature=3.0, **SMALL), tmp_path)
-    assert calls == [(expected, {"resume": False, "checkpoint_every": 2, "progress": True})]
+    usual = {"resume": False, "progress": True, "told": Told(), "profile": False}
+    assert calls == [(expected, usual | {"checkpoint_every": 2})]

@@ -10,7 +10,7 @@ import pytest
 import fdjax
 from fdjax import __main__ as command
 from fdjax.client.metrics import METRICS
-from fdjax.run import client_history, derived, report, runner, settings
+from fdjax.run import client_history, report, runner, settings
 from fdjax.run.batch import batch, experiments
 
 HERE = Path(__file__).resolve().parents[1] / "own_files"
@@ -104,11 +104,6 @@ def test_jain_index_and_forgetting(local, central):
     assert len(local.evaluations["local_forgetting"]) == 4
 
 
-def test_forgetting_of_classes_that_were_not_tested():
-    A = [[0.5, np.nan, np.nan], [0.9, 0.2, np.nan], [0.6, np.nan, np.nan], [0.8, 0.1, np.nan]]
-    np.testing.assert_allclose(derived.forgetting(A), [np.nan, -0.4, 0.3, (0.1 + 0.1) / 2])
-
-
 def test_histories_hold_every_evaluation(local, central):
     for result in (local, central):
         assert result.client_evaluations.keys() == result.clients.keys()
@@ -161,6 +156,7 @@ def test_every_lifting_gives_the_same(lifting, local):
     np.testing.assert_allclose(found.final["own_jain_index"], local.evaluations["own_jain_index"][at], rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_trials_of_a_batch(local):
     measures = "class_accuracy,roc_auc,outside_accuracy,jain_index,forgetting"
     chosen = [make(algorithm="local", local_eval="full", metrics=measures, seed=seed) for seed in (0, 1)]
@@ -198,16 +194,6 @@ def test_rounds_and_bytes_to_a_target(central):
     assert "not in 3" in table
 
 
-@pytest.mark.parametrize(
-    ("values", "target", "round"),
-    [([0.1, 0.5, 0.7], 0.6, 3.0), ([0.1, 0.5, 0.4], 0.6, None), ([0.6, 0.1, 0.2], 0.5, 0), ([0.2, 0.1, 0.4], 0.3, 3.0),
-     ([0.2, float("nan"), 0.4], 0.4, 4.0)],
-)  # fmt: skip
-def test_rounds_to(values, target, round):
-    found = derived.rounds_to([0, 2, 4], values, target)
-    assert found == pytest.approx(round) if round is not None else found is None
-
-
 def test_the_table_names_the_metrics(local, central):
     table = command.summary([local])
     for text in ("top 2, mean on clients' own test parts, %", "roc auc, mean of clients' models on the test set",
@@ -219,6 +205,7 @@ def test_the_table_names_the_metrics(local, central):
     assert "balanced accuracy, mean of clients" not in table  # they have the central one
 
 
+@pytest.mark.exhaustive
 def test_an_ensemble_and_a_validation_split():
     result = ran(algorithm="ensemble", metrics="balanced_accuracy,class_accuracy", validation_fraction=0.2, rounds=1)
     for kind in ("central", "validation"):

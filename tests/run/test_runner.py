@@ -293,7 +293,8 @@ def test_what_is_coded_is_told_in_the_mean():
 
 def test_a_run_leaves_table_results_and_curves(whole):
     out, stdout = whole
-    assert {p.name for p in out.iterdir()} == {"table.md", "results.json", "curves.png", "checkpoints", ".lock"}
+    files = {"table.md", "results.json", "results.parquet", "curves.png", "metrics.csv"}
+    assert {p.name for p in out.iterdir()} == files | {"checkpoints", ".lock"}
     table = (out / "table.md").read_text()
     assert table.strip() in stdout
     assert "feddistill, synthetic, natural" in table

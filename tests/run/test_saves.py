@@ -113,7 +113,7 @@ def test_what_orbax_cannot_write_is_one_line(tmp_path, capsys, unsaved):
     assert list((tmp_path / "checkpoints").glob("*")) == []
 
 
-@pytest.mark.parametrize("name", ["curves.png", "table.md", "results.json"])
+@pytest.mark.parametrize("name", ["curves.png", "table.md", "results.json", "results.parquet"])
 def test_a_file_that_cannot_be_written_is_told_and_the_others_are_there(tmp_path, capfd, unsaved, name):
     from fdjax.__main__ import leave
 
@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_written_is_told_and_the_others_are_there(tmp_path
     said = capfd.readouterr()
     assert "central accuracy" in said.out
     assert said.err.startswith(f"error: {tmp_path / name} cannot be written: Is a directory; make room there or")
-    others = {"table.md", "results.json", "curves.png"} - {name}
+    others = {"table.md", "results.json", "results.parquet", "curves.png"} - {name}
     assert all((tmp_path / other).is_file() for other in others)
     assert {path.name for path in tmp_path.iterdir()} == others | {name}
     assert not any(f" {name}" in line for line in said.out.splitlines()[-1:])
@@ -156,7 +156,7 @@ def test_a_program_without_room_prints_its_table_and_fails(tmp_path):
     assert "central accuracy" in stdout
     assert "Traceback" not in stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 4  # the checkpoint, the table, results and curves
+    assert len(errors) == 6  # the checkpoint, the metrics, the table, the results in two forms and the curves
 
 
 # A folder in use.
@@ -172,7 +172,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
         assert (tmp_path / "checkpoints").is_dir()
     report.prepare(tmp_path, overwrite=True)
     assert run(small(1), tmp_path).round == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", ".lock", "metrics.csv"}
 
 
 def test_a_dead_process_holds_no_folder(tmp_path):

@@ -84,7 +84,7 @@ def test_the_table_of_seeds_that_were_stopped_is_of_those_that_went_as_far(resul
     table = capsys.readouterr().out
     assert "Left out, as they were interrupted: seeds 0 (round 2)." in table
     assert "±" not in table
-    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "curves.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "results.parquet", "curves.png"}
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
 
 

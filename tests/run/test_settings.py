@@ -43,7 +43,15 @@ def test_what_only_changes_arrays_or_the_place_is_not_compiled():
 def test_what_a_resumed_run_may_change():
     expected = {"rounds", "data_dir", "proxy_dir", "cache_dir", "writers", "devices", "lifting", "memory_limit"}
     expected |= {"delta", "accountant", "batch_accounting"}
-    expected |= {"stop_at_accuracy", "stop_at_bytes", "patience", "min_delta", "stop_metric"}
+    expected |= {
+        "stop_at_accuracy",
+        "stop_at_bytes",
+        "patience",
+        "min_delta",
+        "stop_metric",
+        "client_history",
+        "targets",
+    }
     assert settings.make().resumable == expected
     assert settings.make(schedule="cosine").resumable == expected - {"rounds"}
     calibrated = settings.make(privacy="client", clip=1.0, target_epsilon=2.0)

@@ -141,6 +141,9 @@ BAD = [
     ({"search": "tpe"}, r"study tiny: a tpe search of 0 trials"),
     ({"search": "bayes"}, r"unknown search 'bayes'"),
     ({"direction": "up"}, r"unknown direction 'up'"),
+    ({"objective": "central_loss"}, r"direction='maximize' of central_loss, which is better when it is smaller; give"),
+    ({"direction": "minimize"}, r"direction='minimize' of central_accuracy, .* larger; give direction='maximize'$"),
+    ({"objective": "central_calibration_error"}, r"of central_calibration_error, which is better when it is smaller"),
 ]  # fmt: skip
 
 

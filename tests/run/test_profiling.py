@@ -1,0 +1,162 @@
+"""The trace of a superstep: the stages of a round have their names, and a profile changes nothing."""
+
+import contextlib
+import gzip
+import itertools
+import json
+
+import jax
+import pytest
+
+import fdjax
+from fdjax.algorithms import ALGORITHMS
+from fdjax.contract import Broadcast
+from fdjax.errors import InputError
+from fdjax.run import experiment, profiling, runner, settings
+
+SMALL = {
+    "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "batch_size": 8, "devices": 1,
+    "eval_batch": 8, "rounds": 3,
+}  # fmt: skip
+
+
+def with_a_broadcast_that_computes():
+    """FedOpt, whose server computes anyway; what it broadcasts is computed too."""
+    fedopt = ALGORITHMS["fedopt"]
+
+    def build(task):
+        algorithm = fedopt.build(task)
+        (exchange,) = algorithm.round
+
+        def broadcast(ctx, server):
+            sent = exchange.broadcast(ctx, server)
+            sorted_too = jax.tree.map(lambda x: x + 0.1 * jax.numpy.sort(x, axis=0), sent.shared)
+            return Broadcast(sorted_too, sent.own, sent.known)
+
+        return algorithm._replace(round=(exchange._replace(broadcast=broadcast),))
+
+    return fedopt._replace(name="computing", build=build)
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    out = tmp_path_factory.mktemp("profiled")
+    method = with_a_broadcast_that_computes()
+    return out, fdjax.run(out=out, progress=False, profile=True, algorithm=method, **SMALL), method
+
+
+def test_the_trace_has_the_stages_by_name(profiled):
+    out, _, _ = profiled
+    with gzip.open(out / "profile" / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = {event["args"]["name"]: event["tid"] for event in events if event.get("name") == "thread_name"}
+    (track,) = (tid for name, tid in names.items() if name.startswith("stages of device"))
+    spans = sorted((e["ts"], e["dur"], e["name"]) for e in events if e.get("ph") == "X" and e["tid"] == track)
+    order = list(dict.fromkeys(name for _, _, name in spans))
+    assert set(order) == set(profiling.STAGES)
+    assert order[-1] == "evaluate"  # of one superstep there is one evaluation, after its round
+    assert all(end <= begin + 1e-3 for (at, long, _), (begin, _, _) in itertools.pairwise(spans) for end in [at + long])
+    host = [event.get("name") for event in events]
+    assert host.count("superstep") == 1
+    assert host.count("evaluation") == 1
+    of_stages = {event["args"].get("stage") for event in events if "hlo_op" in event.get("args", {})}
+    assert set(profiling.STAGES) <= of_stages
+
+
+def test_tensorboard_gets_what_it_opens(profiled):
+    out, _, _ = profiled
+    (plane,) = (out / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    content = plane.read_bytes()
+    assert b"/client/" in content
+    assert b"/reduce/" in content
+
+
+def test_a_profile_changes_no_number(profiled):
+    _, result, method = profiled
+    plain = fdjax.run(progress=False, algorithm=method, **SMALL)
+    assert plain.evaluations == result.evaluations
+    assert plain.rounds == result.rounds
+
+
+def test_names_of_stages_change_nothing_that_is_compiled(monkeypatch):
+    """But for the names: the same module is lowered without them."""
+
+    def lowered():
+        built = experiment.build(settings.make(algorithm="fedavg", **SMALL))
+        pure, state = built.simulation.pure, built.simulation.shapes(built.federation)
+        return jax.jit(lambda *x: pure.run(*x, 1)).lower(state, built.federation, built.hparams).as_text()
+
+    def nameless(name):
+        asked.append(name)
+        return contextlib.nullcontext()
+
+    text, asked = lowered(), []
+    monkeypatch.setattr(jax, "named_scope", nameless)
+    for cached in (found for found in vars(experiment).values() if hasattr(found, "cache_clear")):
+        cached.cache_clear()  # of simulations
+    assert lowered() == text
+    assert {*profiling.STAGES} - {"evaluate"} <= {*asked}
+
+
+def test_stages_of_a_module():
+    text = """HloModule jit_superstep, is_scheduled=true
+
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %mul.1 = f32[2]{0} multiply(%p, %p), metadata={op_name="jit(superstep)/while/body/client/vmap(reduce)/mul"}
+}
+
+%body (q: f32[2]) -> f32[2] {
+  %copy.7 = f32[2]{0} copy(%q)
+  %fusion.3 = f32[2]{0} fusion(%copy.7), calls=%fused, metadata={op_name="jit(superstep)/client/vmap(jit(f))/add" id=1}
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %copy.8 = f32[2]{0} copy(%a)
+  %while.2 = f32[2]{0} while(%copy.8), body=%body, metadata={op_name="jit(superstep)/while"}
+  ROOT %reduce = f32[] reduce(%while.2), metadata={op_name="jit(superstep)/server/reduce"}
+}
+"""
+    found = profiling.stages_of([text])
+    assert found == {
+        ("jit_superstep", "p"): "reduce", ("jit_superstep", "mul.1"): "reduce", ("jit_superstep", "copy.7"): "client",
+        ("jit_superstep", "fusion.3"): "client", ("jit_superstep", "reduce"): "server",
+    }  # fmt: skip
+
+
+def test_spans_last_as_long_as_operations_of_their_stage_follow_one_another():
+    def operation(name, ts, dur, device="0"):
+        arguments = {"hlo_module": "m", "hlo_op": name, "device_ordinal": device}
+        return {"ph": "X", "pid": 1, "tid": 5, "name": name, "ts": ts, "dur": dur, "args": arguments}
+
+    trace = {"traceEvents": [operation("b", 10, 5), operation("a", 0, 4), operation("a", 4, 3), operation("c", 20, 1)]}
+    seconds = profiling.add_stages(trace, {("m", "a"): "client", ("m", "b"): "server"})
+    added = [(e["name"], e["ts"], e["dur"]) for e in trace["traceEvents"][4:] if e["ph"] == "X"]
+    assert added == [("client", 0, 7), ("server", 10, 5)]
+    assert seconds == {"client": pytest.approx(7e-6), "server": pytest.approx(5e-6)}
+
+
+def test_a_profile_that_cannot_be_written_costs_no_result(profiled, tmp_path, capsys, monkeypatch):
+    _, result, method = profiled
+    monkeypatch.setattr(profiling, "tell_unsaved", lambda what, reason: print(f"told: {what}: {reason}"))
+    (tmp_path / "profile").write_text("a file where a folder should be")
+    again = fdjax.run(out=tmp_path, progress=False, profile=True, algorithm=method, **SMALL)
+    assert again.evaluations == result.evaluations
+    assert capsys.readouterr().out.count("told: the profile in") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"profile": True}, "profile=True writes to the folder of the run; give out as well"),
+        ({"profile": "client", "out": "x"}, "profile='client': expected True or False"),
+        ({"profile": True, "out": "x", "lifting": "loop"}, "--profile with --lifting=loop: nothing is compiled"),
+    ],
+)
+def test_what_cannot_be_profiled_is_told_in_one_line(given, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "build", None)
+    with pytest.raises(InputError) as error:
+        fdjax.run(algorithm="fedavg", **SMALL, **given)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
