@@ -2,8 +2,9 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class InputError(ValueError):
@@ -22,6 +23,14 @@ def unknown(kind: str, given: object, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(str(given), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return InputError(f"unknown {kind} {given!r}{hint}; known: {', '.join(known)}")
+
+
+def show_warning(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Show a warning of a program; one of a user's own data without the place in our code, which says nothing."""
+    if issubclass(category, DataWarning):
+        sys.stderr.write(f"warning: {message}\n")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def end(error: InputError) -> NoReturn:

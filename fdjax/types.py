@@ -44,6 +44,7 @@ class Source(NamedTuple):
     # [F] for each input column the number of its codes 0, 1, ..., which a net may embed, and 0 for a number; code 0 is
     # a level that no training row has; () where no column holds codes
     encoding: Any = None  # how rows of a table became inputs, see `data.frames.Encoding`
+    fitted: bool = False  # whether mean and std are those of train_x, and follow where examples leave it
     train_index: np.ndarray | None = None  # [N] int32: the place of each training example in the data as loaded
 
     @property

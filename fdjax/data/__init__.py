@@ -13,9 +13,10 @@ from fdjax.data.picture import draw_partition
 from fdjax.data.proxy import KINDS as PROXIES
 from fdjax.data.proxy import Proxy, take_proxy
 from fdjax.data.sources import SOURCES, load
+from fdjax.data.statistics import refitted
 
 __all__ = [
     "PARTITIONS", "PROXIES", "SOURCES", "Proxy", "checked", "count_labels", "draw_partition", "from_arrays",
     "load", "merged", "of_labels",
-    "own_test_part", "partition", "split_by_client", "take_proxy", "take_validation", "write_pfllib",
+    "own_test_part", "partition", "refitted", "split_by_client", "take_proxy", "take_validation", "write_pfllib",
 ]  # fmt: skip

@@ -1,11 +1,13 @@
 """Partitions a data set, tells the clients' sizes and labels, and draws them.
 
 python -m fdjax.data --dataset=mnist_sample --partition=dirichlet_a --alpha=0.3 --num_clients=10 --out=partition.png
-python -m fdjax.data --dataset=people.csv --target=income --owner=site --partition=natural
+python -m fdjax.data --dataset=people.csv --target=income --owner=site
 """
 
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags
@@ -21,10 +23,12 @@ from fdjax.data import (
     own_partition,
     own_test_part,
     partition,
+    refitted,
     split_by_client,
     write_pfllib,
 )
-from fdjax.errors import InputError
+from fdjax.errors import InputError, show_warning
+from fdjax.types import Holdings, Source
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -38,7 +42,10 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "folder of the data set's files")
     flags.DEFINE_string("cache_dir", None, "folder for decoded tfds sets; by default $FDJAX_CACHE or ~/.cache/fdjax")
     flags.DEFINE_string("writers", None, "npz with the writers of mnist's images")
-    flags.DEFINE_string("partition", "iid", f"partition, an npz of your own, or one of{_table(PARTITIONS)}")
+    flags.DEFINE_string(
+        "partition", None, "partition, by default natural where data of your own have owners, else iid; an npz of your "
+        f"own, or one of{_table(PARTITIONS)}",
+    )  # fmt: skip
     flags.DEFINE_integer("num_clients", None, "number of clients, by default 10 or as many as owners", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of the partition", lower_bound=0)
     flags.DEFINE_string("out", None, "picture to write, such as partition.png")
@@ -84,6 +91,7 @@ _MOST_LINES = 20
 
 
 def main(argv: list[str]) -> None:
+    warnings.showwarning = show_warning
     try:
         if len(argv) > 1:
             raise InputError(f"unexpected argument {argv[1]!r}; options look like --partition=iid")
@@ -93,29 +101,15 @@ def main(argv: list[str]) -> None:
 
 
 def _run(given: flags.FlagValues) -> None:
-    of_source = {name: given[name].value for name in ("writers", *own.OPTIONS) if given[name].value is not None}
-    source = load(given.dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **of_source)
-    if given.split_by_client is not None:
-        source = merged(source)
+    dataset = own.resolve(given.dataset, "dataset", SOURCES)
+    source = _source(given, dataset)
     options = {name: given[name].value for name in _OPTIONS if given[name].value is not None}
-    num_clients = given.num_clients
-    if num_clients is None and given.partition not in ("writer", "natural"):
-        num_clients = 10
-    name, total = own_partition.resolve(given.partition, PARTITIONS), len(source.train_y)
-    if own_partition.is_known(name):
-        holdings = own_partition.holdings(name, np.arange(total), total)
-    else:
-        holdings = partition(
-            name,
-            source.train_y,
-            num_clients,
-            given.seed,
-            owner=source.train_owner,
-            num_classes=source.num_classes,
-            **options,
-        )
+    natural = given.owner is not None or own.has_owners(dataset)
+    name = own_partition.resolve(given.partition or ("natural" if natural else "iid"), PARTITIONS)
+    holdings = _holdings(given, name, source, options)
     if given.split_by_client is not None:
         source, holdings = split_by_client(source, holdings, given.split_by_client, given.seed)
+        source = refitted(source)
     own_tests = own_test_part(
         source.train_y,
         holdings,
@@ -124,10 +118,13 @@ def _run(given: flags.FlagValues) -> None:
         given.seed,
         train_owner=source.train_owner,
         test_owner=source.test_owner,
+        only_own=given.split_by_client is not None,
     )
     table = count_labels(holdings, source.train_y, source.num_classes)
     size, kinds = holdings.count, (table > 0).sum(axis=1)
-    title = " ".join([source.name, given.partition, *(f"{k}={v}" for k, v in options.items()), f"seed={given.seed}"])
+    title = " ".join(
+        [source.name, own_partition.title(name), *(f"{k}={v}" for k, v in options.items()), f"seed={given.seed}"]
+    )
     lines = [
         title,
         f"clients: {len(size):,}; examples held: {size.sum():,} of {len(source.train_y):,}",
@@ -144,10 +141,31 @@ def _run(given: flags.FlagValues) -> None:
         draw_partition(holdings, source.train_y, source.num_classes, given.out, title, source.classes)
         lines.append(f"wrote {given.out}")
     if given.write_pfllib:
-        config = {"alpha": given.alpha or 0, "partition": given.partition, "non_iid": given.partition != "iid"}
+        config = {"alpha": given.alpha or 0, "partition": own_partition.title(name), "non_iid": name != "iid"}
         write_pfllib(Path(given.write_pfllib).expanduser(), source, holdings, own_tests, **config)
         lines.append(f"wrote {given.write_pfllib}: train/ and test/ of {len(size):,} clients, config.json")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _source(given: flags.FlagValues, dataset: str) -> Source:
+    """The data set with its options; with split_by_client both of its parts as one."""
+    options = {name: given[name].value for name in ("writers", *own.OPTIONS) if given[name].value is not None}
+    if "seed" in own.options_of(dataset):
+        options["seed"] = given.seed
+    source = load(dataset, data_dir=given.data_dir, cache_dir=given.cache_dir, **options)
+    return source if given.split_by_client is None else merged(source)
+
+
+def _holdings(given: flags.FlagValues, name: str, source: Source, options: dict[str, Any]) -> Holdings:
+    """Who holds what of its training examples."""
+    total = len(source.train_y)
+    if own_partition.is_known(name):
+        return own_partition.holdings(name, np.arange(total), total)
+    num_clients = given.num_clients
+    if num_clients is None and name not in ("writer", "natural"):
+        num_clients = 10
+    owner, classes = source.train_owner, source.num_classes
+    return partition(name, source.train_y, num_clients, given.seed, owner=owner, num_classes=classes, **options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 from fdjax.data.cache import DAMAGED
 from fdjax.data.checked import checked
 from fdjax.data.coding import Coded, code_labels, code_owners, values_of
-from fdjax.data.splitting import split_rows, tell_duplicates, tell_repeated
-from fdjax.data.statistics import channel_statistics, feature_statistics
+from fdjax.data.splitting import none_held_out, split_rows, tell_duplicates, tell_repeated
+from fdjax.data.statistics import standard
 from fdjax.errors import DataWarning, InputError, unknown
 from fdjax.types import Source
 
@@ -72,7 +73,7 @@ def from_arrays(
         (x,) = _inputs(name, x)
     coded = code_labels(name, y, y_test)
     owners = code_owners(name, owner, owner_test)
-    if not own_test and test_fraction == 0:
+    if not own_test and none_held_out(name, test_fraction):
         return make_source(name, x, x, coded._replace(test=coded.train), owners, labels)
     if not own_test:
         x, x_test, coded, owners, ids, ids_test = _held_out(name, x, coded, owners, ids, test_fraction, test_by, seed)
@@ -87,7 +88,7 @@ def make_source(
 ) -> Source:
     """A checked source of inputs [N, ...] and [M, ...] and of what is coded; tells what the test part alone has."""
     assert y.test is not None
-    statistics = {} if "mean" in more else _statistics(name, x)
+    statistics = {} if "mean" in more else {**_statistics(name, x), "fitted": True}
     source = Source(
         name,
         x,
@@ -165,6 +166,7 @@ def _parts_given(
             f"{name}: {'y_test' if x_test is None else 'x_test'} alone; give both x_test and y_test, or none"
         )
     given = x_test is not None
+    none_held_out(name, fraction)  # raises, if it is a bool
     if given and fraction:
         raise InputError(f"{name}: test_fraction={fraction!r} beside test data; give one of them")
     for what, part, test in (("owner", owner, owner_test), ("ids", ids, ids_test)):
@@ -218,8 +220,7 @@ def _inputs(name: str, *parts: np.ndarray) -> list[np.ndarray]:
         kinds = {part.dtype.kind == "f", first.dtype.kind == "f"}
         if len(kinds) > 1 and {part.dtype, first.dtype} & {np.dtype(np.uint8)}:
             raise InputError(f"{name}: x is {first.dtype}, x_test {part.dtype}: images in two forms; give one of them")
-    whole = all(part.dtype.kind in "ui" for part in parts)
-    if first.ndim in (3, 4) and whole and all(_is_byte(part) for part in parts):
+    if first.ndim in (3, 4) and _are_bytes(parts):
         return [
             np.ascontiguousarray(part.astype(np.uint8)[..., None] if part.ndim == 3 else part, np.uint8)
             for part in parts
@@ -227,8 +228,12 @@ def _inputs(name: str, *parts: np.ndarray) -> list[np.ndarray]:
     return [_as_float(name, what, part) for what, part in zip(("x", "x_test"), parts, strict=False)]
 
 
-def _is_byte(x: np.ndarray) -> bool:
-    return x.dtype == np.uint8 or (x.ndim == 4 and bool(x.min() >= 0 and 1 < x.max() <= 255))
+def _are_bytes(parts: Sequence[np.ndarray]) -> bool:
+    """Whether they are pixels: uint8, or whole numbers from 0 to 255, and not 0 and 1 alone."""
+    if all(part.dtype == np.uint8 for part in parts):
+        return True
+    whole = all(part.dtype.kind in "ui" for part in parts)
+    return whole and min(part.min() for part in parts) >= 0 and 1 < max(part.max() for part in parts) <= 255
 
 
 def _as_float(name: str, what: str, x: np.ndarray) -> np.ndarray:
@@ -239,15 +244,12 @@ def _as_float(name: str, what: str, x: np.ndarray) -> np.ndarray:
     return small
 
 
-def _statistics(name: str, x: np.ndarray) -> dict[str, tuple[float, ...]]:
+def _statistics(name: str, x: np.ndarray) -> dict[str, Any]:
     """Mean and std that standardise training inputs; not of what `checked` refuses."""
-    if x.dtype == np.uint8:
-        found = channel_statistics(x)
-        found["std"] = np.where(found["std"] > 0, found["std"], 1.0)  # one colour all over
-    elif not np.isfinite(x).all():
+    if x.dtype != np.uint8 and not np.isfinite(x).all():
         return {}
-    else:
-        found = feature_statistics(x)
+    found = standard(x)
+    if x.dtype != np.uint8:
         rough = np.flatnonzero(np.abs(found["mean"]) > _LEAST_DIGITS * found["std"])
         if len(rough) and len(x) > 1:
             j = int(rough[0])

@@ -118,6 +118,8 @@ def _code(name: str, what: str, train: np.ndarray, test: np.ndarray | None, *, t
         raise InputError(
             f"{name}: {what} holds {_kind(train)}, but {what}_test {_kind(parts[1])}; give both in one form"
         )
+    if np.result_type(*parts).kind == "f":  # uint64 beside int64, which NumPy would make float64
+        parts = [part.astype(np.uint64 if min(p.min() for p in parts) >= 0 else object) for part in parts]
     every = np.unique(np.concatenate(parts))
     if not together:
         first = np.unique(train)

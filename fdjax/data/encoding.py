@@ -58,6 +58,17 @@ class Encoding(NamedTuple):
         return tuple(found)
 
     @property
+    def scaled(self) -> tuple[bool, ...]:
+        """[F] whether each input is a number, which is standardised."""
+        found: list[bool] = []
+        for column in self.columns:
+            if column.kind == "category":
+                found += [False] * (len(column.levels) if self.categories == "one_hot" else 1)
+            else:
+                found += [True, *([False] if column.marked else [])]
+        return tuple(found)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """[F] the codes of each input, 0 for a number, as `Source.categories` has them; () without codes."""
         if self.categories == "one_hot" or all(column.kind != "category" for column in self.columns):
@@ -132,8 +143,8 @@ def kind_of(name: str, series: Any) -> str:
         return "number"
     values = series.dropna()
     kinds = {type(value) for value in values}
-    if kinds <= {bool, np.bool_}:
-        return "category" if len(values) else "number"
+    if kinds <= {bool, np.bool_}:  # with missing values, so that they are objects
+        return "number"
     if kinds <= {str}:
         return "date" if _are_dates(values) else "category"
     if kinds <= {int, float, np.float64, np.int64}:

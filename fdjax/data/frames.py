@@ -9,7 +9,7 @@ import numpy as np
 from fdjax.data.arrays import make_source
 from fdjax.data.coding import Coded, code_labels, code_owners, listed, values_of
 from fdjax.data.encoding import CATEGORIES, MISSING, Encoding, fit
-from fdjax.data.splitting import split_rows, tell_duplicates, tell_repeated
+from fdjax.data.splitting import none_held_out, split_rows, tell_duplicates, tell_repeated
 from fdjax.errors import DataWarning, InputError, unknown
 from fdjax.types import Source
 
@@ -84,7 +84,30 @@ def from_frame(
     if tests is not train:
         tell_duplicates(name, x, x_test)
     as_it_is = {"mean": (0.0,), "std": (1.0,), "encoding": encoding, "categories": encoding.sizes}
-    return make_source(name, x, x_test, y, owners, space, **as_it_is)
+    return make_source(name, x, x_test, y, owners, space, **as_it_is, fitted=standardize)
+
+
+def rows_like(frame: Any, name: str, like: Source) -> Source:
+    """All rows of a table as proxy data: inputs by the encoding of `like`, and its labels, if they have its target.
+
+    With missing=drop rows with missing values are left out here too. Raises InputError where `like` is no table.
+    """
+    encoding: Encoding | None = like.encoding
+    if encoding is None:
+        raise InputError(f"--proxy={name} is a table, but {like.name} is none; give a table as --dataset too")
+    frame = _frame(name, frame)
+    has_labels = encoding.target in frame.columns
+    needed = [*(column.name for column in encoding.columns), *([encoding.target] if has_labels else [])]
+    if encoding.missing == "drop":
+        frame = _complete(name, frame, needed, encoding.target, None, "drop")
+    x = encoding.inputs(frame)
+    y, labels = np.zeros(len(x), np.int32), f"{name} without labels"
+    if has_labels:
+        texts = values_of(name, encoding.target, frame[encoding.target].to_numpy()).astype(str)
+        if strange := sorted({*texts} - {*encoding.classes}):
+            raise unknown(f"label of {name}", strange[0], encoding.classes)
+        y, labels = np.array([encoding.classes.index(text) for text in texts], np.int32), encoding.labels
+    return Source(name, x, y, x, y, len(encoding.classes), labels=labels, classes=encoding.classes, encoding=encoding)
 
 
 def _frame(name: str, frame: Any) -> Any:
@@ -166,7 +189,7 @@ def _parts(
     owners = None if owner is None else code_owners(name, coded(frame, str(owner)), coded(tests, str(owner)))
     if tests is not None:
         return frame, tests, y, owners
-    if test == 0:  # as proxy data
+    if none_held_out(name, test):  # as proxy data
         return frame, frame, y._replace(test=y.train), owners
     rows = split_rows(name, y.train, None if owners is None else owners.train, 0.2 if test is None else test, by, seed)
     return frame[~rows], frame[rows], y.split(rows), None if owners is None else owners.split(rows)

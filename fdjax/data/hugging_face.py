@@ -8,15 +8,16 @@ import numpy as np
 
 from fdjax.data.arrays import from_arrays
 from fdjax.data.coding import listed
-from fdjax.data.frames import from_frame
-from fdjax.data.images import stack
+from fdjax.data.frames import from_frame, rows_like
+from fdjax.data.images import VALIDATION, stack
 from fdjax.errors import DataWarning, InputError, unknown
 from fdjax.types import Source
 
 
 def is_saved(path: Path) -> bool:
     """Whether a folder is what `save_to_disk` leaves of a Dataset or a DatasetDict."""
-    return any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
+    prepared = (path / "features.json").is_file()  # by tensorflow-datasets, which writes a dataset_info.json too
+    return not prepared and any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json"))
 
 
 def read_saved(
@@ -83,9 +84,13 @@ def _splits(path: Path) -> tuple[Any, Any]:
         return saved, None
     if "train" not in saved:
         raise InputError(f"{path} has the splits {listed(saved)}; expected train, and maybe test")
-    held = next((split for split in ("test", "validation") if split in saved), None)
-    if held == "validation":
-        text = f"{path.name} has no split test; its split validation is tested on"
+    held = next((split for split in ("test", *VALIDATION) if split in saved), None)
+    others = [split for split in saved if split not in ("train", held)]
+    if held in VALIDATION:
+        text = f"{path.name} has no split test; its split {held} is tested on"
+        warnings.warn(text, DataWarning, stacklevel=4)
+    if others:
+        text = f"{path.name}: the splits {listed(others)} are left out; --validation_fraction takes some of train"
         warnings.warn(text, DataWarning, stacklevel=4)
     return saved["train"], None if held is None else saved[held]
 
@@ -137,7 +142,7 @@ def _inputs(name: str, parts: list[Any], column: str, size: int | None) -> np.nd
 
 
 def _labels(rows: Any, target: str) -> np.ndarray:
-    """Labels by name, where the feature has names."""
+    """The values of a column, by name where the feature has names."""
     import datasets
 
     feature, values = rows.features[target], rows.with_format("numpy")[target][:]
@@ -151,7 +156,24 @@ def _labels(rows: Any, target: str) -> np.ndarray:
     return np.asarray(feature.names)[values]
 
 
-def _frame(rows: Any, target: str) -> Any:
+def _frame(rows: Any, target: str | None) -> Any:
+    """The rows as pandas has them, with names in the place of a ClassLabel's numbers; of inputs, -1 is missing."""
+    import datasets
+
     frame = rows.to_pandas()
-    frame[target] = _labels(rows, target)
+    for column, feature in rows.features.items():
+        if column == target:
+            frame[column] = _labels(rows, column)
+        elif isinstance(feature, datasets.ClassLabel):
+            names = np.array([*feature.names, None], object)
+            codes = frame[column].fillna(-1).to_numpy(int)
+            frame[column] = names[np.where(codes < 0, len(feature.names), codes)]
     return frame
+
+
+def read_like(path: Path, name: str, like: Source) -> Source:
+    """As proxy data: the training rows of a saved table as `rows_like` has them, or images and arrays as they are."""
+    rows, _ = _splits(path)
+    if _array_column(path, rows, set()) is None:
+        return rows_like(_frame(rows, None), name, like)
+    return read_saved(path, name, test_fraction=0.0)

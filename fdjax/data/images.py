@@ -14,6 +14,7 @@ from fdjax.errors import DataWarning, InputError
 from fdjax.types import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+VALIDATION = ("val", "valid", "validation")  # names of a part that is tested on where there is no test part
 _GREY = ("1", "L", "LA")
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "F")  # modes whose pixels do not fit into eight bits
 
@@ -21,8 +22,17 @@ Opened = tuple[str, Callable[[], Any]]  # what an error calls an image, and what
 
 
 def is_folder_of_images(path: Path) -> bool:
-    """Whether a folder has other folders in it."""
-    return path.is_dir() and bool(_folders(path))
+    """Whether a folder has folders with an image in them, or such folders one deeper. Reads names alone."""
+    classes = _folders(path) if path.is_dir() else []
+    return any(_has_image(folder) or any(map(_has_image, _folders(folder))) for folder in classes)
+
+
+def check_form(path: Path) -> None:
+    """Raises InputError unless every class of a folder has images, and no folders. Reads names alone."""
+    train, test, left_out = parts_of(path)
+    for part in (train, test, left_out):
+        for folder in [] if part is None else _classes(part):
+            _images(folder)
 
 
 def read_images(
@@ -35,17 +45,18 @@ def read_images(
     test_by: str = "label",
     seed: int = 0,
 ) -> Source:
-    """A folder with a folder of images for each class, or with two such, train and test; `test_data` is another one.
+    """A folder with a folder of images for each class, or with such, train and test; `test_data` is another one.
 
-    Images are of one size, or become `image_size` x `image_size`; grey if all of them are, else in three colours.
-    Hidden files are nothing; others that are no images are told.
+    Without a folder test, one called val, valid or validation is tested on. Images are of one size, or become
+    `image_size` x `image_size`; grey if all of them are, else in three colours. Hidden files are nothing; others that
+    are no images are told.
     """
-    folders = {folder.name.lower(): folder for folder in _folders(path)}
-    has_parts = "train" in folders and {*folders} <= {"train", "test"}
-    train, y = _listed(folders["train"] if has_parts else path)
-    tests = folders.get("test") if has_parts else test_data
-    if has_parts and test_data is not None and "test" in folders:
-        raise InputError(f"{path.name} has a folder test already; leave --test_data out")
+    training, held, left_out = parts_of(path)
+    train, y = _listed(training)
+    if test_data is not None and held is not None:
+        raise InputError(f"{path.name} has a folder {held.name} already; leave --test_data out")
+    _tell_validation(path, held, left_out)
+    tests = held or test_data
     if tests is None:
         x = stack(name, train, image_size)
         return from_arrays(x, y, name=name, test_fraction=test_fraction, test_by=test_by, seed=seed)
@@ -53,6 +64,27 @@ def read_images(
     both = stack(name, [*train, *test], image_size)
     x, x_test = both[: len(train)], both[len(train) :]
     return from_arrays(x, y, x_test, y_test, name=name, test_fraction=test_fraction, test_by=test_by, seed=seed)
+
+
+def parts_of(path: Path) -> tuple[Path, Path | None, Path | None]:
+    """The folder with the classes of training images, that of test images, and that of a validation part beside it."""
+    folders = {folder.name.lower(): folder for folder in _folders(path)} if path.is_dir() else {}
+    validation = [folder for name, folder in folders.items() if name in VALIDATION]
+    if "train" not in folders or {*folders} - {"train", "test", *VALIDATION} or len(validation) > 1:
+        return path, None, None
+    held = validation[0] if validation else None
+    return (folders["train"], folders["test"], held) if "test" in folders else (folders["train"], held, None)
+
+
+def _tell_validation(path: Path, test: Path | None, left_out: Path | None) -> None:
+    """Warn of a validation part that is tested on, or that is beside a test part and not used."""
+    if left_out is not None:
+        text = f"{path.name}: {left_out.name} beside test is left out; --validation_fraction takes some of train"
+    elif test is not None and test.name.lower() in VALIDATION:
+        text = f"{path.name} has no folder test; its folder {test.name} is tested on"
+    else:
+        return
+    warnings.warn(text, DataWarning, stacklevel=4)
 
 
 def stack(name: str, opened: Sequence[Opened], size: int | None) -> np.ndarray:
@@ -105,16 +137,10 @@ def _listed(path: Path) -> tuple[list[Opened], np.ndarray]:
     """The images of a folder of classes, and their classes."""
     from PIL import Image
 
-    classes = _folders(path) if path.is_dir() else []
-    if not classes:
-        raise InputError(f"{path} has no folders; expected a folder of images for each class")
     opened, y, strange = [], [], []
-    for folder in classes:
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
-        images = [file for file in files if file.suffix.lower() in SUFFIXES]
-        strange += [file for file in files if file not in images]
-        if not images:
-            raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}); remove it, or add some")
+    for folder in _classes(path):
+        images, others = _images(folder)
+        strange += others
         opened += [(str(file), lambda file=file: Image.open(file)) for file in images]
         y += [folder.name] * len(images)
     if strange:
@@ -123,5 +149,30 @@ def _listed(path: Path) -> tuple[list[Opened], np.ndarray]:
     return opened, np.array(y)
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _classes(path: Path) -> list[Path]:
+    classes = _folders(path) if path.is_dir() else []
+    if not classes:
+        raise InputError(f"{path} has no folders; expected a folder of images for each class")
+    return classes
+
+
+def _images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a class, and its other files. Raises InputError for one without images, or with folders."""
+    if inner := _folders(folder):
+        raise InputError(
+            f"{folder} is a class with folders in it ({listed(f.name for f in inner)}); expected images alone: one "
+            "folder a class, or train and test with these"
+        )
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    images = [file for file in files if _is_image(file)]
+    if not images:
+        raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}); remove it, or add some")
+    return images, [file for file in files if not _is_image(file)]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+
+
+def _has_image(folder: Path) -> bool:
+    return any(_is_image(file) for file in folder.iterdir())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data import arrays, hugging_face, images, pfllib, tables, text_files
+from fdjax.data import arrays, hugging_face, images, pfllib, prepared, tables, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
 from fdjax.errors import InputError, unknown
@@ -31,22 +31,34 @@ class Reader(NamedTuple):
     suffixes: tuple[str, ...] = ()  # of a file; none of a folder
     has_owners: Callable[[Path], bool] = lambda path: False  # whether the file says by itself who holds each example
     is_folder: Callable[[Path], bool] = lambda path: False  # whether a folder is one that it reads
+    read_like: Callable[..., Source] | None = None  # (path, name, like, *, option=...) -> Source, proxy data for `like`
+    check_form: Callable[[Path], None] = lambda path: None  # raises InputError for what is told by names of files alone
 
 
 READERS: dict[str, Reader] = {
     "npz": Reader("arrays by name in an npz", arrays.read_npz, (".npz",), arrays.npz_has_owners),
-    "table": Reader("a table", tables.read_table, (*tables.CSV, ".parquet")),
+    "table": Reader("a table", tables.read_table, (*tables.CSV, ".parquet"), read_like=tables.read_like),
     "pfllib": Reader(
         "a data folder of PFLlib or HtFLlib",
         pfllib.read_folder,
         has_owners=pfllib.is_folder,
         is_folder=pfllib.is_folder,
     ),
-    "texts": Reader("texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users),
-    "hugging_face": Reader(
-        "a folder of Hugging Face's save_to_disk", hugging_face.read_saved, is_folder=hugging_face.is_saved
+    "texts": Reader(
+        "texts", text_files.read_texts, text_files.SUFFIXES, text_files.has_users, read_like=text_files.read_like
     ),
-    "images": Reader("a folder of images by class", images.read_images, is_folder=images.is_folder_of_images),
+    "hugging_face": Reader(
+        "a folder of Hugging Face's save_to_disk",
+        hugging_face.read_saved,
+        is_folder=hugging_face.is_saved,
+        read_like=hugging_face.read_like,
+    ),
+    "images": Reader(
+        "a folder of images by class",
+        images.read_images,
+        is_folder=images.is_folder_of_images,
+        check_form=images.check_form,
+    ),
 }
 # Settings that are options of some kind of file.
 OPTIONS = (
@@ -108,22 +120,35 @@ def load(name: str, **options: Any) -> Source:
     return _read(name, tuple(sorted((options | files).items())))
 
 
-def load_proxy(name: str, like: Source) -> Source:
+def load_proxy(name: str, like: Source, **options: Any) -> Source:
     """The same as proxy data: where it has no test part of its own, all its examples are training examples.
 
     A table's are made inputs as the rows of `like` were, if that is a table, and texts read with its vocabulary.
-    Raises InputError if it is none.
+    Those of `options` count that its kind of file has. Raises InputError if `like` is none, and for a value with an
+    encoding of its own.
     """
     value = _OWN[name].value
-    if not isinstance(value, Source) and reader_of(value).read is tables.read_table:
-        if like.encoding is None:
-            raise InputError(
-                f"--proxy={title(name)} is a table, but {like.name} is none; give a table as --dataset too"
-            )
-        return checked(tables.read_rows(value, name.partition("@")[0], like.encoding))
-    if not isinstance(value, Source) and reader_of(value).read is text_files.read_texts:
-        return checked(text_files.read_like(value, name.partition("@")[0], like))
+    if isinstance(value, Source):
+        _check_encoding(name, value, like)
+        return load(name)
+    reader = reader_of(value)
+    if reader.read_like is not None:
+        given = {option: options[option] for option in options.keys() & keywords(reader.read_like)}
+        return checked(reader.read_like(value, name.partition("@")[0], like, **given))
     return load(name, **({"test_fraction": 0.0} if "test_fraction" in options_of(name) else {}))
+
+
+def _check_encoding(name: str, proxy: Source, like: Source) -> None:
+    """Raises InputError for rows that were made inputs by other columns, levels or means than those of `like`."""
+    if proxy.encoding is None or proxy.encoding == like.encoding:
+        return
+    if like.encoding is None:
+        raise InputError(f"--proxy={title(name)} is a table, but {like.name} is none; give a table as --dataset too")
+    raise InputError(
+        f"--proxy={title(name)} became inputs by columns, levels and means of its own, not those of {like.name}; with "
+        f"the latter's source give fdjax.from_arrays(source.encoding.inputs(rows), rows[{like.encoding.target!r}], "
+        "labels=source.labels, test_fraction=0)"
+    )
 
 
 def title(name: str) -> str:
@@ -153,12 +178,12 @@ def options_of(name: str) -> frozenset[str]:
     """The options that a data set of a user's own has; none for ours and for values."""
     if name not in _OWN or isinstance(_OWN[name].value, Source):
         return frozenset()
-    return keywords(reader_of(_OWN[name].value))
+    return keywords(reader_of(_OWN[name].value).read)
 
 
-def keywords(reader: Reader) -> frozenset[str]:
-    """The options of one kind of file."""
-    parameters = inspect.signature(reader.read).parameters.values()
+def keywords(read: Callable[..., Source]) -> frozenset[str]:
+    """The options of what reads one kind of file."""
+    parameters = inspect.signature(read).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
@@ -221,15 +246,24 @@ def _of_path(given: str, path: Path, flag: str) -> str:
     path = path.resolve()
     try:
         kind = READERS[_suffix(path)] if _suffix(path) else None
-        content = _content(path) if kind else ""
+        if kind is None:
+            raise InputError(f"--{flag}={given} is of no kind that can be read; {_advice(path)}")
+        kind.check_form(path)
+        content = _content(path)
     except OSError as error:
         raise InputError(f"--{flag}={given} cannot be read: {(error.strerror or str(error)).lower()}") from None
-    if kind is None:
-        raise InputError(f"--{flag}={given} is of no kind that can be read; expected {expected()}")
     suffix = next((s for s in kind.suffixes if path.name.lower().endswith(s)), "")
     name = _OWN.add(path.name[: len(path.name) - len(suffix)], content, own.Thing(path, given, ""))
     _OWN.replace(name, path)  # where the content lies now
     return name
+
+
+def _advice(path: Path) -> str:
+    """What to do about a path of no kind: of data that tensorflow-datasets prepared, their name and folder."""
+    found = prepared.found_in(path)
+    if found is None:
+        return f"expected {expected()}"
+    return f"tensorflow-datasets prepared it: give a data set's name, and --data_dir={found}"
 
 
 def _digest_of(name: str) -> str:

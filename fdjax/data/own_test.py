@@ -15,6 +15,7 @@ def own_test_part(
     *,
     train_owner: np.ndarray | None = None,
     test_owner: np.ndarray | None = None,
+    only_own: bool = False,
 ) -> Holdings:
     """For each client a part of the M test examples with its own label distribution, about M in all.
 
@@ -24,13 +25,14 @@ def own_test_part(
     parts overlap: each class is dealt out round by round, so over all clients its examples serve equally often.
 
     Where owners are given and no owner's training examples are spread over clients, a client gets instead its owners'
-    own test examples, if they have any.
+    own test examples, if they have any; with `only_own` nothing else, as it must be where each client's test was cut
+    from what it holds.
     """
     num_clients = len(train_holdings.count)
     client, index = _by_label(count_labels(train_holdings, train_labels, num_classes), test_labels, seed)
     if train_owner is not None and test_owner is not None:
         own_client, own_index = _by_owner(train_holdings, train_owner, test_owner)
-        others = ~np.isin(client, own_client)
+        others = ~np.isin(client, own_client) & (not (only_own and len(own_client)))
         client = np.concatenate([own_client, client[others]])
         index = np.concatenate([own_index, index[others]])
     order = index[np.argsort(client, kind="stable")]

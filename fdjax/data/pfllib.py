@@ -7,7 +7,10 @@ NumPy arrays and nothing else.
 
 import io
 import json
+import os
 import pickle
+import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax.data.checked import checked
-from fdjax.errors import InputError
+from fdjax.data.options import at_least
+from fdjax.errors import DataWarning, InputError
 from fdjax.types import Holdings, Source
 
 _PARTS = ("train", "test")
 _FORM = "a folder of train/0.npz, test/0.npz, ..., as PFLlib's generate_*.py write it"
+_NUMBERS = ("num_clients", "num_classes", "vocabulary")  # of config.json; the last one is ours
 # What pickled arrays are made of; NumPy 2 calls the module numpy._core.
 _ALLOWED = {
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy._core.multiarray", "_reconstruct"),
@@ -50,13 +55,18 @@ def is_folder(path: Path) -> bool:
     return all((path / part / "0.npz").is_file() for part in _PARTS)
 
 
-def read_folder(path: Path, name: str) -> Source:
+def read_folder(path: Path, name: str, *, vocabulary: int | None = None) -> Source:
     """The source of a data folder of PFLlib: every client an owner, tested on its own test file.
 
     Inputs reach the net as they are, which their generators have normalised, images as [N, H, W, C]. Whole numbers
-    [n, L] are sequences of tokens. Raises InputError for a folder that is incomplete, and files of another form.
+    [n, L] are sequences of tokens where `vocabulary`, or that of config.json, says how many tokens there are (PFLlib's
+    vocab_size), and numbers elsewhere, since a table may have such columns.
+
+    Raises InputError for a folder that is incomplete, files of another form, and other inputs than these tokens.
+    Warns of whole numbers [n, L] that are read as numbers.
     """
     config = _config(path)
+    tokens = config.get("vocabulary", 0) if vocabulary is None else at_least("vocabulary", vocabulary, 2)
     clients = int(config.get("num_clients", _clients(path)))
     parts = [[_read(path / part / f"{k}.npz") for k in range(clients)] for part in _PARTS]
     shapes = {each.x.shape[1:] for part in parts for each in part if len(each.y)}
@@ -70,7 +80,7 @@ def read_folder(path: Path, name: str) -> Source:
     train_x, train_y, train_owner, test_x, test_y, test_owner = arrays
     highest = max(int(train_y.max(initial=0)), int(test_y.max(initial=0)))
     classes = int(config.get("num_classes", highest + 1))
-    train_x, test_x, tokens = _inputs(name, train_x, test_x)
+    train_x, test_x = (_of_tokens if tokens else _of_numbers)(name, train_x, test_x)
     return checked(
         Source(
             name, train_x, train_y.astype(np.int32), test_x, test_y.astype(np.int32), classes,
@@ -85,7 +95,7 @@ def write_folder(folder: Path, source: Source, train: Holdings, test: Holdings, 
     Inputs are written as our nets see them, standardised, images as [n, C, H, W] float32, tokens int64.
 
     Args:
-      folder: is made; nothing else may be in it.
+      folder: is made when all of it is written; an empty one may be there.
       source: a data set.
       train, test: who holds what of its training and test examples.
       **config: entries of config.json beside the usual ones, such as alpha and partition; `non_iid` is True, `balance`
@@ -98,31 +108,40 @@ def write_folder(folder: Path, source: Source, train: Holdings, test: Holdings, 
     empty = np.flatnonzero(np.asarray(test.count) == 0)
     if len(empty):
         raise InputError(
-            f"client {empty[0]} has no test example, and PFLlib's evaluation needs one of each; give fewer clients, or "
-            "--split_by_client=0.75"
+            f"client {empty[0]} has no test example, and PFLlib's evaluation needs one of each; give fewer clients, a "
+            "--min_size, or --split_by_client=0.75"
         )
+    folder = folder.resolve()
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{str(folder)!r} is not empty; give a new folder")
-        statistic = []
-        for part, x, y, holdings in zip(
-            _PARTS, (source.train_x, source.test_x), (source.train_y, source.test_y), (train, test), strict=True
-        ):
-            (folder / part).mkdir()
-            for k, rows in enumerate(_rows_of(holdings)):
-                data = {"x": _outward(x[rows], source), "y": y[rows].astype(np.int64)}
-                np.savez_compressed(folder / part / f"{k}.npz", data=np.array(data, dtype=object))
-                if part == "train":
-                    labels, counts = np.unique(y[rows], return_counts=True)
-                    statistic.append(list(zip(labels.tolist(), counts.tolist(), strict=True)))
-        entries = {
-            "num_clients": len(statistic), "num_classes": source.num_classes, "non_iid": True, "balance": False,
-            "partition": None, "Size of samples for labels in clients": statistic, "alpha": 0, "batch_size": 10,
-        }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(entries | config))
+        beside.mkdir(parents=True)
+        _write(beside, source, {"train": train, "test": test}, config)
+        beside.replace(folder)
     except OSError as error:
         raise InputError(f"{str(folder)!r} cannot be written ({error.strerror}); give another folder") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(folder: Path, source: Source, held: dict[str, Holdings], config: dict[str, Any]) -> None:
+    statistic = []
+    for part, x, y in (("train", source.train_x, source.train_y), ("test", source.test_x, source.test_y)):
+        (folder / part).mkdir()
+        for k, rows in enumerate(_rows_of(held[part])):
+            data = {"x": _outward(x[rows], source), "y": y[rows].astype(np.int64)}
+            np.savez_compressed(folder / part / f"{k}.npz", data=np.array(data, dtype=object))
+            if part == "train":
+                labels, counts = np.unique(y[rows], return_counts=True)
+                statistic.append(list(zip(labels.tolist(), counts.tolist(), strict=True)))
+    entries = {
+        "num_clients": len(statistic), "num_classes": source.num_classes, "non_iid": True, "balance": False,
+        "partition": None, "Size of samples for labels in clients": statistic, "alpha": 0, "batch_size": 10,
+    }  # fmt: skip
+    if source.vocabulary:
+        entries["vocabulary"] = len(source.vocabulary)
+    (folder / "config.json").write_text(json.dumps(entries | config))
 
 
 def _rows_of(holdings: Holdings) -> Iterator[np.ndarray]:
@@ -141,15 +160,28 @@ def _outward(x: np.ndarray, source: Source) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(seen, -1, 1)) if seen.ndim == 4 else seen
 
 
-def _inputs(name: str, train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Inputs in our layout, and the number of tokens if they are sequences of such."""
-    if train_x.dtype.kind == "i" and train_x.ndim == 2:
-        lowest, highest = min(train_x.min(), test_x.min(initial=0)), max(train_x.max(), test_x.max(initial=0))
-        if lowest < 0:
-            raise InputError(f"{name}: whole numbers of inputs begin at {lowest}; expected tokens from 0 on, or floats")
-        return train_x.astype(np.int32), test_x.astype(np.int32), int(highest) + 1
-    turned = (np.moveaxis(x, 1, -1) if x.ndim == 4 else x for x in (train_x, test_x))
-    return (*(np.ascontiguousarray(x, np.float32) for x in turned), 0)  # pyright: ignore[reportReturnType]
+def _of_tokens(name: str, *parts: np.ndarray) -> Iterator[np.ndarray]:
+    """Sequences of tokens in our layout. Raises InputError for inputs that are none."""
+    for x in parts:
+        if x.ndim != 2 or x.dtype.kind not in "iu":
+            raise InputError(
+                f"{name} has inputs {x.dtype} {x.shape}, which are no sequences of tokens; expected whole numbers "
+                "[n, L], or leave out --vocabulary"
+            )
+        yield x.clip(-1, np.iinfo(np.int32).max).astype(np.int32)
+
+
+def _of_numbers(name: str, *parts: np.ndarray) -> Iterator[np.ndarray]:
+    """Numbers in our layout. Warns of those that may be tokens."""
+    if all(x.ndim == 2 and x.dtype.kind in "iu" for x in parts):
+        warnings.warn(
+            f"{name} has whole numbers {parts[0].dtype} {parts[0].shape} as inputs, which are read as numbers; if they "
+            "are tokens, say how many there are: --vocabulary=...",
+            DataWarning,
+            stacklevel=3,
+        )
+    for x in parts:
+        yield np.ascontiguousarray(np.moveaxis(x, 1, -1) if x.ndim == 4 else x, np.float32)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -159,9 +191,9 @@ def _config(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} cannot be read ({error}); mend or remove it") from None
-    numbers = {key: content.get(key, 1) for key in ("num_clients", "num_classes")} if isinstance(content, dict) else {}
+    numbers = {key: content.get(key, 1) for key in _NUMBERS} if isinstance(content, dict) else {}
     if not numbers or not all(isinstance(value, int) and value > 0 for value in numbers.values()):
-        raise InputError(f"{str(file)!r} has other than numbers as num_clients and num_classes; mend or remove it")
+        raise InputError(f"{str(file)!r} has other than numbers as {', '.join(_NUMBERS)}; mend or remove it")
     return content
 
 

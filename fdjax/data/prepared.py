@@ -36,6 +36,14 @@ def locate(name: str, data_dir: str | os.PathLike | None) -> Path:
     return folder / max(versions, key=lambda version: tuple(map(int, version.split("."))))
 
 
+def found_in(folder: Path) -> Path | None:
+    """The data_dir of what tfds prepared, if a folder is that, a data set's in it, or one version's; None otherwise."""
+    for depth, pattern in enumerate(("features.json", "*/features.json", "*/*/features.json")):
+        if next(folder.glob(pattern), None) is not None:
+            return [folder.parent.parent, folder.parent, folder][depth]
+    return None
+
+
 def identity(folder: Path) -> str:
     """Twelve characters that change when the prepared files do: a hash of their place, names, sizes and times."""
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]

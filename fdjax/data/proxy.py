@@ -14,7 +14,7 @@ from fdjax.types import Source
 
 KINDS = {
     "held_out": "training examples taken from all clients before the partition, with labels",
-    "noise": "uniform pixels or tokens, or normal features; without labels",
+    "noise": "uniform pixels, tokens or codes, or normal features; without labels",
     "generated": "smooth random images, noise blurred at random scales; without labels",
 }
 _UNKNOWN = -1  # the label of an example without one
@@ -30,17 +30,26 @@ class Proxy(NamedTuple):
 
 
 def take_proxy(
-    source: Source, kind: str, size: int, seed: int, *, labels: str | None = None, join_labels: bool = False, **where
+    source: Source,
+    kind: str,
+    size: int,
+    seed: int,
+    *,
+    labels: str | None = None,
+    join_labels: bool = False,
+    header: bool | None = None,
+    **where,
 ) -> tuple[Source, Proxy]:
     """`size` proxy examples of `kind`, one of KINDS or a data set's name, and the source without those it gave up.
 
     Labels of another data set count if they name the same (`Source.label_space`). Otherwise, with `join_labels`, they
     come after the source's own: label l is K + l; without it they are left out. Of a source that is the part `labels`
-    of a data set (`of_labels`), another one with all of these labels is cut to the same part. `where`: data_dir and
-    cache_dir, for `load`. Raises InputError for an unknown kind, more examples than there are, and another input shape.
+    of a data set (`of_labels`), another one with all of these labels is cut to the same part. `header`: of a table of
+    your own; `where`: data_dir and cache_dir, for `load`. Raises InputError for an unknown kind, more examples than
+    there are, and another input shape.
     """
     rng = np.random.default_rng([seed, 1])
-    shape, kind_of_x = source.train_x.shape[1:], source.train_x.dtype
+    shape = source.train_x.shape[1:]
     if kind == "held_out":
         have = len(source.train_y)
         if not 0 < size < have:
@@ -48,21 +57,10 @@ def take_proxy(
         kept, x, y = hold_out(source, size, rng)
         return kept, Proxy(x, y, True)
     if kind in ("noise", "generated"):
-        unlabelled = np.full(size, _UNKNOWN, np.int32)
-        if kind == "generated" and kind_of_x != np.uint8:
-            what = "tokens" if source.vocabulary else "features"
-            raise InputError(f"--proxy=generated makes images, but {source.name} has {what} {shape}; use noise")
-        if source.vocabulary:
-            return source, Proxy(rng.integers(0, len(source.vocabulary), (size, *shape), np.int32), unlabelled, False)
-        if kind_of_x != np.uint8:
-            mean, std = np.asarray(source.mean, np.float32), np.asarray(source.std, np.float32)
-            x = mean + std * rng.normal(size=(size, *shape)).astype(np.float32)
-            return source, Proxy(x.astype(np.float32), unlabelled, False)
-        x = rng.integers(0, 256, (size, *shape), np.uint8) if kind == "noise" else _blurred(rng, size, shape)
-        return source, Proxy(x, unlabelled, False)
+        return source, _without_labels(source, kind, size, rng)
     if kind not in SOURCES and not own.is_known(kind):
         raise unknown("proxy data", kind, {**KINDS, **SOURCES})
-    other = own.load_proxy(kind, source) if own.is_known(kind) else load(kind, **where)
+    other = own.load_proxy(kind, source, header=header) if own.is_known(kind) else load(kind, **where)
     if labels is not None and source.label_space.startswith(
         f"{other.label_space}: "
     ):  # the same part of the same labels
@@ -88,6 +86,27 @@ def take_proxy(
     if join_labels:
         return source, Proxy(x, y + np.int32(source.num_classes), True, other.num_classes)
     return source, Proxy(x, np.full(size, _UNKNOWN, np.int32), False)
+
+
+def _without_labels(source: Source, kind: str, size: int, rng: np.random.Generator) -> Proxy:
+    """Noise in the form of a source's inputs, or generated images. Raises InputError for such of what are no images."""
+    shape, unlabelled = source.train_x.shape[1:], np.full(size, _UNKNOWN, np.int32)
+    images = source.train_x.dtype == np.uint8
+    if kind == "generated":
+        if not images:
+            what = "tokens" if source.vocabulary else "features"
+            raise InputError(f"--proxy=generated makes images, but {source.name} has {what} {shape}; use noise")
+        return Proxy(_blurred(rng, size, shape), unlabelled, False)
+    if source.vocabulary:
+        return Proxy(rng.integers(0, len(source.vocabulary), (size, *shape), np.int32), unlabelled, False)
+    if images:
+        return Proxy(rng.integers(0, 256, (size, *shape), np.uint8), unlabelled, False)
+    mean, std = np.asarray(source.mean, np.float32), np.asarray(source.std, np.float32)
+    x = (mean + std * rng.normal(size=(size, *shape)).astype(np.float32)).astype(np.float32)
+    for j, codes in enumerate(source.categories):
+        if codes > 1:  # those of levels that training rows have
+            x[:, j] = rng.integers(1, codes, size)
+    return Proxy(x, unlabelled, False)
 
 
 def _blurred(rng: np.random.Generator, size: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,6 +10,13 @@ from fdjax.data.own_test import largest_remainder
 from fdjax.errors import DataWarning, InputError, unknown
 
 
+def none_held_out(name: str, fraction: Any) -> bool:
+    """Whether a fraction is 0, with which the test part is the training part. Raises InputError for a bool."""
+    if isinstance(fraction, bool | np.bool_):
+        raise InputError(f"{name}: test_fraction={fraction!r}: expected a number from 0 to below 1")
+    return isinstance(fraction, int | float | np.number) and fraction == 0
+
+
 def split_rows(name: str, y: np.ndarray, owner: np.ndarray | None, fraction: Any, by: str, seed: int) -> np.ndarray:
     """Which of the N examples are test examples, [N] bool: a fraction of each label's or of each owner's.
 

@@ -2,6 +2,30 @@
 
 import numpy as np
 
+from fdjax.types import Source
+
+
+def refitted(source: Source) -> Source:
+    """The source standardised by its training inputs as they are now, if it was by those that it had (`fitted`).
+
+    Of a table, mean and std of number columns, which come after those of its encoding; other inputs stay as they are.
+    """
+    if not source.fitted:
+        return source
+    found = standard(source.train_x)
+    if source.encoding is not None:
+        scaled = np.asarray(source.encoding.scaled)
+        found = {"mean": np.where(scaled, found["mean"], 0.0), "std": np.where(scaled, found["std"], 1.0)}
+    return source._replace(**{key: tuple(value.tolist()) for key, value in found.items()})
+
+
+def standard(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and std of each channel of images, or of each feature; std 1 for a constant one."""
+    if x.dtype != np.uint8:
+        return feature_statistics(x)
+    found = channel_statistics(x)
+    return found | {"std": np.where(found["std"] > 0, found["std"], 1.0)}
+
 
 def channel_statistics(x: np.ndarray) -> dict[str, np.ndarray]:
     """Exact mean and std of each channel of x uint8 `[N, height, width, channels]` scaled to [0, 1]."""

@@ -5,12 +5,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fdjax.data.coding import listed, values_of
-from fdjax.data.encoding import Encoding
-from fdjax.data.frames import from_frame, pandas
-from fdjax.errors import InputError, unknown
+from fdjax.data.coding import listed
+from fdjax.data.frames import from_frame, pandas, rows_like
+from fdjax.errors import InputError
 from fdjax.types import Source
 
 COMPRESSED = ("", ".gz", ".bz2", ".xz")
@@ -53,17 +50,9 @@ def read_table(
     )  # fmt: skip
 
 
-def read_rows(path: Path, name: str, encoding: Encoding, header: bool | None = None) -> Source:
-    """All rows of a table as inputs of another one's encoding: with its labels, if they have its target."""
-    frame = read(path, header)
-    x = encoding.inputs(frame)
-    y, labels = np.zeros(len(x), np.int32), f"{name} without labels"
-    if encoding.target in frame.columns:
-        texts = values_of(name, encoding.target, frame[encoding.target].to_numpy()).astype(str)
-        if strange := sorted({*texts} - {*encoding.classes}):
-            raise unknown(f"label of {path.name}", strange[0], encoding.classes)
-        y, labels = np.array([encoding.classes.index(text) for text in texts], np.int32), encoding.labels
-    return Source(name, x, y, x, y, len(encoding.classes), labels=labels, classes=encoding.classes)
+def read_like(path: Path, name: str, like: Source, *, header: bool | None = None) -> Source:
+    """All rows of a table as proxy data, as `rows_like` has them."""
+    return rows_like(read(path, header), name, like)
 
 
 def read(path: Path, header: bool | None = None) -> Any:

@@ -126,7 +126,7 @@ def _of_sequences(name: str, path: Path, users: Users, tested: Users | None, len
         read = [row for row in rows if row[2] in token]
         x = np.asarray([[token.get(letter, len(known)) for letter in row[1]] for row in read], np.int32)
         y, owner = (np.asarray(each, np.int32) for each in ([token[row[2]] for row in read], [row[0] for row in read]))
-        return Windows(x.reshape(-1, length), y, owner)
+        return Windows(x.reshape(-1, length), y, owner, len(rows) - len(read))
 
     train = windows(rows[0])
     test = windows(rows[1]) if tested is not None or fraction else train

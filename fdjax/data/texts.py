@@ -27,6 +27,7 @@ class Windows(NamedTuple):
     x: np.ndarray  # [N, L] int32
     y: np.ndarray  # [N] int32
     owner: np.ndarray  # [N] int32
+    unknown: int = 0  # how many more an unknown token follows, which are left out
 
 
 def from_texts(
@@ -61,13 +62,14 @@ def from_texts(
       name: how tables call the source.
 
     Returns:
-      A `Source` of inputs int32 `[N, L]` with its `vocabulary`. Owners without a sequence to train on are left out.
+      A `Source` of inputs int32 `[N, L]` with its `vocabulary`. Owners without a sequence to train on are no clients;
+      their test is in the test set.
 
     Raises:
       InputError: what are no texts, options out of range, and texts of which no sequence is left for either part.
 
     Warns:
-      DataWarning: owners that are left out.
+      DataWarning: owners without a sequence to train on, sequences that an unknown token follows.
     """
     if unit not in UNITS:
         raise unknown("unit of texts", str(unit), UNITS)
@@ -77,52 +79,66 @@ def from_texts(
     ends = {owner: len(stream) - round(fraction * len(stream)) for owner, stream in streams.items()}
     training = {owner: stream[: ends[owner]] for owner, stream in streams.items()}
     known = _known(vocabulary, [*training.values()])
+    tested = {owner: stream[ends[owner] :] for owner, stream in streams.items()} if fraction else training
     if test_texts is not None:
         tested = {owner: _tokens(unit, its) for owner, its in _by_owner(test_texts).items()}
-    else:
-        tested = {owner: stream[ends[owner] :] for owner, stream in streams.items()} if fraction else training
     number = {owner: i for i, owner in enumerate({**training, **tested})}
-    train, test = (
-        _windows({number[owner]: stream for owner, stream in part.items()}, known, length, stride)
-        for part in (training, tested)
-    )
+
+    def windows(part: Mapping[Any, Sequence[str]]) -> Windows:
+        return _windows({number[owner]: stream for owner, stream in part.items()}, known, length, stride)
+
+    train = windows(training)
+    test = train if tested is training else windows(tested)
     return source_of(name, train, test, known, tuple(map(str, number)) if isinstance(texts, Mapping) else ())
 
 
 def source_of(name: str, train: Windows, test: Windows, known: list[str], owners: tuple[str, ...]) -> Source:
-    """The source of windows, whose owners, if any, are numbered anew, because some have nothing to train on.
+    """The source of windows, whose owners, if any, are numbered anew: those that train, then those of the test alone.
 
-    Raises InputError if a part is empty; warns of owners that are left out.
+    Raises InputError if a part is empty; warns of owners that do not train and of sequences that are left out.
     """
     for part, windows in (("train", train), ("test", test)):
         if not len(windows.y):
             raise InputError(f"{name}: no sequence is left to {part} on; give longer texts or a shorter length")
-    left, train_owner = np.unique(train.owner, return_inverse=True)
-    there = np.isin(test.owner, left) | (not owners)
-    test_owner = np.searchsorted(left, test.owner[there])
-    if len(left) < len(owners):
-        example = next(owner for i, owner in enumerate(owners) if i not in left)
-        warnings.warn(
-            DataWarning(
-                f"{name}: {len(owners) - len(left)} of {len(owners)} owners, such as {example!r}, have no sequence to "
-                "train on and are left out"
-            ),
-            stacklevel=3,
-        )
+    training = np.unique(train.owner).tolist()
+    kept = training + np.setdiff1d(test.owner, training).tolist()
+    number = np.zeros(max(kept) + 1, np.int32)
+    number[kept] = np.arange(len(kept))
+    if owners:
+        _tell_owners(name, owners, training, kept)
+    for part, windows in [("train", train)] if test is train else [("train", train), ("test", test)]:
+        if windows.unknown:
+            text = (
+                f"{name}: an unknown token follows {windows.unknown:,} of {windows.unknown + len(windows.y):,} "
+                f"sequences to {part} on, which are left out, because there is nothing to predict"
+            )
+            warnings.warn(DataWarning(text), stacklevel=3)
     return Source(
         name,
         train.x,
         train.y,
-        test.x[there],
-        test.y[there],
+        test.x,
+        test.y,
         len(known),
-        train_owner=train_owner.astype(np.int32) if owners else None,
-        test_owner=test_owner.astype(np.int32) if owners else None,
+        train_owner=number[train.owner] if owners else None,
+        test_owner=number[test.owner] if owners else None,
         classes=tuple(known),
-        owners=tuple(owners[i] for i in left) if owners else (),
+        owners=tuple(owners[i] for i in kept) if owners else (),
         labels=f"tokens {hashlib.sha256(repr(known).encode()).hexdigest()[:12]}",
         vocabulary=(*known, UNKNOWN, PADDING),
     )
+
+
+def _tell_owners(name: str, owners: tuple[str, ...], training: Sequence[int], kept: Sequence[int]) -> None:
+    """Warn of owners that are in the test set alone, and of those that are nowhere."""
+    in_test, nowhere = [*kept][len(training) :], sorted({*range(len(owners))} - {*kept})
+    for which, fate in (
+        (in_test, "no sequence to train on; they are in the test set, and in no client's own part"),
+        (nowhere, "no sequence to train or test on and are left out"),
+    ):
+        if which:
+            text = f"{name}: {len(which)} of {len(owners)} owners, such as {owners[which[0]]!r}, have {fate}"
+            warnings.warn(DataWarning(text), stacklevel=4)
 
 
 def fraction_of(fraction: Any, other_test: bool) -> float:
@@ -187,7 +203,7 @@ def _windows(streams: Mapping[int, Sequence[str]], known: Sequence[str], length:
         raise InputError(
             f"sequences of {length} tokens every {stride} of these texts need {size / 1e9:.1f} GB; give a larger stride"
         )
-    found = []
+    found, unknown_next = [], 0
     for owner, stream in streams.items():
         tokens = np.asarray([number.get(token, unseen) for token in stream], np.int32)
         if len(tokens) < 2:
@@ -196,8 +212,10 @@ def _windows(streams: Mapping[int, Sequence[str]], known: Sequence[str], length:
             padding = np.full(length + 1 - len(tokens), unseen + 1, np.int32)
             tokens = np.concatenate([padding, tokens])
         rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::stride]
+        unknown_next += int(np.sum(rows[:, -1] >= unseen))
         rows = rows[rows[:, -1] < unseen]
-        found.append(Windows(rows[:, :-1], rows[:, -1], np.full(len(rows), owner, np.int32)))
+        found.append((rows[:, :-1], rows[:, -1], np.full(len(rows), owner, np.int32)))
     if not found:
         return Windows(np.zeros((0, length), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    return Windows(*(np.ascontiguousarray(np.concatenate(each)) for each in zip(*found, strict=True)))
+    x, y, owner = (np.ascontiguousarray(np.concatenate(each)) for each in zip(*found, strict=True))
+    return Windows(x, y, owner, unknown_next)

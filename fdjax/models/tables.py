@@ -13,9 +13,10 @@ _WIDEST = 50  # numbers of an embedded category, at most
 
 
 class _Columns(nn.Module):
-    """Numbers as they are, then for each column of c categories a learned vector of min(50, (c + 1) // 2) numbers.
+    """Numbers as they are, then for each column of c codes a learned vector of min(50, (c + 1) // 2) numbers.
 
-    That size is a rule of thumb; a column holds the number of its category, 0 to c - 1.
+    That size is a rule of thumb; a column holds codes 0 to c - 1, of which 0, a level that no training row has, is the
+    vector 0.
     """
 
     categories: tuple[int, ...]
@@ -27,7 +28,8 @@ class _Columns(nn.Module):
         for j, size in enumerate(self.categories):
             if size:
                 table = Embedding(size, min(_WIDEST, (size + 1) // 2), name=f"column_{j}")
-                parts.append(table(jnp.clip(x[:, j], 0, size - 1).astype(jnp.int32)))
+                code = jnp.clip(x[:, j], 0, size - 1).astype(jnp.int32)
+                parts.append(jnp.where(code[:, None] > 0, table(code), 0.0))
         return jnp.concatenate(parts, -1)
 
 

@@ -51,7 +51,10 @@ class DataSettings:
     )
     stride: int | None = _file_option("texts: tokens from one sequence to the next; default 1", int, low=1)
     vocabulary: int | None = _file_option(
-        "texts: number of tokens that are known, by frequency; default all", int, low=2
+        "texts: number of tokens that are known, by frequency; default all; a folder of PFLlib: its inputs are so many "
+        "tokens, not numbers",
+        int,
+        low=2,
     )
     test_data: str | None = _file_option(
         "file or folder of the test part of your own data", str,

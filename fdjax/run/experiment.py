@@ -95,7 +95,7 @@ def build(settings: Settings, change_holdings: Callable[[Holdings], Holdings] | 
         raise InputError("no client holds a single training example; use another partition or more data")
     own_tests = data.own_test_part(
         source.train_y, holdings, source.test_y, source.num_classes, settings.data_seed,
-        train_owner=source.train_owner, test_owner=source.test_owner,
+        train_owner=source.train_owner, test_owner=source.test_owner, only_own=settings.split_by_client is not None,
     )  # fmt: skip
     cohorts = cohort_sizes(settings, len(holdings.count))
     who = participants(settings, holdings, [size for _, size in cohorts])

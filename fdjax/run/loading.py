@@ -60,6 +60,8 @@ def _load(settings: Settings) -> Loaded:
     holdings = _partition(settings, source, owners, total, of_partition)
     if settings.split_by_client is not None:
         source, holdings = data.split_by_client(source, holdings, settings.split_by_client, settings.data_seed)
+    if settings.standardize and len(source.train_y) != total:
+        source = data.refitted(source)
     if settings.method.pooled:
         holdings = from_counts(np.asarray(holdings.order), np.asarray(holdings.count).sum(keepdims=True))
     return Loaded(source, holdings, proxy)
@@ -92,15 +94,17 @@ def _partition(settings: Settings, source: Source, owners: int | None, total: in
 
 
 def _check_numbers(settings: Settings, source: Source) -> None:
-    """Raises InputError for tokens where the method computes with inputs, which it can with numbers alone."""
+    """Raises InputError for tokens and codes where the method computes with inputs, which it can with numbers alone."""
     method = settings.method
     with_option = next((choice for choice in settings.options if choice in method.needs_numbers_for), None)
-    if source.vocabulary and (method.needs_numbers or with_option):
-        also = f" with --{'='.join(with_option)}" if with_option else ""
-        raise InputError(
-            f"--dataset={settings.dataset_title}: {method.name}{also} makes, changes or compares inputs as numbers, "
-            f"but these are tokens; choose another {with_option[0] if with_option else 'method'}"
-        )
+    if not (source.vocabulary or any(source.categories)) or not (method.needs_numbers or with_option):
+        return
+    also = f" with --{'='.join(with_option)}" if with_option else ""
+    what, instead = ("tokens", "") if source.vocabulary else ("codes of categories", "give categories=one_hot, or ")
+    raise InputError(
+        f"--dataset={settings.dataset_title}: {method.name}{also} makes, changes or compares inputs as numbers, but "
+        f"these are {what}; {instead}choose another {with_option[0] if with_option else 'method'}"
+    )
 
 
 def _options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,6 +162,7 @@ def _take_proxy(settings: Settings, source: Source) -> tuple[Source, data.Proxy 
         settings.data_seed,
         labels=settings.labels,
         join_labels=settings.method.joins_labels,
+        header=settings.header,
         data_dir=settings.proxy_dir or settings.data_dir,
         cache_dir=settings.cache_dir,
     )

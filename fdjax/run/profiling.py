@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fdjax.engine import hosts
 from fdjax.errors import InputError
+from fdjax.run import xplane
 from fdjax.run.saving import saving, tell_unsaved
 
 STAGES = ("broadcast", "client", "reduce", "server", "evaluate")
@@ -85,13 +86,19 @@ class Profiler:
             found = max(self.folder.glob(f"plugins/profile/*/*.{TRACE}"), key=lambda path: path.stat().st_mtime)
             with gzip.open(found, "rt") as file:
                 trace = json.load(file)
-            spans = add_stages(trace, stages_of(self.modules))
+            spans = spans_of(trace, stages_of(self.modules))
+            add_stages(trace, spans)
             with saving(self.folder / TRACE) as temporary:
                 temporary.write_bytes(gzip.compress(json.dumps(trace).encode()))
+            with open(f"{str(found).removesuffix(TRACE)}xplane.pb", "ab") as file:
+                file.write(xplane.plane_of(spans))
         except Exception as error:  # of a disk, or of another library: no result may be lost for it
             _tell(self.folder, error)
             return
-        seconds = ", ".join(f"{stage} {spans[stage]:.3g} s" for stage in STAGES if stage in spans)
+        total: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        for begin, end, stage in (span for found in spans.values() for span in found):
+            total[stage] += (end - begin) / 1e6 / len(spans)
+        seconds = ", ".join(f"{stage} {time:.3g} s" for stage, time in total.items() if time)
         text = f"profile of a superstep: {seconds}; {self.folder / TRACE} opens in ui.perfetto.dev"
         tqdm.write(text, file=sys.stderr)
 
@@ -138,29 +145,33 @@ def stages_of(modules: Sequence[str]) -> dict[tuple[str, str], str]:
     return {key: stage for key, stage in found.items() if stage}
 
 
-def add_stages(trace: dict[str, Any], stages: Mapping[tuple[str, str], str]) -> dict[str, float]:
-    """Add to a trace, for each device, a track on which stages are spans; returns the seconds of each stage.
+Spans = Mapping[str, Sequence[tuple[float, float, str]]]  # by device: begin and end in microseconds, and the stage
 
-    A span is as long as operations of its stage follow one another on that device. Every operation gets its stage as an
-    argument too.
-    """
-    by_device: dict[tuple[Any, str], list[tuple[float, float, str]]] = {}
+
+def spans_of(trace: Mapping[str, Any], stages: Mapping[tuple[str, str], str]) -> Spans:
+    """When each device was in which stage: a span is as long as operations of one stage follow one another there."""
+    by_device: dict[str, list[tuple[float, float, str]]] = {}
     for event in trace["traceEvents"]:
         arguments = event.get("args", {})
         stage = stages.get((arguments.get("hlo_module", ""), arguments.get("hlo_op", "")))
         if event.get("ph") == "X" and stage:
-            arguments["stage"] = stage
-            device = event["pid"], str(arguments.get("device_ordinal", "0"))
-            by_device.setdefault(device, []).append((event["ts"], event["ts"] + event.get("dur", 0), stage))
-    seconds: dict[str, float] = {}
-    for number, ((process, device), operations) in enumerate(sorted(by_device.items(), key=str)):
-        track = {"pid": process, "tid": 1_000_000 + number}
+            operation = event["ts"], event["ts"] + event.get("dur", 0), stage
+            by_device.setdefault(str(arguments.get("device_ordinal", event["pid"])), []).append(operation)
+    return {device: [*_spans(sorted(operations))] for device, operations in sorted(by_device.items())}
+
+
+def add_stages(trace: dict[str, Any], spans: Spans) -> None:
+    """Add a track for each device to a trace in Chrome's JSON."""
+    process = max((event.get("pid", 0) for event in trace["traceEvents"]), default=0) + 1
+    named = {"ph": "M", "name": "process_name", "pid": process, "args": {"name": "stages of rounds"}}
+    trace["traceEvents"].append(named)
+    for number, (device, found) in enumerate(spans.items()):
+        track = {"pid": process, "tid": number}
         name = f"stages of device {device}"
         trace["traceEvents"].append({"ph": "M", "name": "thread_name", "args": {"name": name}, **track})
-        for begin, end, stage in _spans(sorted(operations)):
-            trace["traceEvents"].append({"ph": "X", "name": stage, "ts": begin, "dur": end - begin, **track})
-            seconds[stage] = seconds.get(stage, 0.0) + (end - begin) / 1e6 / len(by_device)
-    return seconds
+        trace["traceEvents"] += [
+            {"ph": "X", "name": stage, "ts": begin, "dur": end - begin, **track} for begin, end, stage in found
+        ]
 
 
 def _spans(operations: Sequence[tuple[float, float, str]]) -> Iterator[tuple[float, float, str]]:

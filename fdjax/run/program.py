@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 
 from fdjax.engine import hosts
-from fdjax.errors import DataWarning, InputError
+from fdjax.errors import InputError, show_warning
 from fdjax.run.checkpoint import FOLDER, check_resumable, runs_at, steps
 from fdjax.run.parsing import parse_flags
 from fdjax.run.runner import InterruptedRun
@@ -68,14 +68,6 @@ def _silent():
         yield
 
 
-def _one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Show a warning; one of a user's own data without the place in our code, which says nothing."""
-    if issubclass(category, DataWarning):
-        sys.stderr.write(f"warning: {message}\n")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
-
-
 class _Unbreakable:
     """A stream whose reader may end, as `head` does, without ending the program: what follows goes nowhere."""
 
@@ -122,7 +114,7 @@ def start(main: Callable[..., None], arguments: str = "") -> None:
             could = runs_at(Path("runs"))
             runs = f", {'one of ' if ',' in could else ''}{could}" if could else ""
             sys.exit(_complain(f"--resume needs the --out of the run that is to go on{runs}"))
-        warnings.showwarning = _one_line
+        warnings.showwarning = show_warning
         use_all_cores()
         keep_compiled_code(given.compile_cache)
         try:

@@ -65,6 +65,7 @@ class Result(NamedTuple):
     # {} without --client_history, and where these are too many
     stopped: Mapping[str, Any] = MappingProxyType({})
     # of a run that ended before its last round by its own rules: "round", "rule" (accuracy, bytes, patience) and "why"
+    classes: tuple[str, ...] = ()  # [K] what the data call each label; () where they are 0, 1, ... in the data too
 
     @property
     def round(self) -> int:
@@ -253,6 +254,7 @@ class Recording:
             privacy=privacy,
             client_evaluations=client_history.unpack(self.record.get("client_evaluations", {})),
             stopped=self.stopped,
+            classes=self._experiment.source.classes,
         )
 
     def _metrics(self, report: Report) -> dict[str, Any]:

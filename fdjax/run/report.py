@@ -152,6 +152,7 @@ def result_dict(result: Result) -> dict[str, Any]:
         "evaluations": result.evaluations,
         "clients": result.clients,
         "holdings": dict(result.holdings),
+        **({"classes": list(result.classes)} if result.classes else {}),  # what the labels 0, 1, ... are called
         **({"targets": targets} if (targets := reached(result)) else {}),
         "bytes_per_participant": {way: bytes_of_one_client(result, way) for way in ("up", "down")},
         "participants": result.traffic.participants,

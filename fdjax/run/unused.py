@@ -128,7 +128,9 @@ def _no_option_of_data(name: str) -> Callable[[Any], str]:
     def why_not(settings: Any) -> str:
         if name in data_own.options_of(settings.dataset):
             return ""
-        having = " or ".join(reader.what for reader in data_own.READERS.values() if name in data_own.keywords(reader))
+        having = " or ".join(
+            reader.what for reader in data_own.READERS.values() if name in data_own.keywords(reader.read)
+        )
         return f"--dataset={settings.dataset_title} has no such option, only {having} of your own; {_LEAVE_OUT}"
 
     return why_not

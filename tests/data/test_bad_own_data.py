@@ -51,6 +51,10 @@ ARRAYS = {
     "a fraction of all": ({"test_fraction": 1.0}, "test_fraction=1.0: expected a number above 0 and below 1"),
     "a fraction as text": ({"test_fraction": "0.2"}, "test_fraction='0.2': expected a number"),
     "a fraction of none": ({"test_fraction": 0.01}, "leaves none to test; give more of either"),
+    "a fraction that is False": ({"test_fraction": False}, "test_fraction=False: expected a number from 0 to below 1"),
+    "False beside test data": ({**TEST, "test_fraction": False}, "test_fraction=False: expected a number from 0"),
+    "a fraction of NumPy's False": ({"test_fraction": np.False_}, "test_fraction=.*False.*: expected a number from 0"),
+    "a list of fractions": ({"test_fraction": [0.2]}, r"test_fraction=\[0.2\]: expected a number above 0 and below 1"),
     "by something else": ({"test_by": "day"}, "unknown test_by 'day'; known: label, owner"),
     "by owner without": ({"test_by": "owner"}, "test_by=owner needs the owner of each example"),
     "fewer owners": ({"owner": Y[1:]}, "x has 30 examples, but owner has 29"),
@@ -106,6 +110,8 @@ TABLES = {
     "a column of two kinds to test by": (column(s=Y + 1), {"test": "s"}, "column 's' has 1, 2; expected train"),
     "nothing to test": (column(s=False), {"test": "s"}, "column 's' makes 0 of 30 rows test rows"),
     "test rows without a column": (None, {"test": "tests"}, "frame's test rows: no column b, which the"),
+    "a test that is False": (None, {"test": False}, "test_fraction=False: expected a number from 0 to below 1"),
+    "a test that is True": (None, {"test": True}, "test_fraction=True: expected a number from 0 to below 1"),
     "ignore that is none": (None, {"ignore": 3}, "ignore=3: expected names of columns"),
 }  # fmt: skip
 

@@ -59,6 +59,9 @@ def test_texts_name_their_label_space_and_numbers_do_not(rng):
         (np.zeros((4, 5, 6), np.uint8), (5, 6, 1), np.uint8),
         (np.zeros((4, 5, 6, 3), np.uint8), (5, 6, 3), np.uint8),
         (np.full((4, 5, 6, 3), 255, np.int64), (5, 6, 3), np.uint8),
+        (np.full((4, 5, 6), 255, np.int64), (5, 6, 1), np.uint8),
+        (np.full((4, 5, 6), 256, np.int64), (5, 6), np.float32),
+        (np.ones((4, 5, 6), np.int64), (5, 6), np.float32),
         (np.ones((4, 5, 6), np.float64), (5, 6), np.float32),
         (np.ones((4, 5), np.uint8), (5,), np.float32),
         (np.ones((4, 5), bool), (5,), np.float32),
@@ -209,3 +212,18 @@ def test_what_is_loaded_cannot_be_changed(rng, tmp_path):
     loaded = data.load(tmp_path / "a.npz")
     with pytest.raises(ValueError, match="read-only"):
         loaded.train_x[0] = 0
+
+
+def test_labels_of_two_widths_of_whole_numbers(rng):
+    """Of uint64 and int64 NumPy makes float64, in which large numbers are alike."""
+    train, test = np.uint64([0, 1, 2])[np.arange(N) % 3], np.arange(M) % 3
+    found = arrays(rng, train, test)
+    assert (found.classes, found.test_y.tolist()) == ((), test.tolist())
+    large = 2**60 + np.arange(3)
+    found = arrays(rng, large.astype(np.uint64)[np.arange(N) % 3], large[np.arange(M) % 3])
+    assert found.classes == tuple(map(str, large))
+    np.testing.assert_array_equal(found.test_y, np.arange(M) % 3)
+    with pytest.warns(DataWarning, match="6 test examples have a label that no training example has .-1"):
+        found = arrays(rng, np.uint64([2**63, 1])[np.arange(N) % 2], np.array([-1, 1])[np.arange(M) % 2])
+    assert found.classes == ("-1", "1", str(2**63))
+    np.testing.assert_array_equal(found.test_y, np.arange(M) % 2)

@@ -60,6 +60,50 @@ def test_files_that_are_no_images_are_told(tmp_path):
         data.load(tmp_path / "pets")
 
 
+@pytest.mark.parametrize("called", ["val", "Valid", "validation"])
+def test_a_validation_folder_is_tested_on_where_there_is_no_test(tmp_path, called):
+    two_classes(tmp_path / "train")
+    draw(tmp_path / called / "dog", ["123456789"])
+    with pytest.warns(DataWarning, match=f"has no folder test; its folder {called} is tested on"):
+        found = data.load(tmp_path)
+    assert (found.classes, len(found.train_x), found.test_x[0, 0, 0, 0]) == (("cat", "dog"), 6, 9)
+    with pytest.raises(InputError, match=f"has a folder {called} already; leave --test_data out"):
+        data.load(tmp_path, test_data=tmp_path / "train")
+    draw(tmp_path / "test" / "cat", ["1234567"])
+    with pytest.warns(DataWarning, match=f"{called} beside test is left out; --validation_fraction takes some"):
+        found = data.load(tmp_path)
+    assert (len(found.train_x), found.test_x[:, 0, 0, 0].tolist()) == (6, [7])
+
+
+def test_test_data_beside_a_folder_train(tmp_path):
+    two_classes(tmp_path / "pets" / "train")
+    draw(tmp_path / "more" / "cat", ["1234567"])
+    found = data.load(tmp_path / "pets", test_data=tmp_path / "more")
+    assert (len(found.train_x), found.test_x[:, 0, 0, 0].tolist()) == (6, [7])
+
+
+FOLDERS = {
+    "classes of folders": (("a/cat/x.png", "a/dog/x.png", "b/cat/x.png"), "a is a class with folders in it .cat, dog."),
+    "a folder of programs": (("assets/x.png", "src/main.py"), "src has no images"),
+    "no images": (("src/main.py", "docs/more/x.txt"), "is of no kind that can be read; expected arrays by name"),
+    "of tensorflow-datasets": (("mnist/3.0.1/features.json",), "prepared it: give a data set's name, and --data_dir="),
+    "a version of these": (("features.json", "dataset_info.json"), "give a data set's name, and --data_dir="),
+    "three parts of no images": (("train/a/x.png", "val/a/x.txt"), "a has no images"),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_folders_whose_form_is_refused(tmp_path, monkeypatch, files, message):
+    """From the names of files alone: no content is read, which may be that of everything below a home."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    monkeypatch.setattr(data.own, "_content", None)
+    with pytest.raises(InputError, match=message) as told:
+        data.own.resolve(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("broken", ["text", "cut", "deep", "empty class"])
 def test_folders_that_are_refused(tmp_path, broken):
     folder = tmp_path / "pets"
@@ -114,6 +158,10 @@ def saved(tmp_path_factory):
     )
     validated.save_to_disk(folder / "validated")
     datasets.DatasetDict(test=images).save_to_disk(folder / "untrained")
+    whole = datasets.Dataset.from_dict(table | {"grade": [0, 1, -1, 1] * 5})
+    whole = whole.cast_column("label", labels).cast_column("grade", datasets.ClassLabel(names=["low", "high"]))
+    parts = {"train": whole, "test": whole.select(range(8)), "validation": whole.select(range(4))}
+    datasets.DatasetDict(parts).save_to_disk(folder / "three")
     return folder, pictures, table, arrays
 
 
@@ -132,6 +180,44 @@ def test_a_saved_table(saved):
     assert found.encoding.names == ("age", "job=a", "job=b")
     assert (found.classes, found.owners) == (("cat", "dog"), ("e", "n", "s", "w"))
     assert len(found.train_y) == 16
+
+
+def test_a_saved_table_of_three_parts(saved):
+    """All class labels are levels by name, -1 is missing, and what is not used is told."""
+    pytest.importorskip("pandas")
+    with pytest.warns(DataWarning) as told:
+        found = data.load(saved[0] / "three", target="label", ignore="site", missing="level")
+    assert any("three: the splits validation are left out" in str(each.message) for each in told)
+    assert found.encoding.names == ("age", "job=a", "job=b", "grade=high", "grade=low", "grade=missing")
+    np.testing.assert_array_equal(found.train_x[:4, 3:], [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]])
+    assert len(found.test_y) == 8
+
+
+@pytest.mark.filterwarnings("ignore::fdjax.errors.DataWarning")
+def test_a_saved_table_as_proxy_data_has_the_encoding_of_the_data(saved):
+    pytest.importorskip("pandas")
+    like = data.load(saved[0] / "three", target="label", ignore="site", missing="drop", standardize=False)
+    _, proxy = data.take_proxy(like, data.own.resolve(saved[0] / "three", "proxy"), 15, 0)
+    assert proxy.labelled
+    np.testing.assert_array_equal(proxy.x, like.train_x)  # without the rows of missing values, as these
+    arrays = data.load(saved[0] / "arrays", target="y", ignore="text")
+    with pytest.raises(InputError, match="--proxy=table is a table, but arrays is none"):
+        data.take_proxy(arrays, data.own.resolve(saved[0] / "table", "proxy"), 5, 0)
+    with pytest.raises(InputError, match="no column grade, which the training rows have"):
+        data.take_proxy(like, data.own.resolve(saved[0] / "table", "proxy"), 5, 0)
+
+
+def test_every_kind_of_folder_finds_its_reader(saved, tmp_path):
+    two_classes(tmp_path / "pets")
+    for part in ("train", "test"):
+        draw(tmp_path / "clients" / part / "cat", ["a"])  # a folder of images but for the clients' files
+        (tmp_path / "clients" / part / "0.npz").write_bytes(b"")
+    draw(tmp_path / "saved" / "images" / "cat", ["a"])
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    paths = {"images": tmp_path / "pets", "pfllib": tmp_path / "clients", "hugging_face": tmp_path / "saved"}
+    for kind, path in paths.items():
+        assert data.own.reader_of(path) is data.own.READERS[kind]
+    assert data.own.reader_of(saved[0] / "table") is data.own.READERS["hugging_face"]
 
 
 def test_saved_arrays(saved):

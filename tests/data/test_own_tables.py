@@ -233,3 +233,60 @@ def test_a_proxy_table_has_the_encoding_of_the_data(rng, tmp_path):
     assert not labelled.x[:, 3].any()  # job=smith
     rows = source.encoding.inputs(other[other.job != "smith"].assign(age=other.age + 9))
     assert all((np.abs(rows - row).max(axis=1) < 1e-5).any() for row in labelled.x)
+
+
+@pytest.mark.filterwarnings("ignore::fdjax.errors.DataWarning")
+def test_a_frame_as_proxy_data_has_to_have_the_encoding_of_the_data(rng):
+    train, other = parts(table(rng))
+    source = quiet(train, "income", test=0)
+    for own in (other.drop(columns="age"), other[other.job != "smith"], other.assign(age=other.age + 9)):
+        name = data.own.resolve(quiet(own, "income", test=0), "proxy")
+        with pytest.raises(InputError, match="became inputs by columns, levels and means of its own") as told:
+            data.take_proxy(source, name, 9, 0)
+        assert "fdjax.from_arrays(source.encoding.inputs(rows), rows['income']" in str(told.value)
+    rows = source.encoding.inputs(other)
+    way_out = fdjax.from_arrays(rows, other["income"], labels=source.labels, test_fraction=0)
+    _, proxy = data.take_proxy(source, data.own.resolve(way_out, "proxy"), len(other), 0)
+    assert proxy.labelled
+    np.testing.assert_array_equal(proxy.x, rows)
+    arrays = fdjax.from_arrays(rng.normal(size=(9, 6)), np.arange(9) % 2, test_fraction=0)
+    with pytest.raises(InputError, match="--proxy=frame is a table, but arrays is none; give a table as --dataset"):
+        data.take_proxy(arrays, data.own.resolve(source, "proxy"), 9, 0)
+
+
+def test_proxy_tables_without_a_header_and_with_gaps(rng, tmp_path):
+    rows = [f"{i % 7 + 2},{'abc'[i % 3]},{'yn'[i % 2]}\n" for i in range(N)]
+    (tmp_path / "train.csv").write_text("".join(rows))
+    (tmp_path / "other.csv").write_text("".join(rows[:8]) + ",a,y\n3,,n\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        source = data.load(tmp_path / "train.csv", target="2", header=False, missing="drop", test_fraction=0.5)
+    proxy = data.own.resolve(tmp_path / "other.csv", "proxy")
+    with pytest.raises(InputError, match="its first row has numbers"):
+        data.take_proxy(source, proxy, 8, 0)
+    with pytest.warns(DataWarning, match="other: 2 of 10 rows left out for their missing values"):
+        _, found = data.take_proxy(source, proxy, 8, 0, header=False)
+    assert (found.labelled, found.x.shape) == (True, (8, 4))
+
+
+def test_noise_draws_codes_of_levels(rng):
+    frame = table(rng)
+    source = quiet(frame, "income", test=0, categories="embedded")
+    _, noise = data.take_proxy(source, "noise", 3000, 0)
+    counts = np.bincount(noise.x[:, 1].astype(int), minlength=4)
+    assert counts[0] == 0
+    np.testing.assert_allclose(counts[1:], 1000, atol=5 * np.sqrt(3000 * 2 / 9))
+    np.testing.assert_allclose(noise.x[:, [0, 2, 3]].mean(axis=0), 0, atol=0.1)
+
+
+def test_bools_of_which_some_are_missing_are_numbers(rng):
+    train, test = parts(table(rng))
+    member = test.member.astype(object)
+    member.iloc[[0, 3]] = None
+    source = quiet(train, "income", test=test.assign(member=member), missing="mean")
+    expected = quiet(train, "income", test=test).test_x.copy()
+    expected[[0, 3], 4] = 0  # the mean
+    np.testing.assert_allclose(source.test_x, expected, atol=1e-6)
+    gaps = train.assign(member=train.member.astype(object))
+    gaps.iloc[:5, gaps.columns.get_loc("member")] = None
+    assert quiet(gaps, "income", test=test, missing="mean").encoding.names == source.encoding.names

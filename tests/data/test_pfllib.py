@@ -14,7 +14,7 @@ from fdjax.data import own_test_part, partition, split_by_client
 from fdjax.data.client_split import merged
 from fdjax.data.holdings import from_counts
 from fdjax.data.pfllib import is_folder, read_folder, write_folder
-from fdjax.errors import InputError
+from fdjax.errors import DataWarning, InputError
 from fdjax.types import Source
 
 SHAPE = (2, 6, 5)  # channels, height, width
@@ -66,10 +66,43 @@ def test_an_empty_client_and_a_folder_without_config(tmp_path, rng):
 
 
 def test_sequences_of_tokens(tmp_path, rng):
-    theirs(tmp_path / "mine", rng, (9,), draw=lambda shape: rng.integers(0, 7, shape))
-    source = read_folder(tmp_path / "mine", "mine")
+    content = theirs(tmp_path / "mine", rng, (9,), draw=lambda shape: rng.integers(0, 7, shape))
+    source = fdjax.data.load(str(tmp_path / "mine"), vocabulary=11)
     assert source.train_x.dtype == np.int32
-    assert len(source.vocabulary) == 7
+    assert len(source.vocabulary) == 11
+    np.testing.assert_array_equal(source.train_x[:7], content["train", 0]["x"])
+    split, held = split_by_client(merged(source), from_counts(np.arange(18), np.array([9, 9])), 0.5, 0)
+    write_folder(tmp_path / "new", split, held, from_counts(np.arange(10), np.array([5, 5])))
+    again = read_folder(tmp_path / "new", "new")  # config.json says it
+    assert len(again.vocabulary) == 11
+    np.testing.assert_array_equal(again.train_x, split.train_x)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_whole_numbers_are_numbers_unless_they_are_said_to_be_tokens(tmp_path, rng, dtype):
+    content = theirs(tmp_path / "mine", rng, (9,), draw=lambda shape: rng.integers(0, 200, shape).astype(dtype))
+    with pytest.warns(DataWarning, match=f"whole numbers {np.dtype(dtype)} .* read as numbers; if they are tokens"):
+        source = read_folder(tmp_path / "mine", "mine")
+    assert (source.train_x.dtype, source.vocabulary) == (np.float32, ())
+    np.testing.assert_array_equal(source.train_x[:7], content["train", 0]["x"])
+
+
+@pytest.mark.parametrize(
+    ("draw", "vocabulary", "error"),
+    [
+        (lambda shape: np.full(shape, 0.5), 11, r"has inputs float64 \(12, 9\), which are no sequences of tokens"),
+        (lambda shape: np.full(shape, 11), 11, "tokens reach from 11 to 11, first in example 0; expected 0 to 10"),
+        (lambda shape: np.full(shape, -1), 11, "tokens reach from -1 to -1"),
+        (lambda shape: np.full(shape, 2**32 + 1), 11, "tokens reach from 2147483647 to"),
+        (lambda shape: np.full(shape, 1), 1, "vocabulary=1: expected a whole number of at least 2"),
+        (lambda shape: np.full(shape, 1), "many", "vocabulary='many': expected a whole number"),
+    ],
+)
+def test_other_inputs_than_the_tokens_that_were_said(tmp_path, rng, draw, vocabulary, error):
+    theirs(tmp_path / "mine", rng, (9,), draw=draw)
+    with pytest.raises(InputError, match=error) as caught:
+        read_folder(tmp_path / "mine", "mine", vocabulary=vocabulary)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_beyond_those_of_config_are_left(tmp_path, rng):
@@ -185,6 +218,7 @@ def save(file, **entries):
          "not finite in 1"),
         (lambda f: (f / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda f: (f / "config.json").write_text('{"num_clients": "2"}'), "other than numbers as num_clients"),
+        (lambda f: (f / "config.json").write_text('{"vocabulary": -1}'), "numbers as num_clients, num_classes, vocab"),
         (lambda f: (f / "config.json").write_text('{"num_clients": 4}'), "train/3.npz is missing"),
         (lambda f: (f / "config.json").write_text('{"num_clients": 3, "num_classes": 2}'), "labels reach from 0 to 3"),
     ],
@@ -210,6 +244,30 @@ def test_a_pickle_that_runs_a_program_does_not(tmp_path, rng):
     with pytest.raises(InputError, match=r"it would make (_?io)\.open"):
         read_folder(tmp_path / "mine", "mine")
     assert not there.exists()
+
+
+def test_a_folder_is_there_when_all_of_it_is_written(tmp_path, images, monkeypatch):
+    train = partition("iid", images.train_y, 3, 0, num_classes=3)
+    test = own_test_part(images.train_y, train, images.test_y, 3, 0)
+    written, save_one = [], np.savez_compressed
+
+    def full(file, **entries):
+        assert not (tmp_path / "new").exists()
+        written.append(file)
+        if len(written) > 4:
+            raise OSError(28, "No space left on device")
+        save_one(file, **entries)
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(InputError, match="cannot be written"):
+        write_folder(tmp_path / "new", images, train, test)
+    assert len(written) == 5
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    (tmp_path / "new").mkdir()
+    write_folder(tmp_path / "new", images, train, test)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"train", "test", "config.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_what_cannot_be_written(tmp_path, images):

@@ -61,3 +61,21 @@ def test_unwritable_picture(tmp_path):
     for path in (tmp_path / "file" / "x.png", tmp_path / "x.nosuchformat", tmp_path / "x"):
         with pytest.raises(InputError, match="give a file such as"):
             draw_partition(holdings, labels, 10, path)
+
+
+def test_data_of_your_own(tmp_path):
+    """Owners are the clients, unless a partition is given, here of both parts of the data."""
+    rows = [f"{i % 13},{i % 7},{'lh'[i % 2]},{'nse'[i % 3]}\n" for i in range(91)]
+    (tmp_path / "people.csv").write_text("age,days,income,site\n" + "".join(rows))
+    np.savez(tmp_path / "mine.npz", client=np.arange(91) % 2)
+    people = [f"--dataset={tmp_path}/people.csv", "--target=income", "--test_by=owner", "--owner=site"]
+    told = run(*people)
+    assert told.stdout.splitlines()[:2] == ["people natural seed=0", "clients: 3; examples held: 73 of 73"]
+    own = (f"--partition={tmp_path}/mine.npz", "--split_by_client=0.75", f"--write_pfllib={tmp_path}/out")
+    lines = run(*people, *own).stdout.splitlines()
+    assert lines[:2] == [f"people mine ({tmp_path}/mine.npz) seed=0", "clients: 2; examples held: 67 of 67"]
+    with np.load(tmp_path / "out" / "train" / "0.npz", allow_pickle=True) as file:
+        ours = file["data"].item()["x"]
+    with np.load(tmp_path / "out" / "train" / "1.npz", allow_pickle=True) as file:
+        both = np.concatenate([ours, file["data"].item()["x"]]).astype(float)
+    np.testing.assert_allclose([both.mean(axis=0), both.std(axis=0)], [[0, 0], [1, 1]], atol=1e-5)

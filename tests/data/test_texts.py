@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdjax.data import own
+from fdjax.data import own, own_test_part, partition
 from fdjax.data.checked import checked
 from fdjax.data.proxy import take_proxy
 from fdjax.data.text_files import read_texts
@@ -54,7 +54,8 @@ def test_training_and_test_share_no_token():
 
 
 def test_a_vocabulary_is_of_training_text_alone():
-    source = from_texts({"a": "xyxyxyxyxxzxzy"}, length=2, test_fraction=4 / 14)
+    with pytest.warns(DataWarning, match="an unknown token follows 1 of 2 sequences to test on, which are left out"):
+        source = from_texts({"a": "xyxyxyxyxxzxzy"}, length=2, test_fraction=4 / 14)
     assert source.vocabulary == ("x", "y", UNKNOWN, PADDING)
     assert source.num_classes == 2
     assert read(source, "test", 0) == [("x" + UNKNOWN, "y")]
@@ -63,21 +64,50 @@ def test_a_vocabulary_is_of_training_text_alone():
 
 
 def test_unknown_tokens_are_read_and_not_predicted():
-    source = from_texts(["abcabcabcabc", "abcabc"], length=2, vocabulary=["a", "b"], test_fraction=0.3)
+    with pytest.warns(DataWarning) as told:
+        source = from_texts(["abcabcabcabc", "abcabc"], length=2, vocabulary=["a", "b"], test_fraction=0.3)
+    text = "abcabcabcabc\nabcabc"
+    after = {"train": text[2:13], "test": text[15:]}
+    assert [str(each.message).partition(": ")[2].partition(" on,")[0] for each in told] == [
+        f"an unknown token follows {sum(c not in 'ab' for c in its)} of {len(its)} sequences to {part}"
+        for part, its in after.items()
+    ]
     assert {*source.train_y} == {0, 1}
     assert 2 in source.train_x
     assert 3 not in source.train_x
-    by_number = from_texts(["aaabbc" * 4], length=2, vocabulary=2, test_fraction=0.3)
+    with pytest.warns(DataWarning, match="an unknown token follows"):
+        by_number = from_texts(["aaabbc" * 4], length=2, vocabulary=2, test_fraction=0.3)
     assert by_number.vocabulary == ("a", "b", UNKNOWN, PADDING)
 
 
 def test_a_short_text_has_padding_in_front():
-    with pytest.warns(DataWarning, match="1 of 3 owners, such as 'c', have no sequence to train on and are left out"):
+    with pytest.warns(DataWarning, match="1 of 3 owners, such as 'c', have no sequence to train or test on and are"):
         source = from_texts({"a": "abab", "b": "ab" * 20, "c": "b"}, length=6, test_fraction=0.3)
     first = source.train_x[source.train_owner == 0]
     assert decoded(source, first) == [PADDING * 4 + "ab"]
     assert source.owners == ("a", "b")
     assert source.num_classes == 2
+
+
+def test_owners_of_the_test_part_alone_are_in_the_test_set():
+    """They come behind those that train, so that clients are numbered as before, as in LEAF's split by user."""
+    text = "abcabcabcacb"
+    tested = {"new": text, "short": text, "a": text}
+    with pytest.warns(DataWarning, match="2 of 4 owners, such as 'short', have no sequence to train on; they are in"):
+        source = from_texts({"b": text, "short": "a", "a": text}, length=3, test_texts=tested)
+    assert source.owners == ("b", "a", "short", "new")
+    assert ({*source.train_owner}, {*source.test_owner}) == ({0, 1}, {1, 2, 3})
+    for owner in (1, 2, 3):
+        assert read(source, "test", owner) == [(text[i : i + 3], text[i + 3]) for i in range(9)]
+    holdings = partition("natural", source.train_y, None, 0, owner=source.train_owner, num_classes=3)
+    own_part = own_test_part(
+        source.train_y, holdings, source.test_y, 3, 0, train_owner=source.train_owner, test_owner=source.test_owner
+    )
+    assert len(own_part.count) == 2
+    assert {*source.test_owner[own_part.order[own_part.start[1] :]]} == {1}
+    with pytest.warns(DataWarning, match="1 of 2 owners, such as 'new'"):
+        apart = from_texts({"a": text}, length=3, test_texts={"new": text})
+    assert ({*apart.train_owner}, {*apart.test_owner}) == ({0}, {1})
 
 
 def test_without_a_test_part_training_is_tested():
@@ -149,7 +179,8 @@ def test_a_file_as_proxy_data_is_read_with_the_vocabulary_of_the_data_set(tmp_pa
     path = tmp_path / "public.txt"
     path.write_text("Fair Helena, they say: quite Xenial!")
     source = read_texts(SPEECHES, "speeches", length=8, stride=4)
-    kept, proxy = take_proxy(source, own.resolve(str(path), "proxy"), 10, 0)
+    with pytest.warns(DataWarning, match="an unknown token follows 1 of 28 sequences to train on"):  # the X, once
+        kept, proxy = take_proxy(source, own.resolve(str(path), "proxy"), 10, 0)
     assert kept is source
     assert proxy.labelled
     assert proxy.x.shape == (10, 8)
@@ -183,7 +214,7 @@ _USER = {"x": ["abc", "bcd"], "y": ["d", "e"]}
         (_TEXT, {"vocabulary": ["a", "b", "a"]}, "'a' is there twice"),
         (_TEXT, {"vocabulary": ["a", PADDING]}, "'<padding>' is there twice"),
         (_TEXT, {"vocabulary": ["Q", "Z"]}, "no sequence is left to train on"),
-        (["ab" * 10_000_000], {"length": 1000}, "need 64.0 GB; give a larger stride"),
+        (["ab" * 1_000_000], {"length": 10_000}, "need 64.0 GB; give a larger stride"),
     ],
 )
 def test_bad_texts_are_one_line(given, options, error):

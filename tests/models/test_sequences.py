@@ -158,7 +158,8 @@ def test_embedded_columns(rng):
     x = rng.normal(size=(6, 4)).astype(np.float32)
     x[:, 1], x[:, 3] = rng.integers(0, 4, 6), rng.integers(0, 9, 6)
     p = in_float64(params)
-    tables = [p["_Columns_0"][f"column_{j}"]["embedding"][x[:, j].astype(int)] for j in (1, 3)]
+    x[0, 1] = x[1, 3] = 0  # levels that no training row has are the vector 0
+    tables = [p["_Columns_0"][f"column_{j}"]["embedding"][x[:, j].astype(int)] * (x[:, [j]] > 0) for j in (1, 3)]
     h = np.concatenate([x[:, [0, 2]], *tables], 1)
     assert h.shape[1] == 2 + 2 + 5
     h = np.maximum(h @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"], 0)

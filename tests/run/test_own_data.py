@@ -220,6 +220,59 @@ def test_codes_of_categories_need_a_net_that_embeds_them(rng):
         fdjax.run(dataset=source, **RUN)
 
 
+def test_codes_of_categories_are_no_numbers_for_a_method(rng):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"a": ["u", "v", "w"] * 30, "b": rng.normal(size=90), "y": np.arange(90) % 2})
+    for categories, refused in (("embedded", True), ("one_hot", False)):
+        source = fdjax.from_frame(frame, "y", categories=categories)
+        given = chosen(dataset=source, algorithm="fedftg")
+        if refused:
+            with pytest.raises(InputError, match=r"fedftg makes, .* but these are codes of categories; give"):
+                loading.load(given)
+        else:
+            assert loading.load(given).source.train_x.shape == (72, 4)
+
+
+TAKEN = [
+    {"validation_fraction": 0.25},
+    {"proxy": "held_out", "proxy_size": 20},
+    {"train_fraction": 0.5},
+    {"split_by_client": 0.75},
+    {"labels": "2,0"},
+]
+
+
+@pytest.mark.parametrize("more", TAKEN)
+def test_inputs_are_standardised_by_what_is_left_to_train_on(rng, more):
+    x, y = arrays(rng)
+    loaded = loading.load(chosen(dataset=fdjax.from_arrays(x, y, x + 0.5, y), **more)).source
+    left = loaded.train_x.astype(float)
+    assert len(left) != 90
+    np.testing.assert_allclose(loaded.mean, left.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(loaded.std, left.std(axis=0), rtol=1e-5)
+    pixels = rng.integers(0, 255, (90, 4, 4, 2)).astype(np.uint8)
+    images = loading.load(chosen(dataset=fdjax.from_arrays(pixels, y, 255 - pixels, y), **more)).source
+    np.testing.assert_allclose(images.mean, (images.train_x / 255).mean(axis=(0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(images.std, (images.train_x / 255).std(axis=(0, 1, 2)), rtol=1e-9)
+
+
+def test_a_table_is_standardised_by_what_is_left_to_train_on(rng):
+    """Numbers are; levels, and what is standardised by the user's own statistics or not at all, stay as they are."""
+    pd = pytest.importorskip("pandas")
+    gaps = np.where(np.arange(90) % 7 == 0, np.nan, rng.exponential(size=90))
+    frame = pd.DataFrame({"a": ["u", "v", "w"] * 30, "b": gaps, "y": np.arange(90) % 2})
+    source = fdjax.from_frame(frame, "y", missing="level", test=frame[:9].assign(b=0.0))
+    loaded = loading.load(chosen(dataset=source, validation_fraction=0.5)).source
+    b = loaded.train_x[:, 3].astype(float)
+    np.testing.assert_allclose(loaded.mean, [0, 0, 0, b.mean(), 0], atol=1e-7)
+    np.testing.assert_allclose(loaded.std, [1, 1, 1, b.std(), 1], rtol=1e-6)
+    plain = loading.load(chosen(dataset=source, validation_fraction=0.5, standardize=False)).source
+    assert (plain.mean, plain.std) == ((0.0,), (1.0,))
+    ours = source._replace(mean=(0.5,), std=(2.0,), fitted=False)
+    kept = loading.load(chosen(dataset=ours, validation_fraction=0.5)).source
+    assert (kept.mean, kept.std) == ((0.5,), (2.0,))
+
+
 def test_a_csv_from_the_command_line(rng, tmp_path):
     pd = pytest.importorskip("pandas")
     hours = rng.normal(40, 9, 300)
@@ -238,6 +291,7 @@ def test_a_csv_from_the_command_line(rng, tmp_path):
     written = json.loads((tmp_path / "out" / "results.json").read_text())["result"]
     assert set(written["files"].values()) == {f"{tmp_path}/people.csv", f"{tmp_path}/later.csv"}
     assert written["holdings"]["n_k"] == [80, 80, 80]
+    assert written["classes"] == ["high", "low"]
     assert written["final"]["central_accuracy"] > frame.income[200:].value_counts(normalize=True).max() + 0.1
 
 

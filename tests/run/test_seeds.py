@@ -79,6 +79,7 @@ def test_the_table_of_seeds_that_were_stopped_is_of_those_that_went_as_far(resul
     stopped = results[1]._replace(
         rounds={name: values[:2] for name, values in results[1].rounds.items()},
         evaluations={name: values[:2] for name, values in results[1].evaluations.items()},
+        client_evaluations={name: values[:2] for name, values in results[1].client_evaluations.items()},
     )
     command.leave(tmp_path, [results[0], stopped])
     table = capsys.readouterr().out
