@@ -87,6 +87,7 @@ def test_feddf_begins_with_what_fedavg_ends_with():
     assert told[f"server_{AFTER}"] == pytest.approx(fused.evaluation["central_accuracy"], abs=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_is_tested_with_the_clients_parts():
     rounds = Rounds("fedgkt")
     told = [rounds.one() for _ in range(2)][-1]
