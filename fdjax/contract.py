@@ -34,6 +34,7 @@ class Context(NamedTuple):
     proxy: Examples | None  # the proxy (public) data, if the run has any
     work: Array | float = 1.0  # [] float32: the share of its epochs that this client does, less than 1 for a straggler
     optimizers: dict[str, PyTree] | None = None  # states that `fit` goes on from and leaves behind, where they are kept
+    distillations: list[Any] | None = None  # where `client.distillation.note` leaves params, if a run asks for them
 
     def at(self, purpose: str, *numbers: Array | int) -> "Context":
         """The same surroundings with a key for `purpose`, and for `numbers` below it."""

@@ -96,6 +96,7 @@ class Training(NamedTuple):
     trained: Callable[[str], bool] | None = None  # whether the params at a path are trained; None: all are
     private: bool = False  # whether by DP-SGD, with the hparams `clip` and `noise_multiplier`
     name: str = "training"  # trainings of one name share the optimiser's state, where that is kept
+    distils: bool = False  # whether it is that of a distillation: not of a client's own examples
 
 
 class Task(NamedTuple):
@@ -151,6 +152,8 @@ class Method(NamedTuple):
     stages_for: tuple[str, str] | None = None  # an option and its value without which it does not
     example_fits: int = 0  # by how many fits on a client's own examples a round learns what is shared, if nothing else
     # of it depends on them; 0 if something does: then it cannot be private by example
+    distils: bool = False  # whether a round has a distillation of its own, beside training on own examples: a fit by
+    # `task.distilling` or `task.serving`, or a loop that calls `client.distillation.note`
     looks_back: str = ""  # the option that says on how many past rounds it draws
     label_means: bool = False  # whether means by label are all that it shares, private if `Task.private_means` says so
     keeps_optimizer: bool | None = False  # whether optimisers go on from round to round, unless --optimizer_state says

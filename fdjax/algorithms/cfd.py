@@ -115,4 +115,5 @@ METHOD = Method(
     proxy="unlabelled",
     stages=("distill",),
     keeps_models=True,
+    distils=True,
 )

@@ -142,4 +142,5 @@ METHOD = Method(
     keeps_models=True,
     example_fits=1,
     needs_numbers_for=selection.DISTANCES,
+    distils=True,
 )

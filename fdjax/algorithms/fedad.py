@@ -129,4 +129,5 @@ METHOD = Method(
     parts=True,
     stages=("distill",),
     keeps_models=True,
+    distils=True,
 )

@@ -45,8 +45,7 @@ from fdjax.exchange.traffic import Known
 from fdjax.exchange.wrappers import after, without_traffic
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate
 
-_BATCH = 256
-_BUDGET = "score_epsilon", "score_delta"
+_BATCH, _BUDGET = 256, ("score_epsilon", "score_delta")
 _SCORED, _SIMCLR = ("scores", "private", "exact"), ("pretraining", "simclr")
 
 
@@ -147,4 +146,5 @@ METHOD = Method(
     parts=True,
     distill_batch_size=128,
     needs_numbers_for=(_SIMCLR,),
+    distils=True,
 )

@@ -31,6 +31,7 @@ from fdjax import keys
 from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.client.data import Targets
+from fdjax.client.distillation import note
 from fdjax.client.trained import on_trained
 from fdjax.contract import Algorithm
 from fdjax.exchange import posterior, proxy, reductions
@@ -98,6 +99,7 @@ def fedbe(task: Task) -> Algorithm:
 
         walk = lax.fori_loop(0, steps, step, _Walk(start, optimizer.init(start), start, jnp.int32(0), jnp.float32(0)))
         end = jax.tree.map(lambda mean, last: jnp.where(walk.taken > 0, mean, last), walk.mean, walk.params)
+        note(ctx, start, end)
         return end, {"distill_loss": walk.loss, "averaged": walk.taken.astype(jnp.float32)}
 
     def server(ctx, before, summary):
@@ -132,4 +134,5 @@ METHOD = Method(
     one_architecture=True,
     proxy="unlabelled",
     distill_batch_size=128,
+    distils=True,
 )

@@ -35,6 +35,7 @@ import optax
 from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.client.data import Targets
+from fdjax.client.distillation import note
 from fdjax.client.early_stopping import train_to_best
 from fdjax.client.trained import on_trained
 from fdjax.contract import Algorithm, Broadcast, Reduction
@@ -106,6 +107,7 @@ def feddf(task: Task) -> Algorithm:
             mean = of_params.finish(ctx, total)
             start = jax.tree.map(lambda new, old, weight=total[1]: jnp.where(weight > 0, new, old), mean, before)
             fused.append(fuse(ctx.at("prototype", j)._replace(model=model), start, teacher, ids))
+            note(ctx._replace(model=model), start, fused[-1].params)
         found = [(best.seen, best.at, best.taken) for best in fused]
         means = [jnp.mean(jnp.stack(values) * 1.0) for values in zip(*found, strict=True)]
         metrics = dict(zip(("distill_loss", "best_step", "server_steps"), means, strict=True))
@@ -116,9 +118,6 @@ def feddf(task: Task) -> Algorithm:
         alike = jax.tree.map(jnp.shape, drawn[0]) == jax.tree.map(jnp.shape, params)
         return params if alike else drawn[0], *drawn[1:]
 
-    def own_prototype(ctx, prototypes, state, x):
-        return ctx.model.apply(prototypes[ctx.cohort], x)
-
     reduction = after(look_at, Reduction(partial, lambda ctx, totals: totals, per_cohort=True))
     (train,) = fedavg.fedavg(task).round
     return Algorithm(
@@ -126,7 +125,7 @@ def feddf(task: Task) -> Algorithm:
         init_client=lambda ctx, params: (),
         round=(train._replace(broadcast=lambda ctx, ps: Broadcast(ps[ctx.cohort]), reduce=reduction, server=server),),
         central=lambda ctx, prototypes, x: task.models[0].apply(prototypes[0], x),
-        personal=own_prototype if len(task.models) > 1 else None,
+        personal=(lambda ctx, ps, state, x: ctx.model.apply(ps[ctx.cohort], x)) if len(task.models) > 1 else None,
         model_of=lambda ctx, prototypes, state: prototypes[ctx.cohort],
     )
 
@@ -147,4 +146,5 @@ METHOD = Method(
     proxy="unlabelled",
     labels_for=(("drop_worst", "on"), ("model_selection", "accuracy")),
     distill_batch_size=128,
+    distils=True,
 )

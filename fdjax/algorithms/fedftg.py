@@ -29,6 +29,7 @@ from jax import lax
 from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.client.data import label_counts
+from fdjax.client.distillation import note
 from fdjax.client.trained import on_trained
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
 from fdjax.exchange import generator, inputs, reductions
@@ -101,6 +102,7 @@ def fedftg(task: Task) -> Algorithm:
 
         start = server["generator"], adam.init(server["generator"]), summary["mean"], jnp.float32(0)
         made, _, student, value = lax.fori_loop(0, ctx.hparams["server_steps"], iterate, start)
+        note(ctx, summary["mean"], student)
         return server | {"params": student, "generator": made}, {"distill_loss": value}
 
     (train,) = fedavg.fedavg(task).round
@@ -141,4 +143,5 @@ METHOD = Method(
     options={"disagreement": ("kl", "l1")},
     one_architecture=True,
     needs_numbers=True,
+    distils=True,
 )

@@ -142,4 +142,5 @@ METHOD = Method(
     proxy="labelled",
     stages=("distill",),
     keeps_models=True,
+    distils=True,
 )

@@ -145,4 +145,5 @@ METHOD = Method(
     keeps_optimizer=True,
     stages=("server",),
     keeps_models=True,
+    distils=True,
 )

@@ -97,4 +97,5 @@ METHOD = Method(
     stages=("distill",),
     keeps_models=True,
     needs_numbers_for=selection.DISTANCES,
+    distils=True,
 )

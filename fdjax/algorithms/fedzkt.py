@@ -23,6 +23,7 @@ import optax
 from jax import lax
 
 from fdjax.client import losses
+from fdjax.client.distillation import note
 from fdjax.client.trained import on_trained
 from fdjax.client.training import fit, local_work, supervised
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
@@ -85,7 +86,7 @@ def fedzkt(task: Task) -> Algorithm:
 
         start = server["generator"], adam.init(server["generator"]), server["params"], jnp.float32(0)
         made, _, params, value = lax.fori_loop(0, ctx.hparams["server_steps"], play, start)
-
+        note(ctx, server["params"], params)
         sgd = optax.sgd(ctx.hparams["device_learning_rate"] / _BATCH)
         of_devices = [on_trained(sgd, each, task.serving.trained) for each in devices]
 
@@ -95,20 +96,18 @@ def fedzkt(task: Task) -> Algorithm:
             target = jax.nn.softmax(central(params, x))
             new = []
             for model, each, optimizer in zip(task.models, devices, of_devices, strict=True):
-                slope = jax.grad(
-                    lambda each, model=model: jnp.sum(
-                        losses.soft_cross_entropy(target[None], apply_each(model.apply, each, x))
-                    )
-                )(each)
-                update, _ = optimizer.update(slope, optimizer.init(each), each)
+
+                def loss(each, model=model):
+                    return jnp.sum(losses.soft_cross_entropy(target[None], apply_each(model.apply, each, x)))
+
+                update, _ = optimizer.update(jax.grad(loss)(each), optimizer.init(each), each)
                 new.append(optax.apply_updates(each, update))
             return new
 
         devices = lax.fori_loop(0, ctx.hparams["device_steps"], hand_down, devices)
         tables, known = [], server["known"]
         for j, (table, stack, each) in enumerate(zip(server["devices"], stacks, devices, strict=True)):
-            first = task.ids(j).start
-            row = jnp.where(stack.weight > 0, stack.client - first, task.sizes[j])
+            row = jnp.where(stack.weight > 0, stack.client - task.ids(j).start, task.sizes[j])
             tables.append(jax.tree.map(lambda old, new, row=row: old.at[row].set(new, mode="drop"), table, each))
             known = known.at[stack.client].max((stack.weight > 0).astype(jnp.float32))
         new = {"params": params, "generator": made, "devices": tuple(tables), "known": known}
@@ -147,4 +146,5 @@ METHOD = Method(
         "device_steps": epochs(50, "steps of each device's model at the server in a round"),
     },
     needs_numbers=True,
+    distils=True,
 )

@@ -11,6 +11,7 @@ from jax import lax
 from fdjax import keys
 from fdjax.client import losses, private
 from fdjax.client.data import batches
+from fdjax.client.distillation import note
 from fdjax.client.trained import labels_of, on_trained
 from fdjax.contract import Context, Data
 from fdjax.method import Training
@@ -150,7 +151,9 @@ def fit_observing(
 
     carry = params, kept.get(training.name, optimizer.init(params)), jnp.float32(0), account
     carry, whole_epochs = _repeat(epoch, carry, whole_epochs, steps, getattr(epochs, "patience", None))
-    params, optimizer_state, total, account = carry
+    start, (params, optimizer_state, total, account) = params, carry
+    if training.distils:
+        note(ctx, start, params)
     if kept:
         kept[training.name] = optimizer_state
     in_last_epoch = jnp.minimum(steps, total_steps - (whole_epochs - 1) * steps)

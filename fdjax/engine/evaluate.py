@@ -15,7 +15,7 @@ from fdjax.engine import lift, membership, new_clients
 from fdjax.engine.check import check_logits
 from fdjax.engine.client_means import across_clients, measured_across, measured_means
 from fdjax.engine.layout import Layout, State, classes_of, rows_of
-from fdjax.engine.step import Moment, context
+from fdjax.engine.moment import Moment, context
 from fdjax.types import Array, Examples, Federation, PyTree
 
 Scalars = dict[str, jax.Array]

@@ -52,6 +52,7 @@ class Layout(NamedTuple):
     fine_tuning: FineTuning | None = None  # of these, at the end
     membership: bool = False  # attack models and uploads at every evaluation
     metrics: tuple[Metric, ...] = ()  # measured wherever accuracy is
+    before_distillation: bool = False  # test params before and after each distillation of a round
 
     @property
     def slices(self) -> list[slice]:

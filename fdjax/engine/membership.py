@@ -45,8 +45,9 @@ from fdjax.client.data import ClientData
 from fdjax.contract import ENSEMBLE, Algorithm, Broadcast, Exchange, HParams, Received, Reduction, Upload
 from fdjax.engine import lift, rows
 from fdjax.engine.layout import Layout, State, rows_of
+from fdjax.engine.moment import Moment, context
 from fdjax.engine.new_clients import never_train
-from fdjax.engine.step import Moment, context, exchange_step
+from fdjax.engine.step import exchange_step
 from fdjax.errors import InputError
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import after
@@ -175,6 +176,7 @@ def _of_uploads(
     taken = rows.of_round(layout, federation, state, chosen, key, moment.hparams)
     storages = [storage if drawn is None else None for storage, drawn in zip(layout.storages, chosen, strict=True)]
     nothing = _Seen(jnp.full(len(federation.client), _NOBODY), jnp.float32(jnp.nan))
+    layout = layout._replace(before_distillation=False)
     watched = _watched(exchange, layout, federation, candidates)
     now = moment._replace(federation=federation, key=key)
     (_, seen), *_ = exchange_step(

@@ -11,7 +11,7 @@ from fdjax.client.training import fit, supervised
 from fdjax.contract import Algorithm, HParams
 from fdjax.engine import lift
 from fdjax.engine.layout import Layout, State, rows_of
-from fdjax.engine.step import Moment, context
+from fdjax.engine.moment import Moment, context
 from fdjax.types import Array, Federation
 
 

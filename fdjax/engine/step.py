@@ -18,24 +18,16 @@ from jax import lax
 
 from fdjax import keys
 from fdjax.client.data import ClientData
-from fdjax.contract import Algorithm, Context, Exchange, HParams, Received, Reduction, Stack
-from fdjax.engine import lift
+from fdjax.contract import Algorithm, Exchange, HParams, Received, Reduction, Stack
+from fdjax.engine import distillations, lift
 from fdjax.engine import rows as rows_module
 from fdjax.engine.check import Checker, check_names, reductions_of
 from fdjax.engine.layout import Layout, NonFinite, Report, Row, State
+from fdjax.engine.moment import Moment, context
 from fdjax.engine.storage import Storage, keep_by_rows
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError
 from fdjax.exchange.traffic import Sent
 from fdjax.types import Array, Federation, Model, PyTree
-
-
-class Moment(NamedTuple):
-    """What every call of an exchange may read, as a pytree of arrays: the data, and the values of this moment."""
-
-    federation: Federation
-    hparams: HParams
-    round: jax.Array  # [] int32
-    key: jax.Array  # the exchange's own
 
 
 class _Kept(NamedTuple):
@@ -46,6 +38,7 @@ class _Kept(NamedTuple):
     sent: tuple[Any, Any]  # bytes of its upload and of what it received, where it counts them
     nonfinite: jax.Array  # number of the first leaf that is not finite, or -1
     stacked: dict[str, PyTree]  # partials of the reductions that combine by "stack"
+    distilled: dict[str, jax.Array]  # accuracies before and after a distillation, if asked for
 
 
 class _Standing(NamedTuple):
@@ -67,23 +60,6 @@ def _standing(layout: Layout, row: Row, nonfinite: jax.Array) -> _Standing:
     # Where it is n_k it comes from the count here: as an argument it cost ordered sums their last bit on other devices.
     weight = weight if layout.policy.alike else count.astype(jnp.float32)
     return _Standing(took_part, sends, active, jnp.where(counts, weight, 0))
-
-
-def context(
-    moment: Moment, model: Model, key: jax.Array, client: Array | int = -1, cohort: int = 0, work: Array | float = 1.0
-) -> Context:
-    """The context of one call."""
-    client, work = jnp.asarray(client, jnp.int32), jnp.asarray(work, jnp.float32)
-    return Context(model, cohort, client, _HParams(moment.hparams), moment.round, key, moment.federation.proxy, work)
-
-
-class _HParams(dict):
-    """Hyperparameters by name; another name is one line."""
-
-    def __missing__(self, name: str):
-        if not self:
-            raise InputError(f"hyperparameter {name!r} is asked for in init_server or init_client, which have none")
-        raise unknown("hyperparameter (in ctx.hparams)", name, self)
 
 
 def exchange_key(key: jax.Array, number: int) -> jax.Array:
@@ -126,7 +102,12 @@ def exchange_step(
         summary = _summary(check, exchange, layout, moment, rows, kept, totals, weights)
     with jax.named_scope("server"):
         ctx = context(moment, layout.central, keys.stream(moment.key, "server"))
+        ctx, noted = distillations.watched(layout, ctx)
         new, server_metrics = check.server(exchange.server(ctx, server, summary), server)
+    after = [row._replace(state=k.state) for row, k in zip(rows, kept, strict=True)]
+    more = distillations.of_server(noted, algorithm, layout, moment, (server, new), after, weights, storages)
+    check_names(algorithm, (server_metrics, more))
+    server_metrics = server_metrics | more
     anybody = jnp.sum(jnp.concatenate(weights)) > 0
     server = _where(anybody, new, server)
     server_metrics = _where(anybody, server_metrics, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), server_metrics))
@@ -145,13 +126,14 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
     def client(shared, row_and_own) -> tuple[_Kept, lift.Partials]:
         (broadcast, known, moment), (row, own) = shared, row_and_own
         ctx = context(moment, model, keys.stream(moment.key, "client", row.client), row.client, cohort, row.work)
+        ctx, noted = distillations.watched(layout, ctx)
         data = ClientData(moment.federation.train, moment.federation.train_holdings.order, row.start, row.count)
         result = exchange.client(ctx, Received(broadcast, own, known), row.state, data)
         state, upload, metrics = check.client(result, row.state)
         nonfinite = _first_nonfinite(state, upload.tree, metrics)
         took_part, sends, _, weight = _standing(layout, row, nonfinite)
         nonfinite, counts = jnp.where(sends, nonfinite, -1), weight > 0
-        ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client))
+        ctx = ctx._replace(key=keys.stream(moment.key, "partial", row.client), distillations=None)
         with jax.named_scope("reduce"):
             partials = {
                 label: check.partial(label, r, r.partial(ctx, upload.tree, weight)) for label, r in reductions.items()
@@ -166,6 +148,7 @@ def _client_part(algorithm: Algorithm, exchange: Exchange, layout: Layout, cohor
             sent=(_counted(sends, upload.bytes), _counted(took_part, upload.bytes_received)),
             nonfinite=nonfinite,
             stacked=_where(counts, combined_by("stack"), jax.tree.map(jnp.zeros_like, combined_by("stack"))),
+            distilled=distillations.of_client(noted, layout, moment, row.client, counts),
         )
         return kept, lift.identity_unless(counts, lift.Partials(*map(combined_by, ("sum", "min", "max"))))
 
@@ -222,8 +205,11 @@ def _report(
     total = jnp.where(total > 0, total, jnp.nan)
     bad, client = jnp.concatenate([k.nonfinite for k in kept]), jnp.concatenate([row.client for row in rows])
     first = jnp.argmax(bad >= 0)
+    metrics = {name: jnp.vdot(x, weight) / total for name, x in metrics.items()}
+    distilled = distillations.means([k.distilled for k in kept], [cohort.weight for cohort in standing])
+    check_names(algorithm, (metrics, distilled))
     return Report(
-        metrics={name: jnp.vdot(x, weight) / total for name, x in metrics.items()},
+        metrics=metrics | distilled,
         sent=(
             tuple(
                 Sent(_number(s.took_part), *_summed(k.sent), _number(s.sends))
@@ -252,6 +238,7 @@ def exchanges_step(
         server, rows, report = exchange_step(algorithm, exchange, layout, own, server, rows, where, storages)
         reports.append(report)
     check_names(algorithm, [report.metrics for report in reports])
+    distillations.check_told(algorithm, layout, {name: value for r in reports for name, value in r.metrics.items()})
     bad = jax.tree.map(lambda *x: jnp.stack(x), *(report.nonfinite for report in reports))
     first = jnp.argmax(bad.clients > 0)
     some = bad.clients[first] > 0
@@ -310,7 +297,8 @@ def superstep(
 def setup_step(
     algorithm: Algorithm, layout: Layout, state: State, federation: Federation, hparams: HParams
 ) -> tuple[State, Report]:
-    """The exchanges of the set-up, with all clients."""
+    """The exchanges of the set-up, with all clients; what they distil is not tested."""
+    layout = layout._replace(before_distillation=False)
     moment = Moment(federation, hparams, state.round, keys.stream(jax.random.wrap_key_data(state.root), "setup"))
     rows = rows_module.of_all(layout, federation, state)
     server, rows, report = exchanges_step(

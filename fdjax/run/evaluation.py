@@ -33,6 +33,10 @@ class EvaluationSettings:
             f"{name}: {metric.summary}" for name, metric in metrics.KNOWN.items()
         ) + "; or the file of one of your own (my.py)", str, resolve=metrics.resolve,
     )  # fmt: skip
+    before_distillation: bool = _setting(
+        False, "test what is distilled into before and after each distillation of a round: clients' models on their "
+        "own test parts, the server's on the test set",
+    )  # fmt: skip
     targets: str | None = _run(
         None, "accuracies, such as 0.8,0.9, of which the table says after how many rounds and bytes they are reached",
         str, resolve=derived.resolve, resumable=True,

@@ -383,6 +383,7 @@ def _bind(settings: Settings, shapes: Shapes) -> _Bound:
             new=shapes.new,
             membership=settings.membership,
             metrics=measures,
+            before_distillation=settings.before_distillation,
             fine_tuning=FineTuning(task.training, settings.fine_tune_epochs) if any(shapes.new) else None,
         )
         return layout, simulation(algorithm, layout)

@@ -16,8 +16,8 @@ from fdjax import keys
 from fdjax.contract import ENSEMBLE, Context
 from fdjax.data.federation import examples
 from fdjax.engine.layout import State
+from fdjax.engine.moment import Moment, context
 from fdjax.engine.new_clients import never_train
-from fdjax.engine.step import Moment, context
 from fdjax.engine.storage import Storage
 from fdjax.errors import InputError
 from fdjax.run.checkpoint import FOLDER, Checkpoints, storages_of

@@ -35,6 +35,7 @@ def trainings(settings: Settings, augment: Callable | None) -> tuple[Training, T
             trained=paths(settings.trained) if settings.trained else None,
             private=settings.privacy == "example" and not stage,
             name=(STAGES[chosen.index(optimizer)] or "client_").removesuffix("_"),
+            distils=bool(stage),
         )
         for stage, optimizer, size in zip(STAGES, chosen, sizes, strict=True)
     )

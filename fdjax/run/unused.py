@@ -66,6 +66,12 @@ def _nothing_lost_by_proxy(settings: Any) -> str:
     return f"{settings.method.name} uses no proxy data, and only held_out takes examples from it; {_LEAVE_OUT}"
 
 
+def _no_distillation(settings: Any) -> str:
+    if settings.method.distils:
+        return ""
+    return f"a round of {settings.method.name} has no distillation of its own, before which it could test; {_LEAVE_OUT}"
+
+
 def _no_padding(settings: Any) -> str:
     names = {settings.model, *(name for name, _ in settings.cohorts)}
     if any(not own.is_own(name) and "padding" in models.options_of(name) for name in names):
@@ -139,6 +145,7 @@ _WHY_NOT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "proxy_size": _no_proxy,
         "proxy_per_round": _no_use_of_proxy,
         "distill_batch_size": _no_training_on_proxy,
+        "before_distillation": _no_distillation,
         "padding": _no_padding,
         "straggler_work": _no_stragglers,
         "fine_tune_epochs": _no_new_clients,
