@@ -115,7 +115,8 @@ def test_histories_hold_every_evaluation(local, central):
         np.testing.assert_allclose(of_rounds, result.evaluations["own_accuracy"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["local", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["local", "fedavg"])
 def test_without_metrics_everything_is_as_it_was(local, central, method):
     """To the last bit, with the same rounds."""
     result = {"local": local, "fedavg": central}[method]
@@ -140,12 +141,10 @@ def test_a_resumed_run_keeps_its_history(tmp_path, local):
     np.testing.assert_array_equal(loaded.client_evaluations["own_top_2"], local.client_evaluations["own_top_2"])
 
 
-LIFTINGS = [
-    {"devices": 2, "chunk": 2},
-    *(pytest.param({"lifting": kind, "rounds": 1}, marks=pytest.mark.exhaustive) for kind in ("vmap", "loop")),
-]
+LIFTINGS = [{"devices": 2, "chunk": 2}, {"lifting": "vmap", "rounds": 1}, {"lifting": "loop", "rounds": 1}]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lifting", LIFTINGS, ids=str)
 def test_every_lifting_gives_the_same(lifting, local):
     measures = "macro_f1,roc_auc,calibration_error,outside_accuracy,class_accuracy,jain_index"
