@@ -16,7 +16,7 @@ from absl import flags
 from tabulate import tabulate
 
 from fdjax.errors import InputError
-from fdjax.run import comparison, derived, program, report
+from fdjax.run import comparison, derived, metrics, program, report
 from fdjax.run.comparison import Group
 
 _FEW = (
@@ -35,11 +35,12 @@ def main(*folders: str) -> None:
         raise InputError(f"{again[0]} is given twice; leave one out")
     groups = comparison.group([run for path in paths for run in comparison.read(path)])
     metric = comparison.metric_of(groups, given.metric)
-    targets = derived.targets_of(derived.resolve(given.targets)) if given.targets is not None else []
+    fractions = _unit(groups, metric) == "%"
+    asked = None if given.targets is None else derived.resolve(given.targets, accuracies=fractions)
     for warning in comparison.warnings_of(groups):
         sys.stderr.write(f"warning: {warning}\n")
     out = report.prepare(given.out)
-    write(out, groups, metric, targets)
+    write(out, groups, metric, derived.targets_of(asked))
 
 
 def write(out: Path, groups: Sequence[Group], metric: str, targets: Sequence[float]) -> None:
@@ -54,36 +55,37 @@ def write(out: Path, groups: Sequence[Group], metric: str, targets: Sequence[flo
     print(f"\nwritten: {out}/table.md, table.tex, curves.png")
 
 
-def _is_fraction(metric: str) -> bool:
-    return metric.endswith("accuracy") or metric in ("worst_client", "quantile_10", "client_std")
+def _unit(groups: Sequence[Group], metric: str) -> str:
+    return metrics.unit(metric, groups[0].runs[0].metrics)
 
 
-def _shown(metric: str, values: Sequence[float] | np.ndarray) -> str:
+def _shown(unit: str, values: Sequence[float] | np.ndarray) -> str:
     mean, std = report.spread(values)
-    if _is_fraction(metric):
+    if unit == "%":
         return report.percent(mean, std)
     return f"{mean:.4g}" + (f" ± {std:.2g}" if std is not None else "")
 
 
 def table(groups: Sequence[Group], metric: str, targets: Sequence[float]) -> tuple[list[str], list[list[str]]]:
     """Headers, and the cells of each group."""
-    unit = ", %" if _is_fraction(metric) else ""
+    unit = _unit(groups, metric)
+    of_unit = f", {unit}" if unit else ""
     differences = [comparison.difference(groups[0], other, metric) for other in groups[1:]]
-    headers = ["run", "seeds", metric.replace("_", " ") + unit, "rounds", "bytes"]
+    headers = ["run", "seeds", metric.replace("_", " ") + of_unit, "rounds", "bytes"]
     if differences:
-        headers += [f"difference to {groups[0].label}{unit}", "p, paired t", "p, Wilcoxon"]
+        headers += [f"difference to {groups[0].label}{of_unit}", "p, paired t", "p, Wilcoxon"]
     headers += [f"{what} to {target:g}" for target in targets for what in ("rounds", "bytes")]
     corrected = [comparison.holm([getattr(d, test) for d in differences]) for test in ("p_t", "p_wilcoxon")]
     rows = []
     for i, each in enumerate(groups):
         last = [run.evaluations[metric][-1] for run in each.runs]
         sent = report.byte_size(float(np.mean([comparison.sent_until(run)[-1] for run in each.runs])))
-        row = [each.label, str(len(each.runs)), _shown(metric, last), _range([run.round for run in each.runs]), sent]
+        row = [each.label, str(len(each.runs)), _shown(unit, last), _range([run.round for run in each.runs]), sent]
         if differences and i == 0:
             row += [""] * 3
         elif differences:
             d = differences[i - 1].differences
-            row += [f"{_shown(metric, d)} (n = {len(d)})" if len(d) else "no seed in common"]
+            row += [f"{_shown(unit, d)} (n = {len(d)})" if len(d) else "no seed in common"]
             row += [_p(values[i - 1]) for values in corrected]
         rows.append(row + [cell for target in targets for cell in _until(each, metric, target)])
     return headers, rows
@@ -103,7 +105,8 @@ def _until(group: Group, metric: str, target: float) -> list[str]:
     """Rounds and bytes until the metric reached the target, of the seeds that did."""
     rounds, sent = [], []
     for run in group.runs:
-        at = derived.rounds_to(run.evaluations["round"], run.evaluations[metric], target)
+        smaller = metrics.falls(metric, run.metrics)
+        at = derived.rounds_to(run.evaluations["round"], run.evaluations[metric], target, falls=smaller)
         if at is not None:
             rounds.append(at)
             sent.append(derived.bytes_at(at, run.evaluations["round"], comparison.sent_until(run)) or 0.0)
@@ -142,7 +145,8 @@ def latex(headers: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence
 
 def panels(groups: Sequence[Group], metric: str) -> list[report.Panel]:
     """The metric over rounds and over bytes, means in bands of their std, as far as all seeds of a group have come."""
-    scale, unit = (100.0, "%") if _is_fraction(metric) else (1.0, "")
+    unit = _unit(groups, metric)
+    scale = 100.0 if unit == "%" else 1.0
     over_rounds, over_bytes = [], []
     for each in groups:
         size = min(len(run.evaluations["round"]) for run in each.runs)

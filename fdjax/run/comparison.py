@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,10 @@ from fdjax.errors import InputError, unknown
 from fdjax.run import report
 from fdjax.run.settings import FOLDERS, of_role
 
-_HOW = ("lifting", "chunk", "devices", "ordered_sums", "memory_limit")  # settings of how a run is carried out alone
+_HOW = (
+    "lifting", "chunk", "devices", "ordered_sums", "memory_limit", "metrics", "targets", "client_history",
+)  # fmt: skip
+# settings of how a run is carried out, and of what is told of it, alone
 FEWEST = 3  # pairs of seeds that a test needs
 
 
@@ -24,6 +28,7 @@ class Run(NamedTuple):
     rounds: dict[str, list[float]]
     evaluations: dict[str, list[float]]
     setup: dict[str, float]
+    metrics: dict[str, dict[str, str]]  # of those that it was asked for: unit, and what is better
 
     @property
     def seed(self) -> int:
@@ -66,7 +71,13 @@ def _run(folder: Path, result: Mapping[str, Any]) -> Run:
         table: {n: [math.nan if x is None else x for x in values] for n, values in result[table].items()}
         for table in ("rounds", "evaluations")
     }
-    run = Run(folder, {"seed": result["settings"]["seed"]} | result["settings"], **histories, setup=result["setup"])
+    run = Run(
+        folder,
+        {"seed": result["settings"]["seed"]} | result["settings"],
+        **histories,
+        setup=result["setup"],
+        metrics=result.get("metrics", {}),
+    )
     if not run.evaluations["round"] or run.round != run.evaluations["round"][-1]:
         raise KeyError("round")
     return run
@@ -94,13 +105,17 @@ def _defining(run: Run) -> dict[str, Any]:
 
 
 def _labels(firsts: Sequence[Run]) -> list[str]:
-    """The algorithm of each, and what else differs between those of one algorithm."""
+    """The algorithm of each, and what else differs between those of one algorithm.
+
+    A user's own things go by name, with their digest only where two labels are alike without.
+    """
     labels = []
     for run in firsts:
         rivals = [other for other in firsts if other.settings["algorithm"] == run.settings["algorithm"]]
         names = sorted({n for other in rivals for n in _differing(run, other)})
         labels.append(", ".join([str(run.settings["algorithm"]), *(f"{n}={run.settings.get(n)}" for n in names)]))
-    return labels
+    short = [re.sub(r"@[0-9a-f]{12}\b", "", label) for label in labels]
+    return short if len({*short}) == len(short) else labels
 
 
 def _differing(run: Run, other: Run) -> list[str]:

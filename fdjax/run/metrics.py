@@ -205,6 +205,15 @@ def better(value: str, asked: Described) -> str:
     return "lower" if value.endswith(_FALLING) else "higher" if value.endswith(_RISING) else ""
 
 
+def unit(value: str, asked: Described) -> str:
+    """The unit of an evaluation's value of this name: "%" of a fraction that is shown so, "" of a plain number."""
+    facts = asked if isinstance(asked, Mapping) else described(asked)
+    known = {name: metric.unit for name, metric in KNOWN.items()} | {n: f["unit"] for n, f in facts.items()}
+    kind, _, name = value.partition("_")
+    found = next((known[n] for n in (name, re.sub(r"_\d+$", "", name)) if kind in _KINDS and n in known), None)
+    return found if found is not None else "%" if value.endswith((*_RISING, "client_std")) else ""
+
+
 def falls(value: str, asked: Described) -> bool:
     """Whether an evaluation's value of this name is better when it is smaller; see `better`."""
     return better(value, asked) == "lower"

@@ -232,3 +232,21 @@ def test_the_program(tmp_path):
     refused = programs.run("fdjax.compare", str(tmp_path / "nowhere"))
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
+
+
+def test_what_falls_reaches_a_target_from_above_and_is_no_percentage(tmp_path):
+    """Of a loss, and of a user's metric that says so: 1 at round 1, half-way from 2 to 0 between rounds 0 and 2."""
+    for metric, more in (("central_loss", {}), ("own_brier", {"metrics": {"brier": {"better": "lower", "unit": ""}}})):
+        runs = [result(seed, (2.0, 0.0, 0.5), metric=metric) | more for seed in (0, 1)]
+        headers, rows = compare.table(groups_of(folder(tmp_path / metric, *runs)), metric, [1.0])
+        cells = dict(zip(headers, rows[0], strict=True))
+        assert cells["rounds to 1"].startswith("1.0")
+        assert cells[metric.replace("_", " ")].startswith("0.5")
+
+
+def test_what_is_told_of_a_run_alone_makes_no_other_group_and_own_things_go_by_name(tmp_path):
+    own = {"algorithm": "near@3f2a91c04b7d"}
+    paths = [folder(tmp_path / "a", result(0, **own)), folder(tmp_path / "b", result(1, targets="0.5", **own))]
+    assert [each.label for each in groups_of(*paths)] == ["near"]
+    paths.append(folder(tmp_path / "c", result(1, algorithm="near@000000000000")))
+    assert {each.label for each in groups_of(*paths)} == {"near@3f2a91c04b7d", "near@000000000000"}
