@@ -84,8 +84,8 @@ def leave(out: Path, results: Sequence[Result]) -> None:
     named = {"result": told[0]} if len(told) == 1 else {"results": told}
     report.write_text(out / "table.md", text + "\n")
     report.write_json(out / "results.json", report.environment() | named)
-    write_parquet(out / "results.parquet", results)
     draw(out / "curves.png", shown)
+    write_parquet(out / "results.parquet", results)
     missing = {Path(what).name for what in unsaved()[len(before) :]}
     here = [METRICS] if (out / METRICS).is_file() else []
     written = [
