@@ -158,6 +158,26 @@ def _extras(words: list[str]) -> None:
         assert {*extras.split(",")} <= known, f"pip {shlex.join(words)}: the extras are {sorted(known)}"
 
 
+@contextlib.contextmanager
+def _without_flags_of_others() -> Iterator[None]:
+    """The flags of a process that starts: those of modules that other tests have imported are away meanwhile."""
+    others = {name: flags.FLAGS[name] for name in flags.FLAGS if not _is_absl(name)}
+    for name in others:
+        delattr(flags.FLAGS, name)
+    saved = flagsaver.save_flag_values(flags.FLAGS)
+    try:
+        yield
+    finally:
+        flagsaver.restore_flag_values(saved, flags.FLAGS)
+        for name, flag in others.items():
+            flags.FLAGS[name] = flag
+
+
+def _is_absl(name: str) -> bool:
+    module = flags.FLAGS.find_module_defining_flag(name, "")
+    return module == "absl" or module.startswith("absl.")
+
+
 def _carry_out(run: Callable[[], object], arguments: list[str], only_parse: bool) -> None:
     """A program within this process, without the frame that ends it: `InputError` is raised."""
 
@@ -170,8 +190,7 @@ def _carry_out(run: Callable[[], object], arguments: list[str], only_parse: bool
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(program, "start", start))
         stack.enter_context(mock.patch.object(sys, "argv", ["program", *arguments]))
-        saved = flagsaver.save_flag_values(flags.FLAGS)
-        stack.callback(flagsaver.restore_flag_values, saved, flags.FLAGS)
+        stack.enter_context(_without_flags_of_others())
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
             run()

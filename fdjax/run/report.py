@@ -126,10 +126,12 @@ def reached(result: Result) -> dict[str, dict[str, Any]]:
 
     These are interpolated between evaluations; None for a target that was never reached.
     """
-    rounds, name = result.evaluations.get("round", []), f"{kind_of(result.evaluations)}_accuracy"
+    if not (targets := derived.targets_of(result.settings.targets)):
+        return {}
+    rounds, name = result.evaluations["round"], f"{kind_of(result.evaluations)}_accuracy"
     sent = [bytes_until(result, int(round)) for round in rounds]
     found = {}
-    for target in derived.targets_of(result.settings.targets):
+    for target in targets:
         at = derived.rounds_to(rounds, result.evaluations[name], target)
         found[f"{target:g}"] = {"of": name, "round": at, "bytes": derived.bytes_at(at, rounds, sent)}
     return found
