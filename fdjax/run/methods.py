@@ -20,8 +20,8 @@ _DEFAULT = "METHOD"  # the record of a file, where no other name is given
 # Flags of programs that are no settings: a method's hyperparameters are flags beside them.
 RESERVED = {
     "algorithms", "batch", "checkpoint_every", "compile_cache", "coordinator", "draw_partition", "flagfile", "help",
-    "name", "num_processes", "out", "overwrite", "process_id", "progress", "resume", "seeds", "server_model",
-    "settings", "smoke", "storage", "study", "undefok", "workers",
+    "name", "num_processes", "out", "overwrite", "process_id", "profile", "progress", "resume", "seeds", "server_model",
+    "settings", "smoke", "storage", "study", "tensorboard", "undefok", "wandb", "workers",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A user's own method and net, by file and by value: from Python, from the command line, and what is refused."""
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -90,8 +91,7 @@ def test_help_has_the_flags_of_a_file():
     text = " ".join(result.stdout.split())
     assert "hyperparameter of fedavgm (default 0.9): momentum of the server" in text
     assert f"fedavgm ({METHOD}): FedAvgM (Hsu et al. 2019)" in text
-    lines = [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("--")]
-    listed = {line.split(":")[0].removeprefix("--").removeprefix("[no]") for line in lines}
+    listed = {*re.findall(r"^ *--(?:\[no\])?(\w+):", result.stdout, re.MULTILINE)}
     ours = {n for m in methods.known().values() for n in (*m.hparams, *m.options)} | {"beta_server"}
     assert listed - set(settings.FLAGS) - ours <= methods.RESERVED
 
