@@ -124,7 +124,7 @@ def _command(words: list[str], only_parse: bool) -> None:
         name, rest = rest[1], rest[2:]
         if name == "pip":
             return _extras(rest)
-        return _carry_out(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), rest, only_parse)
+        return _carry_out(lambda: _run_module(name), rest, only_parse)
     if name in (commands := console_commands()):
         module, _, function = commands[name].partition(":")
         return _carry_out(lambda: getattr(importlib.import_module(module), function)(), rest, only_parse)
@@ -136,6 +136,16 @@ def _command(words: list[str], only_parse: bool) -> None:
         return _extras(rest)
     assert name in NOT_STARTED, f"no program is known by the name of {name!r}"
     return None
+
+
+def _run_module(name: str) -> None:
+    """`python -m name`, also of a module that another test has imported, which stays what it was."""
+    names = [each for each in (name, f"{name}.__main__") if not hasattr(sys.modules.get(each), "__path__")]
+    imported = {each: sys.modules.pop(each) for each in names if each in sys.modules}
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    finally:
+        sys.modules.update(imported)
 
 
 def setup_cfg() -> configparser.ConfigParser:
