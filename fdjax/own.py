@@ -118,6 +118,25 @@ class File(NamedTuple):
         """The names of what it has of a kind."""
         return [name for name, value in vars(self.module).items() if isinstance(value, kind)]
 
+    def record(self, name: str, kind: type, where: str, noun: str, form: str) -> Any:
+        """What it calls `name`, a record of a kind.
+
+        Raises InputError, which begins with where it was named, if there is none: `noun` and `form` say what is.
+        """
+        value = vars(self.module).get(name)
+        if name not in vars(self.module):
+            others = [f"{self.given}:{other}" for other in self.having(kind)]
+            has = f"give {' or '.join(others)}" if others else f"it has {', '.join(self.names()) or 'nothing'}"
+            raise InputError(f"{where} has no {name}, {noun}; {has}")
+        if not isinstance(value, kind):
+            what = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+            raise InputError(f"{where}: {name} is {what}, expected a {form}")
+        return value
+
+    def content_of(self, name: str) -> str:
+        """A digest for one of the things that it has."""
+        return digest.shortened(hashlib.sha256(f"{self.content}:{name}".encode()))
+
     def thing(self, value: Any) -> Thing:
         """Something of this file."""
         return Thing(value, self.given, str(self.path))

@@ -12,8 +12,7 @@ _NEIGHBOURS = 1000  # pairs of sequences that are looked at
 def merged(source: Source) -> Source:
     """The source with its test examples among its training examples, after them; the test part is still there.
 
-    Inputs are standardised as before, by the statistics of what was the training part. Where the test part is the
-    training part, as it is of data with a test_fraction of 0, each example is there once.
+    Where the test part is the training part, as it is of data with a test_fraction of 0, each example is there once.
     Raises InputError for sequences of tokens that overlap, of which no random split is one.
     """
     _check_apart(source)

@@ -70,7 +70,7 @@ def from_frame(
         if value not in known:
             raise unknown(option, value, known)
     split = str(test) if isinstance(test, str) else None
-    inputs = _inputs(name, frame, [target, owner, row_id, split], _names("ignore", ignore))
+    inputs = _inputs(name, frame, [target, owner, row_id, split], names_of("ignore", ignore))
     needed = [*inputs, *(str(c) for c in (target, owner) if c is not None)]
     frame = _complete(name, frame, needed, str(target), owner, missing)
     tests = None if tests is None else _complete(f"{name}'s test rows", tests, needed, str(target), owner, missing)
@@ -126,7 +126,8 @@ def _frame(name: str, frame: Any) -> Any:
     return frame.set_axis(columns, axis=1)
 
 
-def _names(option: str, given: Any) -> list[str]:
+def names_of(option: str, given: Any) -> list[str]:
+    """Columns, given as text with commas between them or one by one. Raises InputError for what are none."""
     if isinstance(given, str):
         return [part.strip() for part in given.split(",") if part.strip()]
     if not isinstance(given, Collection):

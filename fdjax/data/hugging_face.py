@@ -8,7 +8,7 @@ import numpy as np
 
 from fdjax.data.arrays import from_arrays
 from fdjax.data.coding import listed
-from fdjax.data.frames import from_frame, rows_like
+from fdjax.data.frames import from_frame, names_of, rows_like
 from fdjax.data.images import VALIDATION, stack
 from fdjax.errors import DataWarning, InputError, unknown
 from fdjax.types import Source
@@ -48,7 +48,7 @@ def read_saved(
             raise unknown(f"column of {name}", column, train.column_names)
     if test is not None and test_fraction:
         raise InputError(f"test_fraction={test_fraction:g}, but {path.name} has a test split; leave it out")
-    ignored = [part.strip() for part in (ignore or "").split(",") if part.strip()]
+    ignored = names_of("ignore", ignore or ())
     column = _array_column(path, train, {target, owner, row_id, *ignored})
     split = {"test_by": test_by, "seed": seed}
     if column is None:

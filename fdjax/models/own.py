@@ -6,7 +6,6 @@ it takes them.
 """
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from fdjax import digest, models, own
+from fdjax import models, own
 from fdjax.errors import InputError, unknown
 from fdjax.models import MODELS, NUMBERS, Features, ModelEntry
 from fdjax.types import Model
@@ -171,8 +170,7 @@ def _of_file(given: str) -> str:
         has = f"give {' or '.join(nets)}" if nets else f"it has {', '.join(file.names()) or 'nothing'}, and no net"
         raise InputError(f"--model={given} {f'has no {wanted}' if wanted else 'names no net of the file'}; {has}")
     _checked(thing, f"--model={given}")
-    content = digest.shortened(hashlib.sha256(f"{file.content}:{wanted}".encode()))
-    return _OWN.add(wanted, content, file.thing(thing))
+    return _OWN.add(wanted, file.content_of(wanted), file.thing(thing))
 
 
 def _is_net(thing: Any) -> bool:

@@ -42,7 +42,7 @@ def _evaluations(result: Any) -> dict[str, Any]:
 def _clients(result: Any) -> dict[str, Any]:
     """A row for each evaluation and client; of the last evaluation alone what is kept of no other."""
     rounds = np.asarray(result.evaluations["round"], int)
-    histories = {name: np.asarray(v, float) for name, v in getattr(result, "client_evaluations", {}).items()}  # [E, C]
+    histories = {name: np.asarray(v, float) for name, v in result.client_evaluations.items()}  # [E, C]
     last = {name: np.asarray(v, float) for name, v in result.clients.items() if name not in histories}  # [C]
     seen = min(map(len, histories.values()), default=0)
     if seen < len(rounds):  # the last evaluation follows on those that are kept

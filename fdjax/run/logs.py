@@ -15,7 +15,7 @@ from fdjax.errors import InputError
 from fdjax.run.accounting import accounted
 from fdjax.run.loggers import CsvLogger, Logger, Progress, TensorBoardLogger, WandbLogger
 from fdjax.run.record import Recording, Result
-from fdjax.run.saving import tell_unsaved
+from fdjax.run.saving import reason_of, tell_unsaved
 from fdjax.run.settings import Settings
 
 METRICS = "metrics.csv"
@@ -95,8 +95,8 @@ class Logs:
             logger.write(progress)
         except Exception as error:  # of a disk, or of another library: no result may be lost for it
             if number not in self._failed:
-                tqdm.write(f"warning: {logger.name} cannot be written: {_reason(error)}; the run goes on", sys.stderr)
-            self._failed[number] = _reason(error)
+                tqdm.write(f"warning: {logger.name} cannot be written: {reason_of(error)}; the run goes on", sys.stderr)
+            self._failed[number] = reason_of(error)
         else:
             self._failed.pop(number, None)  # metrics.csv is whole again
 
@@ -118,7 +118,7 @@ class Logs:
             try:
                 logger.close()
             except Exception as error:
-                self._failed[number] = _reason(error)
+                self._failed[number] = reason_of(error)
             if number in self._failed and (not isinstance(logger, CsvLogger) or not logger.whole):
                 tell_unsaved(logger.name, self._failed[number])
 
@@ -150,7 +150,3 @@ def _since(recording: Recording, first: int) -> Iterator[Progress]:
             *sent,
             stopped=recording.stopped if i == len(ends) - 1 else {},
         )
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]

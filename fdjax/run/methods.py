@@ -1,6 +1,5 @@
 """Methods by what users call them: ours by name, a user's own by file, by record or by the name that settings keep."""
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from fdjax import digest, own
+from fdjax import own
 from fdjax.algorithms import ALGORITHMS, SHIPPED
 from fdjax.errors import InputError, unknown
 from fdjax.method import HParam, Method
@@ -109,21 +108,10 @@ def _add_value(method: Method, taken: Collection[str]) -> str:
 def _of_file(given: str, taken: Collection[str]) -> str:
     """The name of the record in a file: of METHOD, or of what is named behind a colon."""
     path, _, wanted = given.partition(":")
-    file, attribute = own.load(path, "algorithm"), wanted or _DEFAULT
-    method = vars(file.module).get(attribute)
-    if attribute not in vars(file.module):
-        others = [f"{path}:{name}" for name in file.having(Method)]
-        has = f"give {' or '.join(others)}" if others else f"it has {', '.join(file.names()) or 'nothing'}"
-        raise InputError(f"--algorithm={given} has no {attribute}, the record of a method (fdjax.Method); {has}")
-    if not isinstance(method, Method):
-        what = method.__name__ if isinstance(method, type) else f"a {type(method).__name__}"
-        raise InputError(
-            f"--algorithm={given}: {attribute} is {what}, expected a fdjax.Method(name, summary, build, hparams)"
-        )
-    _checked(method, f"--algorithm={given}: {attribute}", taken)
-    content = file.content
-    if attribute != _DEFAULT:
-        content = digest.shortened(hashlib.sha256(f"{content}:{attribute}".encode()))
+    file, attribute, where = own.load(path, "algorithm"), wanted or _DEFAULT, f"--algorithm={given}"
+    noun, form = "the record of a method (fdjax.Method)", "fdjax.Method(name, summary, build, hparams)"
+    method = _checked(file.record(attribute, Method, where, noun, form), f"{where}: {attribute}", taken)
+    content = file.content if attribute == _DEFAULT else file.content_of(attribute)
     return _OWN.add(method.name, content, file.thing(guarded(method)))
 
 

@@ -10,20 +10,18 @@ Each is measured wherever accuracy is, by the names that accuracy has: `central_
 and tables hold plain numbers alone.
 """
 
-import difflib
-import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdjax import digest, own
+from fdjax import own
 from fdjax.client.metric import Metric
 from fdjax.client.metrics import FORGETTING, METRICS
 from fdjax.contract import ENSEMBLE, Algorithm
 from fdjax.engine.check_metric import check_metric
-from fdjax.errors import InputError
+from fdjax.errors import InputError, unknown
 
 _OWN = own.Registry("metric")
 _DEFAULT = "METRIC"  # the metric of a file, where no other name is given
@@ -80,10 +78,7 @@ def _resolved(given: Any) -> str:
         raise InputError(f"unknown metric {given!r}; did you mean the file, --metrics={path}?")
     if "/" in given:
         raise InputError(f"--metrics={given} names no file: a file of your own ends in .py, and there is no {path}")
-    near = difflib.get_close_matches(given, KNOWN, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    known = ", ".join(sorted(KNOWN))
-    raise InputError(f"unknown metric {given!r}{hint}; known: {known}; accuracy and loss are there without asking")
+    raise InputError(f"{unknown('metric', given, KNOWN)}; accuracy and loss are there without asking")
 
 
 def _add_value(metric: Metric) -> str:
@@ -94,18 +89,10 @@ def _add_value(metric: Metric) -> str:
 def _of_file(given: str) -> str:
     """The name of the metric in a file: of METRIC, or of what is named behind a colon."""
     path, _, wanted = given.partition(":")
-    file, attribute = own.load(path, "metrics"), wanted or _DEFAULT
-    metric = vars(file.module).get(attribute)
-    if attribute not in vars(file.module):
-        others = [f"{path}:{name}" for name in file.having(Metric)]
-        has = f"give {' or '.join(others)}" if others else f"it has {', '.join(file.names()) or 'nothing'}"
-        raise InputError(f"--metrics={given} has no {attribute}, a fdjax.Metric; {has}")
-    if not isinstance(metric, Metric):
-        what = metric.__name__ if isinstance(metric, type) else f"a {type(metric).__name__}"
-        raise InputError(f"--metrics={given}: {attribute} is {what}, expected a fdjax.Metric(name, per_example=...)")
-    _checked(metric, f"--metrics={given}: {attribute}")
-    content = digest.shortened(hashlib.sha256(f"{file.content}:{attribute}".encode()))
-    return _OWN.add(metric.name, content, file.thing(metric))
+    file, attribute, where = own.load(path, "metrics"), wanted or _DEFAULT, f"--metrics={given}"
+    form = "fdjax.Metric(name, per_example=...)"
+    metric = _checked(file.record(attribute, Metric, where, "a fdjax.Metric", form), f"{where}: {attribute}")
+    return _OWN.add(metric.name, file.content_of(attribute), file.thing(metric))
 
 
 def _checked(metric: Metric, where: str) -> Metric:
@@ -196,22 +183,25 @@ def better(value: str, asked: Described) -> str:
       value: as records have it, such as central_loss.
       asked: metrics, as settings hold them or as results.json describes them.
     """
-    facts = asked if isinstance(asked, Mapping) else described(asked)
-    known = {name: metric.better for name, metric in KNOWN.items()} | {n: f["better"] for n, f in facts.items()}
-    kind, _, name = value.partition("_")
-    for metric in (name, re.sub(r"_\d+$", "", name)):
-        if kind in _KINDS and metric in known:
-            return known[metric]
+    found = _fact("better", value, asked)
+    if found is not None:
+        return found
     return "lower" if value.endswith(_FALLING) else "higher" if value.endswith(_RISING) else ""
 
 
 def unit(value: str, asked: Described) -> str:
     """The unit of an evaluation's value of this name: "%" of a fraction that is shown so, "" of a plain number."""
-    facts = asked if isinstance(asked, Mapping) else described(asked)
-    known = {name: metric.unit for name, metric in KNOWN.items()} | {n: f["unit"] for n, f in facts.items()}
-    kind, _, name = value.partition("_")
-    found = next((known[n] for n in (name, re.sub(r"_\d+$", "", name)) if kind in _KINDS and n in known), None)
+    found = _fact("unit", value, asked)
     return found if found is not None else "%" if value.endswith((*_RISING, "client_std")) else ""
+
+
+def _fact(field: str, value: str, asked: Described) -> str | None:
+    """What the record of the metric that gives a value says in a field; None if no metric does."""
+    facts = asked if isinstance(asked, Mapping) else described(asked)
+    known = {name: getattr(metric, field) for name, metric in KNOWN.items()} | {n: f[field] for n, f in facts.items()}
+    kind, _, name = value.partition("_")
+    names = (name, re.sub(r"_\d+$", "", name)) if kind in _KINDS else ()
+    return next((known[each] for each in names if each in known), None)
 
 
 def falls(value: str, asked: Described) -> bool:

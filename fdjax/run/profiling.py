@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fdjax.engine import hosts
 from fdjax.errors import InputError
 from fdjax.run import xplane
-from fdjax.run.saving import saving, tell_unsaved
+from fdjax.run.saving import reason_of, saving, tell_unsaved
 
 STAGES = ("broadcast", "client", "reduce", "server", "evaluate")
 TRACE = "trace.json.gz"
@@ -109,8 +109,7 @@ class Profiler:
 
 
 def _tell(folder: Path, error: Exception) -> None:
-    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    tell_unsaved(f"the profile in {folder}", text)
+    tell_unsaved(f"the profile in {folder}", reason_of(error))
 
 
 def stage_of(op_name: str) -> str:

@@ -21,6 +21,11 @@ def tell_unsaved(what: str, reason: str) -> None:
     tqdm.write(f"error: {what} cannot be written: {reason}; make room there or choose another folder", file=sys.stderr)
 
 
+def reason_of(error: Exception) -> str:
+    """Why something could not be written, in one line: what the operating system says, if it is that."""
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A block that writes the temporary file that it is given, which then takes the place of `path`, or is removed."""
@@ -41,4 +46,4 @@ def saving(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:
-        tell_unsaved(str(path), error.strerror or str(error))
+        tell_unsaved(str(path), reason_of(error))
