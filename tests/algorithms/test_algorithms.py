@@ -72,8 +72,7 @@ FIELDS = dict.fromkeys(("fedaux", "fedma", "fedmlb", "fedproto", "fedtgp", "fedg
 
 # One of each kind of round. The others have two compilations less in `make test`: two devices and one participant.
 KINDS = (
-    "fedavg", "feddf", "fedaux", "fedgen", "fedma", "fd", "faug", "fedmd", "dsfl", "fedgkt", "fedproto", "fml",
-    "group_distillation", "ensemble",
+    "fedavg", "feddf", "fedgen", "fd", "fedmd", "dsfl", "fedgkt", "fedproto", "fml", "group_distillation", "ensemble",
 )  # fmt: skip
 # A pooled method is another one, on data that the experiment has merged.
 NAMES = [name for name, method in ALGORITHMS.items() if not method.pooled]

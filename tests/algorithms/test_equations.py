@@ -144,6 +144,7 @@ CENTRAL = {  # where a method's server keeps the central model's parameters
 }
 
 
+@pytest.mark.exhaustive
 def test_methods_of_one_seed_start_from_the_same_central_weights():
     federation, task = cases.federation(), cases.task()
     starts = {}

@@ -40,6 +40,7 @@ def test_question_1_teachers_who_hold_what_one_lacks_teach_most():
         assert (own["alone"] - own[name]).min() > 0.02, own  # what consistency costs
 
 
+@pytest.mark.exhaustive
 def test_question_2_weights_that_follow_losses_are_a_little_ahead():
     """kappa = 5 above 0, whole test set: -0.001, 0.005, 0.024 by uniformity, 0.018, 0.009, 0.012 by similarity.
 

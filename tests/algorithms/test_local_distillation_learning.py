@@ -35,7 +35,6 @@ WORTH = {
     "fedavg_kd": ({}, (0.019, 0.013, 0.068), (0.014, 0.022, 0.059)),
     "fedgkd_vote": ({}, (0.018, 0.020, 0.043), (-0.015, 0.029, 0.045)),
 }
-LIKE_THE_OTHERS = ("fedgkd", "fedlsd", "fedavg_kd", "fedgkd_vote", "fedcad", "fedmlb")
 
 
 @functools.cache
@@ -77,11 +76,8 @@ def forgetting(name):
     return np.array([derived.forgetting(A)[EVALUATIONS // 2 :].mean() for A in by_class(name)])
 
 
-def of_each_method():
-    return [pytest.param(n, marks=[pytest.mark.exhaustive] if n in LIKE_THE_OTHERS else []) for n in WORTH]
-
-
-@pytest.mark.parametrize("name", of_each_method())
+@pytest.mark.parametrize("name", WORTH)
+@pytest.mark.exhaustive
 def test_is_ahead_of_fedavg_and_forgets_less(name):
     lead, kept = accuracy(name) - accuracy("fedavg"), forgetting("fedavg") - forgetting(name)
     assert lead.min() > 0, lead

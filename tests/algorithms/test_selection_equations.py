@@ -123,8 +123,7 @@ def by_hand(which):
     ("name", "which"),
     [
         ("dsfl", "both"),
-        ("dsfl", "server"),
-        *(pytest.param(*rare, marks=RARE) for rare in (("dsfl", "clients"), ("mhat", "both"))),
+        *(pytest.param(*rare, marks=RARE) for rare in (("dsfl", "clients"), ("dsfl", "server"), ("mhat", "both"))),
     ],
 )
 def test_dsfl_and_mhat(name, which):
@@ -212,7 +211,8 @@ def test_fedmd(which):
         chex.assert_trees_all_close(actual.params(), expected.params(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dsfl", pytest.param("mhat", marks=RARE)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["dsfl", "mhat"])
 def test_of_an_ambiguity_of_2_the_server_keeps_all(name):
     _, _, plain, of_plain, _, _ = simulated(name, **DSFL)
     _, _, all_kept, metrics, _, _ = simulated(name, options={"selection": "server"}, **DSFL, selection_ambiguity=2.0)

@@ -17,6 +17,7 @@ def accuracy(which):
     return final("local_accuracy", "dsfl", FEW, {"selection": which}, **ONE_CLASS)
 
 
+@pytest.mark.exhaustive
 def test_clients_that_label_what_is_like_their_own_data():
     """Measured 67.3, 70.3, 64.0 % against 34.1, 30.0, 28.5, in a fifth of the bytes up."""
     plain, selected = accuracy("off"), accuracy("clients")

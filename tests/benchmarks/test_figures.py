@@ -55,6 +55,7 @@ def test_era_writes_its_files(era, fashion):
     assert str(fashion) not in table + json.dumps(told)
 
 
+@pytest.mark.exhaustive
 def test_bytes_are_rounds_times_a_round(era):
     """DS-FL: n K floats up; down the same and the ids of the subset. FedAvg: the parameters each way."""
     _, told, _ = era
@@ -112,6 +113,7 @@ def figure(tmp_path_factory):
     return out, done.stdout, json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_figure_writes_its_files(figure):
     out, printed, told = figure
     assert (out / "curves.png").stat().st_size > 0

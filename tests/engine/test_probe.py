@@ -14,7 +14,7 @@ from fdjax.exchange import traffic
 LIFTINGS = [  # beside shard_map on one device in chunks of two, which these are compared with
     ("vmap", 1, 1),
     ("chunk", 2, 1),
-    ("shard_map", 1, 2),
+    pytest.param("shard_map", 1, 2, marks=pytest.mark.exhaustive),
     ("shard_map", 2, 4),
     ("pmap", 2, 2),
     ("loop", 1, 1),
@@ -51,7 +51,8 @@ def test_is_the_same_under_every_lifting(kind, chunk, devices):
         chex.assert_trees_all_close(own_evaluation, evaluation, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # of two clients on two devices, compiled as in use, it is in `make test`
+@pytest.mark.parametrize("number", [2, 4])
 def test_ordered_sums_are_bitwise_the_same_on_any_number_of_devices(number):
     def run(devices):
         linear = tuple(("mclr", size) for _, size in probe.COHORTS)

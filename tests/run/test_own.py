@@ -52,9 +52,8 @@ def test_by_file_and_by_value_are_the_same_numbers():
     assert by_file.evaluations == by_value.evaluations
     assert by_file.settings.algorithm_title == f"fedavgm ({METHOD})"
     assert by_value.settings.algorithm_title == "fedavgm"
-    assert by_file.settings.files == {
-        by_file.settings.algorithm: str(METHOD), by_file.settings.model: str(HERE / "net.py")
-    }  # fmt: skip
+    held = [own.recorded(name) for name in (by_file.settings.algorithm, by_file.settings.model)]
+    assert by_file.settings.files == dict(zip(held, (str(METHOD), str(HERE / "net.py")), strict=True))
     assert by_file.settings.check() == by_file.settings
     assert json.loads(json.dumps(by_file.settings.public())) == by_file.settings.public()
 

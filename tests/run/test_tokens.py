@@ -32,6 +32,7 @@ def source() -> Source:
     return fdjax.data.load(SPEECHES, length=8, stride=6)
 
 
+@pytest.mark.exhaustive
 def test_it_learns_more_than_the_most_frequent_character(result, source):
     most_frequent = np.bincount(source.test_y).max() / len(source.test_y)
     assert most_frequent < 0.2

@@ -70,7 +70,9 @@ def test_without_a_split_nothing_is_added():
 
 
 # fedavg and feddistill have a central model, fd only the clients', the ensemble their mean; fedgkt's clients predict.
-@pytest.mark.parametrize("name", ["fedavg", "feddistill", "fd", "ensemble"])
+@pytest.mark.parametrize(
+    "name", ["fedavg", "feddistill", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fd", "ensemble"))]
+)
 @pytest.mark.parametrize("cohorts", [(("mclr", 7),), (("mclr", 3), ("wide", 4))], ids=["one", "two"])
 def test_accuracy_and_loss_on_the_split(name, cohorts):
     if name == "fedavg" and len(cohorts) > 1:
