@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from fdjax.data import own
 from fdjax.data.held_out import hold_out
@@ -111,6 +110,8 @@ def _without_labels(source: Source, kind: str, size: int, rng: np.random.Generat
 
 def _blurred(rng: np.random.Generator, size: int, shape: tuple[int, ...]) -> np.ndarray:
     """Noise blurred at 1 to 4 pixels, each image stretched to the full range. Our own choice of generator."""
+    from scipy import ndimage  # a quarter of a second, which no other start has to wait
+
     images = np.empty((size, *shape), np.uint8)
     for i in range(size):
         scale = rng.uniform(1, 4)

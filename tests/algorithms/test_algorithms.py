@@ -12,6 +12,7 @@ import engine_cases as cases
 import jax
 import numpy as np
 import pytest
+from choices import some
 
 from fdjax.algorithms import ALGORITHMS
 from fdjax.exchange import traffic
@@ -70,17 +71,13 @@ FROM_THE_SET_UP = ("fedaux",)
 HIDDEN = {"model": functools.partial(nets.TwoNN, width=12)}
 FIELDS = dict.fromkeys(("fedaux", "fedma", "fedmlb", "fedproto", "fedtgp", "fedgh", "fedkd"), HIDDEN)
 
-# One of each kind of round. The others have two compilations less in `make test`: two devices and one participant.
-KINDS = (
-    "fedavg", "feddf", "fedgen", "fd", "fedmd", "dsfl", "fedgkt", "fedproto", "fml", "group_distillation", "ensemble",
-)  # fmt: skip
+# One of each kind of round. The others are traced and lowered in `make test`, and compiled by their equations alone.
+KINDS = ("fedavg", "feddf", "fd", "fedmd", "dsfl", "fedgkt", "fedproto", "ensemble")
 # A pooled method is another one, on data that the experiment has merged.
 NAMES = [name for name, method in ALGORITHMS.items() if not method.pooled]
 # A scope, so that tests come method by method.
 every_method = pytest.mark.parametrize("name", NAMES, scope="module")
-each_kind = pytest.mark.parametrize(
-    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.exhaustive) for n in NAMES], scope="module"
-)
+each_kind = pytest.mark.parametrize("name", some(NAMES, *KINDS), scope="module")
 
 
 @functools.cache
@@ -89,7 +86,7 @@ def contract(name):
     return Contract(name, **given, **FIELDS.get(name, {}))
 
 
-@every_method
+@each_kind
 def test_runs(name):
     contract(name).runs()
     found = contract(name).reference
@@ -116,29 +113,29 @@ def test_a_single_participant(name):
     contract(name).a_single_participant()
 
 
-@every_method
+@each_kind
 def test_is_the_same_every_time_and_another_with_another_seed(name):
     contract(name).is_the_same_every_time_and_another_with_another_seed()
 
 
-@every_method
+@each_kind
 def test_every_hparam_is_used_and_a_new_value_compiles_nothing(name):
     contract(name).every_hparam_is_used_and_a_new_value_compiles_nothing()
 
 
-@every_method
+@each_kind
 def test_another_partition_compiles_nothing(name):
     contract(name).another_partition_compiles_nothing()
 
 
-@every_method
+@each_kind
 def test_stays_on_the_device(name):
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
         jax.jit(lambda x: x)(np.ones(3))  # the guard does guard
     contract(name).stays_on_the_device()
 
 
-@every_method
+@each_kind
 def test_only_participants_change(name):
     def took_part(seed):
         keys = [cases.round_key(seed, r) for r in range(ROUNDS)]
@@ -153,25 +150,25 @@ def test_only_participants_change(name):
         np.testing.assert_array_equal(changed_clients(before, after), expected)
 
 
-@every_method
+@each_kind
 @pytest.mark.parametrize("counts", SPARSE, ids=str)
 def test_survives_sparse_federations(name, counts):
     contract(name).survives_sparse_federations(counts)
 
 
-@every_method
+@each_kind
 def test_without_any_examples_the_server_stays(name):
     contract(name).without_any_examples_the_server_stays()
     nobody = contract(name).run(federation=contract(name).case.federation((0,) * CLIENTS))
     assert np.isnan(nobody.metrics["train_loss"]).all()
 
 
-@every_method
+@each_kind
 def test_resumes_bitwise(name):
     contract(name).resumes_bitwise()
 
 
-@every_method
+@each_kind
 def test_a_round_changes_no_shape_and_counts_its_bytes(name):
     """Every participant of the reference is sent and sends so many bytes."""
     contract(name).a_round_changes_no_shape_and_counts_its_bytes()

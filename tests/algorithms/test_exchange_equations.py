@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import some
 
 from fdjax import keys
 from fdjax.algorithms import fd
@@ -51,11 +52,6 @@ def proxy_of(federation):
     """x as a model sees it, and y."""
     proxy = jax.device_get(federation.proxy)
     return (proxy.x.astype(np.float64) - 0.25) / 1.5, proxy.y
-
-
-def some(choices, *usual):
-    """Parameters of a test: the `usual` choices, and the others in `make test-all`."""
-    return [name if name in usual else pytest.param(name, marks=pytest.mark.exhaustive) for name in choices]
 
 
 def orders(key, count, epochs):

@@ -133,6 +133,7 @@ def test_rounds(options):
     np.testing.assert_array_equal(last.clients[0], start.clients[0])
 
 
+@pytest.mark.exhaustive
 def test_equal_scores_are_feddf():
     """FedDF's teacher is the mean of the logits, which of linear models are those of the mean: nothing to be learned.
 

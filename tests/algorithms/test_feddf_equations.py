@@ -136,6 +136,7 @@ def fused(options, *uploads):
     return reduce_and_serve(uploads)
 
 
+@pytest.mark.exhaustive
 def test_feddf_weighs_its_average():
     uploads = [cases.model().init(jax.random.key(seed)) for seed in (0, 1)]
     for weighting, weights in (("examples", (1, 2)), ("uniform", (1, 1))):

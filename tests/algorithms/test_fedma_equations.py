@@ -174,6 +174,7 @@ def test_permuted_copies_of_one_net_merge_to_it():
         assert report.metrics["width_1"][0] == ROOM
 
 
+@pytest.mark.exhaustive
 def test_one_client_gives_itself():
     federation, engine = cases.federation((0, 0, 0, 12, 0, 0, 0)), simulation()
     state = engine.init(0, federation)

@@ -97,6 +97,7 @@ def test_without_momentum_and_with_a_rate_of_1_it_is_fedavg():
     chex.assert_trees_all_close(last["params"], simulated({}, "fedavg")[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_any_server_optimizer_from_python():
     """SGD with momentum is FedAvgM; a user's own lambda may use hparams, which stay traced."""
     own = lambda task: fedopt.generalized(task, lambda h, round: optax.sgd(h["server_learning_rate"], h["beta_m"]))  # noqa: E731

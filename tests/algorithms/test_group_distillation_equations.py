@@ -268,6 +268,7 @@ def test_rounds_on_proxy_data():
 
 
 @pytest.mark.parametrize(("name", "options"), [(MODELS, FML), (PROXY, LEVELS)], ids=["models", "proxy"])
+@pytest.mark.exhaustive
 def test_without_soft_labels_it_is_local_training(name, options):
     _, state, _, (_, federation, hparams) = simulated(name, options, alpha_max=0.0, beta_max=0.0)
     alone = ALGORITHMS["local"].algorithm(cases.task())
@@ -282,6 +283,7 @@ def test_without_soft_labels_it_is_local_training(name, options):
     chex.assert_trees_all_equal(mine, alone.clients[0])
 
 
+@pytest.mark.exhaustive
 def test_without_a_part_for_peers_it_does_not_matter_who_they_are():
     runs = [simulated(PROXY, LEVELS | {"peers": peers}, rho=0.0)[1] for peers in ("revenue", "uniform")]
     chex.assert_trees_all_equal(runs[0].clients, runs[1].clients)

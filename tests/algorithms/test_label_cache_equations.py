@@ -92,6 +92,7 @@ def test_against_numpy(duration):
     np.testing.assert_array_equal(state.clients[0].held, held)
 
 
+@pytest.mark.exhaustive
 def test_a_duration_of_0_is_plain_dsfl():
     _, plain, of_plain, sent = simulated("off")
     _, cached, of_cached, more = simulated("on", cache_rounds=0)

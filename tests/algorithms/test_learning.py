@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from choices import some
 from learning_cases import BESIDE, FEW_LABELS, SEEDS, alone, final, run
 
 from fdjax.algorithms import ALGORITHMS
@@ -91,13 +92,8 @@ def test_every_method_is_measured():
     assert {*BETTER, *ELSEWHERE, *BESIDE, "local"} == {*ALGORITHMS}
 
 
-# One for each kind of what is exchanged; `make test` has equations and contract of all, `make test-all` this too.
-KINDS = {"fedavg", "feddistill", "ensemble", "centralized", "fedgkt"}
-
-
-@pytest.mark.parametrize(
-    "algorithm", [pytest.param(name, marks=[] if name in KINDS else [pytest.mark.exhaustive]) for name in BETTER]
-)
+# One that averages params and one that distils; `make test-all` has the others too.
+@pytest.mark.parametrize("algorithm", some(BETTER, "fedavg", "feddistill"))
 def test_beats_training_alone(algorithm):
     kind, margin, _ = BETTER[algorithm]
     lead = final(f"{kind}_accuracy", algorithm, CHOSEN.get(algorithm), **MODELS.get(algorithm, {})) - alone()
@@ -192,6 +188,7 @@ def test_fedmd_owes_its_lead_to_the_consensus_too():
     assert (with_it - without).min() > 0.12, (with_it, without)
 
 
+@pytest.mark.exhaustive
 def test_dsfl_central_model_beats_the_mean_of_models_alone():
     """Measured 0.597, 0.558, 0.504 against 0.230, 0.249, 0.235."""
     lead = final("central_accuracy", "dsfl", CHOSEN["dsfl"]) - alone()
@@ -260,6 +257,7 @@ def test_generated_inputs_tune_the_average():
     assert (tuned - averaged).mean() > 0.01, (tuned, averaged)
 
 
+@pytest.mark.exhaustive
 def test_a_private_net_keeps_to_its_own_labels():
     """FML's clients on their own labels: 0.891, 0.920, 0.878; FedAvg's one net 0.701, 0.719, 0.695."""
     lead = final("own_accuracy", "fml") - final("own_accuracy", "fedavg")

@@ -5,6 +5,7 @@ import engine_cases as cases
 import local_cases as local
 import numpy as np
 import pytest
+from choices import some
 
 from fdjax.errors import InputError
 from fdjax.run import experiment, settings
@@ -129,7 +130,7 @@ def sent(name):
     return [traffic.per_participant(way)[0] for way in ("up", "down")]
 
 
-@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("name", some(NOTHING, "fedntd", "feddistill_plus"))
 def test_without_distillation_it_is_fedavg(name):
     """To the bit, but for FedMLB's sums of nothing in another order."""
     averaged = local.simulated("fedavg", ROUNDS)[1].server

@@ -6,6 +6,7 @@ import engine_cases as cases
 import jax
 import numpy as np
 import pytest
+from choices import some
 
 from fdjax import keys, models
 from fdjax.algorithms import ALGORITHMS, fedtgp
@@ -56,7 +57,7 @@ def mutual(own, meme, x, y, key, alpha, beta):
             model.W, model.b = model.W - RATE * x[b].T @ slope / len(b), model.b - RATE * slope.mean(0)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+@pytest.mark.parametrize("weighting", some(["uniform", "examples"], "examples"))
 @pytest.mark.parametrize(("alpha", "beta"), [(0.7, 0.2), (0.5, 0.5)])
 def test_fml(weighting, alpha, beta):
     given = {"own_weight": alpha, "meme_weight": beta}
@@ -118,7 +119,7 @@ class TwoNN:
         return {f"Dense_{i}": {"kernel": self.W[i], "bias": self.b[i]} for i in range(3)}
 
 
-@pytest.mark.parametrize("weighting", ["clients", "examples"])
+@pytest.mark.parametrize("weighting", some(["clients", "examples"], "examples"))
 def test_fedproto(weighting):
     """Two rounds: in the first one there are no prototypes yet."""
     weight, rounds, cohorts = 5.0, 2, (("2nn", 7),)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import some
 from server_cases import BATCH, EPOCHS, RATE, descend, hard, orders, participants, proxies
 
 from fdjax import keys
@@ -121,10 +122,7 @@ def by_hand(which):
 
 @pytest.mark.parametrize(
     ("name", "which"),
-    [
-        ("dsfl", "both"),
-        *(pytest.param(*rare, marks=RARE) for rare in (("dsfl", "clients"), ("dsfl", "server"), ("mhat", "both"))),
-    ],
+    some([("dsfl", "both"), ("dsfl", "clients"), ("dsfl", "server"), ("mhat", "both")], ("dsfl", "both")),
 )
 def test_dsfl_and_mhat(name, which):
     options = {"selection": which} | ({"aggregation": "sa"} if name == "dsfl" else {})
@@ -221,6 +219,7 @@ def test_of_an_ambiguity_of_2_the_server_keeps_all(name):
     chex.assert_trees_all_close({n: metrics[n] for n in of_plain}, of_plain, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_of_an_ambiguity_of_0_nothing_is_learned_from_proxy_data():
     _, start, end, metrics, sent, _ = simulated(
         "dsfl", options={"selection": "server"}, **DSFL, selection_ambiguity=0.0

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import some
 from coding_cases import coded, nearest
 from scipy import optimize
 from server_cases import (
@@ -137,7 +138,9 @@ def refined(z, name, option):
     return z / np.array(taus)[:, None]
 
 
-@pytest.mark.parametrize(("name", "option"), [("fedgkt", ""), ("feddkc", "kkr"), ("feddkc", "skr")])
+@pytest.mark.parametrize(
+    ("name", "option"), some([("fedgkt", ""), ("feddkc", "kkr"), ("feddkc", "skr")], ("fedgkt", ""), ("feddkc", "kkr"))
+)
 def test_fedgkt_and_feddkc(name, option):
     T, alpha, epochs = 2.0, 0.8, 3
     more = {"fedgkt": {}, "kkr": {"peak": PEAK}, "skr": {"entropy": ENTROPY}}[option or name]

@@ -67,6 +67,7 @@ def test_bytes_are_rounds_times_a_round(era):
         assert run["rounds"]["bytes_down"] == [clients * down * r for r in (1, 2, 3)]
 
 
+@pytest.mark.exhaustive
 def test_methods_share_the_federation(era):
     """FedAvg's clients hold what DS-FL's do: the open data are nobody's."""
     _, told, _ = era
@@ -125,6 +126,7 @@ def test_figure_writes_its_files(figure):
         assert np.shape(party["pooled"]) == (2,)
 
 
+@pytest.mark.exhaustive
 def test_figure_begins_before_collaboration(figure):
     """FedMD and its control share transfer learning, and part where the first consensus is digested."""
     _, _, told = figure
@@ -149,6 +151,7 @@ def test_transfer_learning_is_what_the_set_up_leaves(figure):
     np.testing.assert_allclose([party["fedmd"][0][0] for party in told["parties"]], by_id, atol=2e-3)
 
 
+@pytest.mark.exhaustive
 def test_figure_counts_bytes(figure):
     """All public examples in every round: no ids, n K floats each way, three parties. The set-up sends nothing."""
     _, _, told = figure
@@ -182,6 +185,7 @@ def test_everything_for_everyone():
         ("fedmd_figure2", ["--models=mclr:2", "--writers=no.npz", "--data_dir=/no"], "mnist: data_dir '/no' is no fo"),
     ],
 )
+@pytest.mark.exhaustive
 def test_what_cannot_work_is_one_line(name, given, message, tmp_path):
     done = programs.run(f"benchmarks.{name}", f"--out={tmp_path}", "--seeds=1", "--rounds=1", *given)
     assert done.returncode == 2, done.stderr
@@ -190,6 +194,7 @@ def test_what_cannot_work_is_one_line(name, given, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_figure_is_not_written_over(figure):
     out, _, _ = figure
     done = programs.run("benchmarks.fedmd_figure2", f"--out={out}", "--models=mclr:2")

@@ -52,6 +52,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("name", "kind", "chunk", "devices"), MATRIX)
+@pytest.mark.exhaustive
 def test_three_architectures_are_the_same_under_every_lifting(name, kind, chunk, devices):
     before, (state, report, evaluation) = mixed(name)
     assert cases.all_finite((state, report, evaluation[0]))  # who has no examples is not tested

@@ -60,6 +60,7 @@ def test_clients_and_server_of_dsfl():
     assert second[BEFORE] != second[AFTER]
 
 
+@pytest.mark.exhaustive
 def test_the_digest_of_fedmd():
     rounds = Rounds("fedmd", {"learning_rate": 0.0, "digest_learning_rate": 0.1, "digest_epochs": 3})  # no revisit
     told = [rounds.one() for _ in range(2)][-1]

@@ -13,11 +13,11 @@ from fdjax.exchange import traffic
 
 LIFTINGS = [  # beside shard_map on one device in chunks of two, which these are compared with
     ("vmap", 1, 1),
-    ("chunk", 2, 1),
+    pytest.param("chunk", 2, 1, marks=pytest.mark.exhaustive),
     pytest.param("shard_map", 1, 2, marks=pytest.mark.exhaustive),
     ("shard_map", 2, 4),
     ("pmap", 2, 2),
-    ("loop", 1, 1),
+    pytest.param("loop", 1, 1, marks=pytest.mark.exhaustive),
 ]
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import some
 
 from fdjax import models
 from fdjax.errors import InputError
@@ -78,7 +79,7 @@ NETS = {
     "vgg": lambda: models.from_linen(VGGLike(), IMAGE),
     "mclr": lambda: models.build("mclr", IMAGE, 3),
 }
-SOME_NETS = [pytest.param(name, marks=[pytest.mark.exhaustive] if name == "niid_cnn" else []) for name in NETS]
+SOME_NETS = some(NETS, "vgg", "mclr")
 WIDTHS = {
     "2nn": (7, 7), "niid_cnn": (6, 16, 120, 84), "fedgen_cnn": (6, 16, 32),
     "vgg": (6, 8, 4, 5, 7), "mclr": (),

@@ -174,6 +174,7 @@ def test_what_cannot_fit_is_refused():
         batch(limited(settings_of("fedprox"), 1e-7), 4, devices=2)
 
 
+@pytest.mark.exhaustive
 def test_trials_that_do_not_fit_are_refused():
     """Clients larger than the batch has room for would be cut short without a word."""
     fields = {"dataset": "mnist_sample", "train_fraction": 0.05, "partition": "dirichlet_a", "samples_per_client": None}

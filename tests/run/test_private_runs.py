@@ -70,6 +70,7 @@ def test_what_a_run_prints_is_what_dp_accounting_says_by_hand(quiet):
     assert f"{by_hand[-1]:.4g} (rdp)" in table
 
 
+@pytest.mark.exhaustive
 def test_a_fixed_number_of_participants_is_about_a_client_replaced(quiet):
     import dp_accounting as dp
     from dp_accounting.rdp import RdpAccountant

@@ -50,6 +50,7 @@ def test_a_trial_that_diverges_has_failed_and_says_why(url):
     assert np.isfinite(good.value)
 
 
+@pytest.mark.exhaustive
 def test_a_trial_that_diverges_does_not_win_by_another_metric(url):
     """Clients whose models are all no numbers are very much alike."""
     study = TINY._replace(space={"learning_rate": (0.1, 3e38)}, objective="client_std", direction="minimize")
