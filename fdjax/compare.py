@@ -39,7 +39,10 @@ def main(*folders: str) -> None:
     asked = None if given.targets is None else derived.resolve(given.targets, accuracies=fractions)
     for warning in comparison.warnings_of(groups):
         sys.stderr.write(f"warning: {warning}\n")
-    out = report.prepare(given.out)
+    out = Path(given.out).expanduser()
+    if (out / "results.json").exists() or out.resolve() in {path.resolve() for path in paths}:
+        raise InputError(f"--out={given.out} is a run's folder, whose table and curves stay; choose another folder")
+    out = report.prepare(out)
     write(out, groups, metric, derived.targets_of(asked))
 
 
@@ -51,7 +54,9 @@ def write(out: Path, groups: Sequence[Group], metric: str, targets: Sequence[flo
     print(text)
     report.write_text(out / "table.md", text + "\n")
     report.write_text(out / "table.tex", latex(headers, rows, notes))
-    report.draw_curves(out / "curves.png", panels(groups, metric))
+    ended = any(len({run.round for run in each.runs}) > 1 for each in groups)
+    title = "each run until its first seed stopped" if ended else ""
+    report.draw_curves(out / "curves.png", panels(groups, metric), title)
     print(f"\nwritten: {out}/table.md, table.tex, curves.png")
 
 
@@ -152,13 +157,13 @@ def panels(groups: Sequence[Group], metric: str) -> list[report.Panel]:
         size = min(len(run.evaluations["round"]) for run in each.runs)
         rounds = each.runs[0].evaluations["round"][:size]
         values = scale * np.array([run.evaluations[metric][:size] for run in each.runs])
-        sent = np.mean([comparison.sent_until(run)[:size] for run in each.runs], axis=0) / 1e6
+        sent = np.mean([comparison.sent_until(run)[:size] for run in each.runs], axis=0)
         band = [np.std(values, axis=0, ddof=1).tolist()] if len(values) > 1 else []
         y = values.mean(axis=0).tolist()
         over_rounds.append((each.label, rounds, y, *band))
         over_bytes.append((each.label, sent.tolist(), y, *band))
     name = metric.replace("_", " ")
-    return [(name, "round", unit, over_rounds), (name, "MB up and down, all clients", unit, over_bytes)]
+    return [(name, "round", unit, over_rounds), (name, report.BYTES, unit, over_bytes)]
 
 
 def command() -> None:

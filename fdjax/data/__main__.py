@@ -97,7 +97,8 @@ def main(argv: list[str]) -> None:
             raise InputError(f"unexpected argument {argv[1]!r}; options look like --partition=iid")
         _run(flags.FLAGS)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)  # as of every program of ours
 
 
 def _run(given: flags.FlagValues) -> None:

@@ -61,6 +61,8 @@ def read(folder: Path) -> list[Run]:
         raise InputError(f"{path} is no JSON ({error}); run the command that wrote it again") from None
     results: Any = content.get("results", [content.get("result")]) if isinstance(content, dict) else [None]
     try:
+        if not results:
+            raise KeyError("results")
         return [_run(folder, result) for result in results]
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not of a run of fdjax; give folders that `fdjax --out=...` has written") from None
@@ -101,7 +103,12 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _defining(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.settings.items() if name not in ("seed", *_HOW, *FOLDERS)}
+    return defining(run.settings)
+
+
+def defining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that runs which differ by their seeds alone have in common."""
+    return {name: value for name, value in settings.items() if name not in ("seed", *_HOW, *FOLDERS)}
 
 
 def _labels(firsts: Sequence[Run]) -> list[str]:
@@ -119,8 +126,13 @@ def _labels(firsts: Sequence[Run]) -> list[str]:
 
 
 def _differing(run: Run, other: Run) -> list[str]:
-    one, two = _defining(run), _defining(other)
-    return sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
+    return differing(run.settings, other.settings)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of the defining settings in which two runs differ."""
+    one, other = defining(one), defining(other)
+    return sorted(n for n in {*one, *other} if one.get(n) != other.get(n))
 
 
 def warnings_of(groups: Sequence[Group]) -> Iterator[str]:

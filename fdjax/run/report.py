@@ -201,10 +201,12 @@ def percent(mean: float, std: float | None = None) -> str:
     return f"{100 * mean:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "")
 
 
-def byte_size(count: float) -> str:
-    """A number of bytes in a decimal unit: 2,851,368 is 2.85 MB."""
+def byte_size(count: float, digits: int | None = None) -> str:
+    """A number of bytes in a decimal unit: 2,851,368 is 2.85 MB; with `digits`, no more of them than it needs."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
+            if digits:
+                return f"{count:.{digits}g} {unit}"
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
@@ -213,6 +215,7 @@ def byte_size(count: float) -> str:
 Curve = tuple[str, Sequence[float], Sequence[float]] | tuple[str, Sequence[float], Sequence[float], Sequence[float]]
 # label, x, y, and half the width of a band around y
 Panel = tuple[str, str, str, Sequence[Curve]]  # title, x label, y label, curves
+BYTES = "bytes up and down, all clients"  # an x label whose axis is in MB, kB ..., by its values
 
 
 def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: bool = False) -> None:
@@ -226,11 +229,13 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    looks = plt.cycler(linestyle=["-", "--", ":"]) * plt.cycler(color=plt.get_cmap("tab10").colors)  # pyright: ignore
+    colors = plt.get_cmap("tab10").colors  # pyright: ignore
+    # Curves that lie on one another differ by their dashes too; three and ten give thirty looks.
+    looks = {"linestyle": ["-", "--", ":"] * 10, "color": [*colors] * 3}
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (name, x_label, y_label, curves) in zip(axes[0], panels, strict=True):
-        axis.set_prop_cycle(looks)
+        axis.set_prop_cycle(**looks)
         for label, x, y, *band in curves:
             x = np.where(np.asarray(x) > 0, x, np.nan) if log_x else x  # such as before anything was sent
             (line,) = axis.plot(x, y, label=label, marker="." if len(x) < 25 else None, linewidth=1.4)
@@ -239,7 +244,9 @@ def draw_curves(path: Path, panels: Sequence[Panel], title: str = "", *, log_x: 
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
         if x_label == "round":
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if x_label == BYTES:
+            axis.xaxis.set_major_formatter(lambda value, _: byte_size(value, digits=3))
         if log_x:
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -38,6 +38,8 @@ def load(folder: str | os.PathLike, **named: Any) -> Result:
     Raises InputError for a folder without a whole checkpoint, for other settings than the run had, and for a method,
     net or data set of your own that has changed since.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError(f"fdjax.load({folder!r}): expected the folder of a run")
     path = Path(folder).expanduser()
     if jax.process_count() > 1:
         raise InputError("fdjax.load works in a process of its own, and not in one of several hosts")
@@ -47,6 +49,8 @@ def load(folder: str | os.PathLike, **named: Any) -> Result:
     if latest is None:
         there = runs_at(path)
         could = f"there are runs in {there}" if there else "give the --out of a run"
+        if (path / "results.json").is_file():
+            could = "of several seeds no models are kept: read results.parquet or results.json, or run one seed"
         raise InputError(f"fdjax.load: {path} holds no checkpoint of a run; {could}")
     record = checkpoints.record()
     storages, files, then = storages_of(record), record.pop("files", {}), record.pop("settings")

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fdjax.run import metrics, report
+from fdjax.errors import InputError
+from fdjax.run import comparison, metrics, report
 from fdjax.run.record import Result
 
 _NAMES = {
@@ -36,11 +37,16 @@ _MEASURED = {
     "validation": "validation split",
     "new": "new clients",
 }
+_CLASSES = 10  # so many of a metric by class are shown; all are in results.json and in result.final
 _DRAWN = ("central_accuracy", "local_accuracy", "own_accuracy", "worst_client", "validation_accuracy")
 
 
-def summary(results: Sequence[Result]) -> str:
-    """The last evaluation, bytes and seconds as a table; of several seeds, means and sample standard deviations."""
+def summary(results: Result | Sequence[Result]) -> str:
+    """The last evaluation, bytes and seconds as a table; of several seeds, means and sample standard deviations.
+
+    Raises InputError unless it is given a result, or several that differ by their seeds alone.
+    """
+    results = _of_seeds(results)
     first, final = results[0], results[0].final
     tested = first.evaluations.get("local_examples", [])
     between = ", ".join(f"{n:,.0f}" for n in sorted({*tested[:-1]})) if len({*tested}) > 1 else ""
@@ -72,21 +78,63 @@ def summary(results: Sequence[Result]) -> str:
     return report.table(rows, (_title(first), f"round {_rounds(results)}{more}"))
 
 
+def _of_seeds(results: Any) -> Sequence[Result]:
+    results = [results] if isinstance(results, Result) else results
+    if not isinstance(results, Sequence) or not results or not all(isinstance(one, Result) for one in results):
+        raise InputError(f"fdjax.summary: {str(results)[:80]}: expected a result, or a list of those of several seeds")
+    first, *others = (result.settings.public() for result in results)
+    for other in others:
+        if names := comparison.differing(first, other):
+            name = names[0]
+            raise InputError(
+                f"fdjax.summary: {name} is {first.get(name)} and {other.get(name)}: expected results that differ by "
+                "their seeds alone; give those of each setting by themselves, or compare folders by fdjax-compare"
+            )
+    seeds = collections.Counter(result.settings.seed for result in results)
+    if twice := [seed for seed, count in seeds.items() if count > 1]:
+        raise InputError(f"fdjax.summary: seed {twice[0]} is given twice; leave one of these results out")
+    return results
+
+
 def _measured(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """The settings' metrics of every kind of model, but for those by class."""
+    """The settings' metrics of every kind of model; those by class in one row, if they are few."""
     rows, final, held = [], results[0].final, results[0].settings.metrics
     for name in final:
+        if name.endswith("_0") and (row := _by_class(results, name[:-2])):
+            rows.append(row)
         kind, metric = name.partition("_")[0], metrics.metric_of(name, held)
         if metric is None or name != f"{kind}_{metric.name}" or kind not in _MEASURED:
             continue
-        if kind == "local" and name not in results[0].clients and f"central_{metric.name}" in final:
-            continue  # the central model is every client's
+        if _is_central(results[0], kind, name):
+            continue
         missing = _mean(results, lambda r, name=name: r.final.get(f"{name}_undefined", 0.0))
         more = f" ({missing:.3g} clients have none)" if missing else ""
         value = _percent(results, name) if metric.unit == "%" else _spread(results, name)
         unit = f", {metric.unit}" if metric.unit else ""
         rows.append((f"{metric.name.replace('_', ' ')}, {_MEASURED[kind]}{unit}", value + more))
     return rows
+
+
+def _is_central(result: Result, kind: str, name: str) -> bool:
+    """Whether a value of clients' models is the central one's, which every client has."""
+    return kind == "local" and name not in result.clients and name.replace("local", "central", 1) in result.final
+
+
+def _by_class(results: Sequence[Result], name: str) -> tuple[str, str] | None:
+    """Means of a metric by class, of name_0, name_1 ...; None if it is another one, or has too many for a row."""
+    kind, final = name.partition("_")[0], results[0].final
+    metric = metrics.metric_of(f"{name}_0", results[0].settings.metrics)
+    values = [key for key in (f"{name}_{label}" for label in range(_CLASSES + 1)) if key in final]
+    if metric is None or name != f"{kind}_{metric.name}" or kind not in _MEASURED or len(values) > _CLASSES:
+        return None
+    if _is_central(results[0], kind, f"{name}_0"):
+        return None
+    called = results[0].classes or tuple(map(str, range(len(values))))
+    means = [_mean(results, lambda r, key=key: r.final[key]) for key in values]
+    shown = [report.percent(mean) if metric.unit == "%" else f"{mean:.3f}" for mean in means]
+    cells = ", ".join(f"{label}: {value}" for label, value in zip(called, shown, strict=False))
+    unit = f", {metric.unit}" if metric.unit else ""
+    return f"{metric.name.replace('_', ' ')}, {_MEASURED[kind]}{unit}", cells
 
 
 def _reached(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -121,7 +169,8 @@ def _percent(results: Sequence[Result], name: str) -> str:
 
 def _spread(results: Sequence[Result], name: str, digits: int = 3) -> str:
     mean, std = report.spread([result.final[name] for result in results])
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+    form = f".{digits}f" if abs(mean) < 1e6 else ".3e"  # such as the loss of a run that diverges
+    return f"{mean:{form}}" + (f" ± {std:{form}}" if std is not None else "")
 
 
 def _trained_on(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -204,13 +253,13 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     evaluated = first.evaluations["round"]
     names = [name for name in _DRAWN[:-1] if name in first.evaluations] or [_DRAWN[-1]]
     curves = [_curve(n, evaluated, [100 * np.asarray(r.evaluations[n][:size]) for r in results]) for n in names]
-    sent = [_mean(results, lambda r, at=int(at): report.bytes_until(r, at)) / 1e6 for at in evaluated]
+    sent = [_mean(results, lambda r, at=int(at): report.bytes_until(r, at)) for at in evaluated]
     over_bytes: list[report.Curve] = [(label, sent, *values) for label, _, *values in curves[:1]]  # pyright: ignore
     of_loss = [name for name in first.rounds if "loss" in name]
     losses = [_curve(n, rounds, [np.asarray(r.rounds[n][: len(rounds)]) for r in results]) for n in of_loss]
     panels: list[report.Panel] = [
         ("accuracy", "round", "%", curves),
-        ("communication", "MB up and down", "%", over_bytes),
+        ("communication", report.BYTES, "%", over_bytes),
         ("training loss", "round", "", losses),
     ]
     stopped = f", round {_rounds(results)}" if first.round < first.settings.rounds else ""

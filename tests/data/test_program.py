@@ -34,16 +34,16 @@ def test_program_tells_and_draws(tmp_path):
     [
         (["--partition=dirichlet_z"], "error: unknown partition 'dirichlet_z'"),
         *some([
-        (["--dataset=mnits"], "error: unknown data set 'mnits'"),
-        (["--num_clients=9999"], "error: num_clients=9999 for 6000 examples"),
-        (["partition=iid"], "error: unexpected argument 'partition=iid'"),
-        (["--dataset=idx"], "error: idx needs data_dir"),
+            (["--dataset=mnits"], "error: unknown data set 'mnits'"),
+            (["--num_clients=9999"], "error: num_clients=9999 for 6000 examples"),
+            (["partition=iid"], "error: unexpected argument 'partition=iid'"),
+            (["--dataset=idx"], "error: idx needs data_dir"),
         ]),
     ],
 )  # fmt: skip
 def test_program_ends_in_one_line(flags, message):
     result = run(*flags)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
 

@@ -172,6 +172,7 @@ def bad_folders(tmp_path):
     (broken / "results.json").write_text('{"result": {')
     (folder(tmp_path / "other", result()) / "results.json").write_text('{"rows": [1, 2]}')
     (folder(tmp_path / "list", result()) / "results.json").write_text("[]")
+    (folder(tmp_path / "none", result()) / "results.json").write_text('{"results": []}')
     folder(tmp_path / "half", {"settings": BASE, "rounds": {}, "evaluations": {}})
     folder(tmp_path / "own", result(metric="own_accuracy", algorithm="fedprox"))
     both = result(algorithm="fedntd")
@@ -202,6 +203,8 @@ def bad_folders(tmp_path):
         (["runs/good", "own"], "good and the others have no metric of evaluations in common"),
         (["runs/good", "--targets=80"], "expected accuracies above 0 and at most 1"),
         (["runs/good", "--targets="], "expected accuracies above 0 and at most 1"),
+        (["none"], "none/results.json is not of a run of fdjax"),
+        (["runs/good", "--out=runs/good"], "is a run's folder, whose table and curves stay; choose another folder"),
         ([], "give the folders of runs, e.g. fdjax-compare runs/a runs/b"),
     ],
 )
@@ -210,7 +213,8 @@ def test_folders_that_do_not_fit_are_told_in_one_line(given, told, tmp_path, mon
 
     bad_folders(tmp_path)
     named = dict(text.removeprefix("--").split("=") for text in given if text.startswith("--"))
-    values = type("Flags", (), {"metric": None, "targets": None, "out": str(tmp_path / "out")} | named)
+    named["out"] = str(tmp_path / named.get("out", "out"))
+    values = type("Flags", (), {"metric": None, "targets": None} | named)
     monkeypatch.setattr(compare.flags, "FLAGS", values)
     with pytest.raises(InputError) as error:
         compare.main(*(str(tmp_path / text) for text in given if not text.startswith("--")))

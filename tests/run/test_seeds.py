@@ -1,6 +1,7 @@
 """Several seeds in one command: the runs that each would be alone, as one batch."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -96,6 +97,25 @@ def test_a_table_of_several_seeds(results):
     assert f"{100 * np.mean(accuracy):.2f} ± {100 * np.std(accuracy, ddof=1):.2f}" in table
     assert "| training examples of all clients" in table
     assert "| 72 " in table  # 18 of each of the four
+
+
+def test_a_table_is_of_seeds_alone(results):
+    """Before: other methods, settings and data were averaged as if they were seeds."""
+    one, two = results
+    assert summary(one) == summary([one])
+    other = two._replace(settings=dataclasses.replace(two.settings, partition_seed=7))
+    for given, message in (
+        (
+            [one, other],
+            r"^fdjax.summary: partition_seed is 1 and 7: expected results that differ by their seeds alone;",
+        ),
+        ([one, one], r"^fdjax.summary: seed 3 is given twice; leave one of these results out$"),
+        ([], r"^fdjax.summary: \[\]: expected a result, or a list of those of several seeds$"),
+        ([one, None], "expected a result, or a list"),
+        (None, "^fdjax.summary: None: expected a result, or a list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            summary(given)
 
 
 def test_no_part_begins_after_a_signal_to_stop(monkeypatch):

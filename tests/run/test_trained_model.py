@@ -223,6 +223,11 @@ def test_what_cannot_be_loaded_is_one_line(saved, tmp_path):
     out, _ = saved
     with pytest.raises(InputError, match=rf"^fdjax.load: {tmp_path} holds no checkpoint of a run; give the --out of a"):
         fdjax.load(tmp_path)
+    with pytest.raises(InputError, match=r"^fdjax.load\(3\): expected the folder of a run$"):
+        fdjax.load(3)
+    (tmp_path / "results.json").touch()
+    with pytest.raises(InputError, match=r"holds no checkpoint of a run; of several seeds no models are kept:"):
+        fdjax.load(tmp_path)
     with pytest.raises(
         InputError, match=rf"^fdjax.load: {out.parent} holds no checkpoint .*; there are runs in .*{out}"
     ):
