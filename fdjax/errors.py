@@ -15,6 +15,14 @@ class DataWarning(UserWarning):
     """Something in a user's own data that is dealt with, and that its owner should know. The message is one line."""
 
 
+def a_kind(value: object) -> str:
+    """What kind of thing a value is, with its article: "an int", "a list", and "None" of None itself."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' or name == 'ndarray' else 'a'} {name}"
+
+
 def unknown(kind: str, given: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a name outside `known`: it lists them, the nearest first if one is near."""
     known = sorted(known)

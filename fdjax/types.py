@@ -45,7 +45,8 @@ class Source(NamedTuple):
     # a level that no training row has; () where no column holds codes
     encoding: Any = None  # how rows of a table became inputs, see `data.frames.Encoding`
     fitted: bool = False  # whether mean and std are those of train_x, and follow where examples leave it
-    train_index: np.ndarray | None = None  # [N] int32: the place of each training example in the data as loaded
+    train_index: np.ndarray | None = None  # [N] int32: the place of each training example among the rows given; in a
+    # run, among the training examples as loaded
 
     @property
     def label_space(self) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from fdjax.data.cache import DAMAGED
 from fdjax.data.checked import checked
 from fdjax.data.coding import Coded, code_labels, code_owners, values_of
+from fdjax.data.npz import arrays_of
 from fdjax.data.splitting import none_held_out, split_rows, tell_duplicates, tell_repeated
 from fdjax.data.statistics import standard
 from fdjax.errors import DataWarning, InputError, unknown
@@ -62,8 +63,7 @@ def from_arrays(
     Warns:
       DataWarning: examples that are in both parts, ids that are there twice, labels and owners of the test part alone.
     """
-    if not isinstance(name, str) or not isinstance(labels, str):
-        raise InputError(f"from_arrays: name={name!r}, labels={labels!r}: expected texts")
+    _check_texts(name, labels)
     own_test = _parts_given(name, x_test, y_test, owner, owner_test, ids, ids_test, test_fraction)
     x, y, owner, ids = _part(name, "", x, y, owner, ids)
     if own_test:
@@ -71,22 +71,33 @@ def from_arrays(
         x, x_test = _inputs(name, x, x_test)
     else:
         (x,) = _inputs(name, x)
-    coded = code_labels(name, y, y_test)
-    owners = code_owners(name, owner, owner_test)
+    coded, owners = code_labels(name, y, y_test), code_owners(name, owner, owner_test)
     if not own_test and none_held_out(name, test_fraction):
         return make_source(name, x, x, coded._replace(test=coded.train), owners, labels)
+    rows = None
     if not own_test:
-        x, x_test, coded, owners, ids, ids_test = _held_out(name, x, coded, owners, ids, test_fraction, test_by, seed)
-    assert x_test is not None
+        rows, test = _rows(name, coded, owners, test_fraction, test_by, seed)
+        x, x_test, ids, ids_test = x[rows], x[test], *((None, None) if ids is None else (ids[rows], ids[test]))
+        coded, owners = coded.split(test), None if owners is None else owners.split(test)
     tell_repeated(name, ids, ids_test)
     tell_duplicates(name, x, x_test)
-    return make_source(name, x, x_test, coded, owners, labels)
+    return make_source(name, x, x_test, coded, owners, labels, rows)
 
 
 def make_source(
-    name: str, x: np.ndarray, x_test: np.ndarray, y: Coded, owner: Coded | None, labels: str, **more: Any
+    name: str,
+    x: np.ndarray,
+    x_test: np.ndarray,
+    y: Coded,
+    owner: Coded | None,
+    labels: str,
+    rows: np.ndarray | None = None,
+    **more: Any,
 ) -> Source:
-    """A checked source of inputs [N, ...] and [M, ...] and of what is coded; tells what the test part alone has."""
+    """A checked source of inputs [N, ...] and [M, ...] and of what is coded; tells what the test part alone has.
+
+    `rows` are the places of the N among what the user gave, by default these in their order.
+    """
     assert y.test is not None
     statistics = {} if "mean" in more else {**_statistics(name, x), "fitted": True}
     source = Source(
@@ -101,6 +112,7 @@ def make_source(
         labels=labels or (", ".join(y.names) if y.texts else ""),
         classes=() if y.plain else y.names,
         owners=() if owner is None or owner.plain else owner.names,
+        train_index=(np.arange(len(x)) if rows is None else rows).astype(np.int32),
         **{**statistics, **more},
     )
     y.tell_unseen(name, "label", "no model can learn them, and they count as errors")
@@ -143,18 +155,16 @@ def npz_has_owners(path: Path) -> bool:
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = {key: arrays[key] for key in arrays.files}
-    except (OSError, TypeError, *DAMAGED) as error:
-        reason = "it holds objects" if "allow_pickle" in str(error) else f"it is damaged or none ({error})"
-        raise InputError(
-            f"{os.fspath(path)!r} is not an npz of plain arrays: {reason}; write it with np.savez"
-        ) from None
+    found = arrays_of(path, repr(os.fspath(path)))
     for key in found:
         if key not in _NPZ:
             raise unknown(f"array of {path.name}", key, _NPZ)
     return found
+
+
+def _check_texts(name: Any, labels: Any) -> None:
+    if not isinstance(name, str) or not isinstance(labels, str):
+        raise InputError(f"from_arrays: name={name!r}, labels={labels!r}: expected texts")
 
 
 def _parts_given(
@@ -185,7 +195,7 @@ def _part(name: str, suffix: str, x: Any, y: Any, owner: Any, ids: Any):
         raise InputError(f"{name}: x{suffix} has shape {x.shape}, and so no numbers; give at least one example")
     found = [x]
     for what, part in (("y", y), ("owner", owner), ("ids", ids)):
-        values = None if part is None and what != "y" else values_of(name, f"{what}{suffix}", part)
+        values = None if part is None and what != "y" else values_of(name, f"{what}{suffix}", part, labels=what == "y")
         if values is not None and len(values) != len(x):
             raise InputError(
                 f"{name}: x{suffix} has {len(x)} examples, but {what}{suffix} has {len(values)}; give one each"
@@ -241,13 +251,17 @@ def _as_float(name: str, what: str, x: np.ndarray) -> np.ndarray:
         small = np.ascontiguousarray(x, np.float32)
     if x.dtype.itemsize > 4 and x.dtype.kind == "f" and np.isinf(small).any() and not np.isinf(x).any():
         raise InputError(f"{name}: {what} has numbers beyond float32's 3.4e38; scale them down")
+    if not (np.isfinite(small.min()) and np.isfinite(small.max())):  # no array of its size is made
+        bad = np.flatnonzero(~np.isfinite(small).reshape(len(small), -1).all(axis=1))
+        raise InputError(
+            f"{name}: inputs are not finite in {len(bad):,} of {len(small):,} examples, the first of them "
+            f"{what}[{bad[0]}]; mend or remove them"
+        )
     return small
 
 
 def _statistics(name: str, x: np.ndarray) -> dict[str, Any]:
-    """Mean and std that standardise training inputs; not of what `checked` refuses."""
-    if x.dtype != np.uint8 and not np.isfinite(x).all():
-        return {}
+    """Mean and std that standardise training inputs."""
     found = standard(x)
     if x.dtype != np.uint8:
         rough = np.flatnonzero(np.abs(found["mean"]) > _LEAST_DIGITS * found["std"])
@@ -262,12 +276,8 @@ def _statistics(name: str, x: np.ndarray) -> dict[str, Any]:
     return {key: tuple(value.tolist()) for key, value in found.items()}
 
 
-def _held_out(
-    name: str, x: np.ndarray, y: Coded, owner: Coded | None, ids: Any, fraction: float | None, by: str, seed: int
-):
-    """Training and test rows of examples that come without test data."""
-    test = split_rows(
-        name, y.train, None if owner is None else owner.train, 0.2 if fraction is None else fraction, by, seed
-    )
-    parts = (None, None) if ids is None else (ids[~test], ids[test])
-    return x[~test], x[test], y.split(test), None if owner is None else owner.split(test), *parts
+def _rows(name: str, y: Coded, owner: Coded | None, fraction: float | None, by: str, seed: int):
+    """Places of the training examples, and which are test examples, [N] bool, where they come without test data."""
+    fraction = 0.2 if fraction is None else fraction
+    test = split_rows(name, y.train, None if owner is None else owner.train, fraction, by, seed)
+    return np.flatnonzero(~test), test

@@ -45,8 +45,11 @@ def listed(names: Any) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def values_of(name: str, what: str, given: Any) -> np.ndarray:
-    """One plain value an example, [N]: whole numbers, texts or bools. Raises InputError for anything else."""
+def values_of(name: str, what: str, given: Any, *, labels: bool = False) -> np.ndarray:
+    """One plain value an example, [N]: whole numbers, texts or bools. Raises InputError for anything else.
+
+    `what` they are is how an error calls them; of `labels` it says why they are to be whole.
+    """
     try:
         values = np.asarray(given)
     except (ValueError, TypeError) as error:
@@ -54,14 +57,14 @@ def values_of(name: str, what: str, given: Any) -> np.ndarray:
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
-        hot = f"; of one-hot labels give {what}.argmax(axis=1)" if values.ndim == 2 and what.startswith("y") else ""
+        hot = f"; of one-hot labels give {what}.argmax(axis=1)" if values.ndim == 2 and labels else ""
         raise InputError(f"{name}: {what} has shape {values.shape}, expected [N]{hot}")
     if not len(values):
         raise InputError(f"{name}: {what} is empty; give at least one example")
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8", "replace")
     if values.dtype.kind == "O":
-        return _plain(name, what, values)
+        return _plain(name, what, values, labels=labels)
     if values.dtype.kind == "f":
         if bad := int((~np.isfinite(values)).sum()):
             raise InputError(
@@ -69,14 +72,15 @@ def values_of(name: str, what: str, given: Any) -> np.ndarray:
             )
         if (values != np.round(values)).any():
             part = float(values[values != np.round(values)][0])
-            raise InputError(f"{name}: {what} holds {part:g}, expected whole numbers or names (fdjax classifies)")
+            why = " (fdjax classifies)" if labels else ""
+            raise InputError(f"{name}: {what} holds {part:g}, expected whole numbers or names{why}")
         return values.astype(np.int64)
     if values.dtype.kind not in "buiU":
         raise InputError(f"{name}: {what} holds {values.dtype}, expected whole numbers, texts or bools")
     return values
 
 
-def _plain(name: str, what: str, values: np.ndarray) -> np.ndarray:
+def _plain(name: str, what: str, values: np.ndarray, *, labels: bool) -> np.ndarray:
     """An array of objects as one of texts, whole numbers or bools."""
     missing = sum(value is None or value != value for value in values)
     if missing:
@@ -87,7 +91,7 @@ def _plain(name: str, what: str, values: np.ndarray) -> np.ndarray:
         if all(
             isinstance(value, kinds) and (kinds is bool | np.bool_ or not isinstance(value, bool)) for value in values
         ):
-            return values_of(name, what, np.array(values.tolist()))
+            return values_of(name, what, np.array(values.tolist()), labels=labels)
     kinds = listed(sorted({type(value).__name__ for value in values}))
     raise InputError(
         f"{name}: {what} holds values of several kinds or of none that is known ({kinds}); give texts or whole numbers"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax.data.coding import listed
-from fdjax.errors import DataWarning, InputError
+from fdjax.errors import DataWarning, InputError, a_kind
 
 CATEGORIES = {
     "one_hot": "a 0/1 input for each level",
@@ -21,6 +21,11 @@ MISSING = {
 }
 _ABSENT = "missing"  # the level of a category that is missing
 _MOST_INPUTS = 10_000
+_DAMAGED = 0.9  # the least share of a column's different texts that are numbers in one that was meant to be of numbers
+_NUMBER = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*|\s*[+-]?(nan|inf|infinity)\s*"
+_WITH_COMMAS = r"\s*[+-]?(\d{1,3}(,\d{3})+(\.\d*)?|\d+,\d+)\s*"  # of thousands, or for a decimal point
+_IN_WORDS = {"number": "numbers", "date": "dates", "category": "texts"}
+_DATE = r"\d{4}-\d{2}-\d{2}([T ][\d:.]+(Z|[+-]\d\d:?\d\d)?)?"
 _FEW = 20  # levels that no column has too many of
 
 
@@ -75,20 +80,22 @@ class Encoding(NamedTuple):
             return ()
         return tuple(size for c in self.columns for size in ([len(c.levels) + 1] if c.levels else [0] * (1 + c.marked)))
 
-    def inputs(self, frame: Any) -> np.ndarray:
-        """Inputs [N, F] float32 of the rows of a table. Raises InputError for a column that is not there or of another
-        kind, and for missing values where the training rows were to have none; warns of levels that they do not have.
+    def inputs(self, frame: Any, name: str = "the table") -> np.ndarray:
+        """Inputs [N, F] float32 of the rows of a table, or of what `pandas.DataFrame` makes one of.
+
+        `name` is how errors call it. Raises InputError for a column that is not there or of another kind, and for
+        missing values where the training rows were to have none; warns of levels that they do not have.
         """
+        frame = plain(name, frame)
         absent = [column.name for column in self.columns if column.name not in frame.columns]
         if absent:
-            raise InputError(f"the table has no column {listed(absent)}, which the training rows have; add it")
+            raise InputError(f"{name} has no column {listed(absent)}, which the training rows have; add it")
         parts, unseen = [], {}
         for column in self.columns:
             series = frame[column.name]
             if self.missing in ("refuse", "drop") and series.isna().any():
-                raise InputError(
-                    f"column {column.name!r} is missing in {series.isna().sum():,} rows; mend or drop these"
-                )
+                where = _where(series.isna())
+                raise InputError(f"{name}: column {column.name!r} is missing in {where}; mend or drop these")
             if column.kind == "category":
                 codes = _codes(column, series)
                 if count := int((codes < 0).sum()):
@@ -97,7 +104,7 @@ class Encoding(NamedTuple):
                     _one_hot(codes, len(column.levels)) if self.categories == "one_hot" else codes[:, None] + 1
                 )
             else:
-                parts += _numbers(column, series)
+                parts += _numbers(name, column, series)
         if unseen:
             where = ", ".join(f"{name} {count:,}" for name, count in unseen.items())
             warnings.warn(
@@ -106,6 +113,35 @@ class Encoding(NamedTuple):
                 stacklevel=4,
             )
         return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def plain(name: str, frame: Any) -> Any:
+    """A table whose columns have texts for names, each another one, and whose rows have their places for index.
+
+    Raises InputError for what `pandas.DataFrame` makes no such table of.
+    """
+    import pandas as pd
+
+    try:
+        frame = frame if isinstance(frame, pd.DataFrame) else pd.DataFrame(frame)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name} is {a_kind(frame)}, of which pandas makes no table ({reason}); give a DataFrame"
+        ) from None
+    columns = [str(column) for column in frame.columns]
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise InputError(f"{name} has more than one column called {listed(twice)}; rename them")
+    return frame.set_axis(columns, axis=1).reset_index(drop=True)
+
+
+def check(name: str, frame: Any, columns: Sequence[str]) -> None:
+    """Raises InputError for a column of all rows, before some are held out, that is damaged or of no kind."""
+    for column in columns:
+        kind = kind_of(name, frame[column])
+        if kind != "category":
+            _as_numbers(name, frame[column], kind)
 
 
 def fit(
@@ -128,8 +164,11 @@ def fit(
     return tuple(column._replace(std=column.std or 1.0) for column in found)
 
 
-def kind_of(name: str, series: Any) -> str:
-    """The kind of a column. Raises InputError for one that holds neither numbers, dates, texts nor bools."""
+def kind_of(name: str, series: Any, *, fitted: bool = False) -> str:
+    """The kind of a column. Raises InputError for one that holds neither numbers, dates, texts nor bools.
+
+    Unless it is `fitted`, so that it has a kind that this is compared with, also for one that is damaged.
+    """
     import pandas as pd
 
     types = pd.api.types
@@ -146,28 +185,56 @@ def kind_of(name: str, series: Any) -> str:
     if kinds <= {bool, np.bool_}:  # with missing values, so that they are objects
         return "number"
     if kinds <= {str}:
-        return "date" if _are_dates(values) else "category"
+        return _kind_of_texts(name, values, fitted=fitted)
     if kinds <= {int, float, np.float64, np.int64}:
         return "number"
     words = listed(sorted(kind.__name__ for kind in kinds))
     raise InputError(f"{name}: column {series.name!r} holds {words}; expected numbers, or texts, or dates, of one kind")
 
 
-def _are_dates(values: Any) -> bool:
-    """Whether texts are all dates of the form 2026-01-31, with or without a time."""
-    return len(values) > 0 and bool(values.str.fullmatch(r"\d{4}-\d{2}-\d{2}([T ][\d:.]+(Z|[+-]\d\d:?\d\d)?)?").all())
+def _kind_of_texts(name: str, values: Any, *, fitted: bool) -> str:
+    """The kind of a column of texts: dates of the form 2026-01-31, with or without a time, or else categories.
+
+    Where at least nine in ten of its different values read as numbers, with commas maybe, or as dates, and some do not,
+    the column is a damaged one, and refused: as categories it would silently be another data set. The share is ours.
+    Texts that are all plain numbers are categories, as their owner made texts of them.
+    """
+    import pandas as pd
+
+    levels = pd.Series(values.unique(), dtype=object)
+    dates, numbers = levels.str.fullmatch(_DATE), levels.str.fullmatch(_NUMBER)
+    if len(levels) and dates.all():
+        return "date"
+    if fitted:
+        return "category"
+    for what, good, readable in (
+        ("numbers", numbers, numbers | levels.str.fullmatch(_WITH_COMMAS)),
+        ("dates", dates, dates),
+    ):
+        if len(levels) and not good.all() and readable.mean() >= _DAMAGED:
+            column, strange = values.name, ~values.isin(levels[good])
+            commas = "without commas, " if values[strange].str.fullmatch(_WITH_COMMAS).all() else ""
+            raise InputError(
+                f"{name}: column {column!r} has {what} in {(~strange).sum():,} of {len(values):,} rows, but "
+                f"{values[strange].iloc[0]!r} in {_where(strange)}; write {what} there, {commas}or make the column "
+                f"categories in Python, by frame.astype({{{column!r}: 'category'}})"
+            )
+    return "category"
+
+
+def _where(rows: Any) -> str:
+    """Which rows of the data a column of bools says, in words; the first row is row 1."""
+    found = rows.index[rows.to_numpy(bool)]
+    first = f"row {found[0] + 1:,}"
+    return first if len(found) == 1 else f"{len(found):,} rows, the first of them {first}"
 
 
 def _column(name: str, series: Any, missing: str, *, standardize: bool) -> Column:
-    kind, absent = kind_of(name, series), series.isna()
+    kind, absent = kind_of(name, series, fitted=True), series.isna()  # `check` looked for damage, in all rows
     if absent.all():
         raise InputError(f"{name}: column {series.name!r} is missing in all training rows; leave it out (ignore)")
     if kind != "category":
         values = _as_numbers(name, series, kind)[~absent.to_numpy()]
-        if not np.isfinite(values).all():
-            raise InputError(
-                f"{name}: column {series.name!r} is infinite in {(~np.isfinite(values)).sum():,} rows; mend these"
-            )
         _tell_row_numbers(name, series, values)
         mean, std = (values.mean(), values.std()) if standardize else (0.0, 1.0)
         std = 0.0 if values.max() == values.min() else std
@@ -209,17 +276,26 @@ def _as_numbers(name: str, series: Any, kind: str) -> np.ndarray:
         except (ValueError, TypeError) as error:
             raise InputError(f"{name}: column {series.name!r} has what is no date ({error})") from None
         return ((times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(float)
-    return series.to_numpy(dtype=float, na_value=np.nan)
-
-
-def _numbers(column: Column, series: Any) -> list[np.ndarray]:
-    kind = kind_of("the table", series)
-    if kind == "category":
-        raise InputError(f"column {column.name!r} holds numbers in the training rows, but texts here; give numbers")
-    values = _as_numbers("the table", series, kind)
-    absent = np.isnan(values)
+    values = series.to_numpy(dtype=float, na_value=np.nan)
     if np.isinf(values).any():
-        raise InputError(f"column {column.name!r} is infinite in {np.isinf(values).sum():,} rows; mend these")
+        where = _where(pd.Series(np.isinf(values), index=series.index))
+        raise InputError(f"{name}: column {series.name!r} is infinite in {where}; mend or leave these out")
+    return values
+
+
+def _numbers(name: str, column: Column, series: Any) -> list[np.ndarray]:
+    kind, absent = kind_of(name, series, fitted=True), series.isna()
+    if kind != column.kind and not absent.all():
+        form = _DATE if column.kind == "date" else _NUMBER
+        wrong = ~(absent | series.astype(str).str.fullmatch(form))
+        such = f" ({str(series[wrong].iloc[0])!r} in {_where(wrong)})" if wrong.any() else ""
+        expected, found = (_IN_WORDS[each] for each in (column.kind, kind))
+        raise InputError(
+            f"{name}: column {column.name!r} holds {expected} in the training rows, but {found} here{such}; give "
+            f"{expected}"
+        )
+    values = _as_numbers(name, series, kind)
+    absent = np.isnan(values)
     scaled = (np.where(absent, float(column.fill), values) - column.mean) / column.std
     return [part[:, None] for part in (scaled, *([absent] if column.marked else []))]
 

@@ -1,16 +1,16 @@
 """`from_frame`: a pandas DataFrame as a checked data set."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fdjax.data.arrays import make_source
 from fdjax.data.coding import Coded, code_labels, code_owners, listed, values_of
-from fdjax.data.encoding import CATEGORIES, MISSING, Encoding, fit
+from fdjax.data.encoding import CATEGORIES, MISSING, Encoding, check, fit, plain
 from fdjax.data.splitting import none_held_out, split_rows, tell_duplicates, tell_repeated
-from fdjax.errors import DataWarning, InputError, unknown
+from fdjax.errors import DataWarning, InputError, a_kind, unknown
 from fdjax.types import Source
 
 _TEST_WORDS = ("test", "train")
@@ -65,26 +65,26 @@ def from_frame(
       DataWarning: as `from_arrays`, and of rows left out, unseen levels, constant columns and columns like ids.
     """
     frame = _frame(name, frame)
-    tests = None if test is None or np.isscalar(test) else _frame(f"{name}'s test rows", test)
-    for option, value, known in (("categories", categories, CATEGORIES), ("missing", missing, MISSING)):
-        if value not in known:
-            raise unknown(option, value, known)
+    _check_options(name, frame, categories, missing, target=target, owner=owner, row_id=row_id, test=test)
+    tests_name = name if test is None or np.isscalar(test) else f"{name}'s test rows"
+    tests = None if tests_name == name else _frame(tests_name, test)
     split = str(test) if isinstance(test, str) else None
     inputs = _inputs(name, frame, [target, owner, row_id, split], names_of("ignore", ignore))
     needed = [*inputs, *(str(c) for c in (target, owner) if c is not None)]
     frame = _complete(name, frame, needed, str(target), owner, missing)
-    tests = None if tests is None else _complete(f"{name}'s test rows", tests, needed, str(target), owner, missing)
+    check(name, frame, inputs)
+    tests = None if tests is None else _complete(tests_name, tests, needed, str(target), owner, missing)
     train, tests, y, owners = _parts(name, frame, tests, str(target), owner, test, split, test_by, seed)
     columns = fit(name, train, inputs, categories, missing, standardize=standardize)
-    space = labels or (", ".join(y.names) if y.texts else f"{target}: {', '.join(y.names)}")
+    space = labels or ("" if y.texts else f"{target}: ") + ", ".join(y.names)
     encoding = Encoding(columns, categories, missing, str(target), y.names, space)
-    x, x_test = encoding.inputs(train), encoding.inputs(tests)
+    x, x_test = encoding.inputs(train, name), encoding.inputs(tests, tests_name)
     if row_id is not None and str(row_id) in tests.columns:
         tell_repeated(name, *(part[str(row_id)].astype(str).to_numpy() for part in (train, tests)))
     if tests is not train:
         tell_duplicates(name, x, x_test)
-    as_it_is = {"mean": (0.0,), "std": (1.0,), "encoding": encoding, "categories": encoding.sizes}
-    return make_source(name, x, x_test, y, owners, space, **as_it_is, fitted=standardize)
+    more = {"mean": (0.0,), "std": (1.0,), "encoding": encoding, "categories": encoding.sizes, "fitted": standardize}
+    return make_source(name, x, x_test, y, owners, space, train.index.to_numpy(), **more)
 
 
 def rows_like(frame: Any, name: str, like: Source) -> Source:
@@ -100,10 +100,11 @@ def rows_like(frame: Any, name: str, like: Source) -> Source:
     needed = [*(column.name for column in encoding.columns), *([encoding.target] if has_labels else [])]
     if encoding.missing == "drop":
         frame = _complete(name, frame, needed, encoding.target, None, "drop")
-    x = encoding.inputs(frame)
+    x = encoding.inputs(frame, name)
     y, labels = np.zeros(len(x), np.int32), f"{name} without labels"
     if has_labels:
-        texts = values_of(name, encoding.target, frame[encoding.target].to_numpy()).astype(str)
+        values = frame[encoding.target].to_numpy()
+        texts = values_of(name, f"column {encoding.target!r}", values, labels=True).astype(str)
         if strange := sorted({*texts} - {*encoding.classes}):
             raise unknown(f"label of {name}", strange[0], encoding.classes)
         y, labels = np.array([encoding.classes.index(text) for text in texts], np.int32), encoding.labels
@@ -111,19 +112,34 @@ def rows_like(frame: Any, name: str, like: Source) -> Source:
 
 
 def _frame(name: str, frame: Any) -> Any:
-    """A table whose columns have texts for names, each another one."""
+    """A table whose columns have texts for names, each another one, and whose rows have their places for index."""
     pd = pandas()
     if not isinstance(frame, pd.DataFrame):
-        raise InputError(
-            f"{name} is a {type(frame).__name__}, expected a pandas DataFrame; give arrays to fdjax.from_arrays"
-        )
-    columns = [str(column) for column in frame.columns]
-    twice = sorted({column for column in columns if columns.count(column) > 1})
-    if twice:
-        raise InputError(f"{name} has more than one column called {listed(twice)}; rename them")
+        raise InputError(f"{name} is {a_kind(frame)}, expected a pandas DataFrame; give arrays to fdjax.from_arrays")
     if not len(frame):
         raise InputError(f"{name} has no rows; give at least one")
-    return frame.set_axis(columns, axis=1)
+    return plain(name, frame)
+
+
+def _check_options(name: str, frame: Any, categories: Any, missing: Any, **columns: Any) -> None:
+    """Raises InputError for a target that is none, for values where the name of their column is expected, and for other
+    ways than ours.
+    """
+    for option, value, known in (("categories", categories, CATEGORIES), ("missing", missing, MISSING)):
+        if value not in known:
+            raise unknown(option, value, known)
+    if columns["target"] is None:
+        raise InputError(f"{name}: target=None, expected the column of labels; give one of {listed(frame.columns)}")
+    for option, value in columns.items():
+        if isinstance(value, Hashable) or (option == "test" and hasattr(value, "columns")):
+            continue
+        if isinstance(value, list) and len(value) == 1 and str(value[0]) in frame.columns:
+            raise InputError(f"{name}: {option}={value!r} is a list, expected a column's name; give {value[0]!r}")
+        more = "a fraction, another DataFrame or a column's name" if option == "test" else "a column's name"
+        raise InputError(
+            f"{name}: {option} is {a_kind(value)}, expected {more}; make a column of the values, such as by "
+            f"frame.assign({option}=...), and give {option}={option!r}"
+        )
 
 
 def names_of(option: str, given: Any) -> list[str]:
@@ -141,9 +157,9 @@ def _inputs(name: str, frame: Any, outside: Sequence[Any], ignore: list[str]) ->
     for column in (*others, *ignore):
         if column not in frame.columns:
             raise unknown(f"column of {name}", column, frame.columns)
-    if outside[0] is None or len({*others}) < len(others) or {*others} & {*ignore}:
+    if len({*others}) < len(others) or {*others} & {*ignore}:
         raise InputError(
-            f"{name}: target, owner, row_id and ignore name {listed([*others, *ignore])}; expected different columns"
+            f"{name}: target, owner, row_id, test and ignore name {listed([*others, *ignore])}; expected different ones"
         )
     return [column for column in frame.columns if column not in {*others, *ignore}]
 
@@ -183,11 +199,15 @@ def _parts(
         rows = _test_rows(name, frame[split])
         frame, tests = frame[~rows], frame[rows]
 
-    def coded(part: Any, column: str) -> Any:
-        return None if part is None or column not in part.columns else values_of(name, column, part[column].to_numpy())
+    def coded(part: Any, role: str, column: str) -> Any:
+        if part is None or column not in part.columns:
+            return None
+        return values_of(name, f"{role} column {column!r}", part[column].to_numpy(), labels=role == "target")
 
-    y = code_labels(name, coded(frame, target), coded(tests, target))
-    owners = None if owner is None else code_owners(name, coded(frame, str(owner)), coded(tests, str(owner)))
+    y = code_labels(name, coded(frame, "target", target), coded(tests, "target", target))
+    owners = None
+    if owner is not None:
+        owners = code_owners(name, coded(frame, "owner", str(owner)), coded(tests, "owner", str(owner)))
     if tests is not None:
         return frame, tests, y, owners
     if none_held_out(name, test):  # as proxy data

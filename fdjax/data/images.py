@@ -152,8 +152,21 @@ def _listed(path: Path) -> tuple[list[Opened], np.ndarray]:
 def _classes(path: Path) -> list[Path]:
     classes = _folders(path) if path.is_dir() else []
     if not classes:
-        raise InputError(f"{path} has no folders; expected a folder of images for each class")
+        missing = what_is_missing(path) or "it has no folders: expected a folder of images for each class"
+        raise InputError(f"{path} is no folder of images by class; {missing}")
     return classes
+
+
+def what_is_missing(path: Path) -> str:
+    """What keeps a folder from being one of images by class, in words; empty if that is not near at hand."""
+    found = [file for file in path.iterdir() if not file.name.startswith(".")] if path.is_dir() else []
+    pictures = sum(map(_is_image, found))
+    if path.is_dir() and not found:
+        return "it is empty: give the folder that has the data"
+    if not pictures or _folders(path):
+        return ""
+    held = "a picture" if pictures == 1 else f"{pictures:,} pictures"
+    return f"it holds {held}, but no folder for each class: move the pictures of each class into one"
 
 
 def _images(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -166,7 +179,7 @@ def _images(folder: Path) -> tuple[list[Path], list[Path]]:
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
     images = [file for file in files if _is_image(file)]
     if not images:
-        raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)}); remove it, or add some")
+        raise InputError(f"{folder} has no images ({listed(SUFFIXES)}); remove it, or add some")
     return images, [file for file in files if not _is_image(file)]
 
 

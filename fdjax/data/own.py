@@ -19,7 +19,7 @@ from fdjax import digest, own
 from fdjax.data import arrays, hugging_face, images, pfllib, prepared, tables, text_files
 from fdjax.data.checked import checked
 from fdjax.data.options import call
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, a_kind, unknown
 from fdjax.types import Source
 
 
@@ -89,7 +89,7 @@ def resolve(given: Any, flag: str = "dataset", known: Collection[str] = ()) -> s
         given = os.fspath(given)
     if not isinstance(given, str):
         raise InputError(
-            f"--{flag}: a {type(given).__name__} is no data set; give a name, a path, or what fdjax.from_arrays or "
+            f"--{flag}: {a_kind(given)} is no data set; give a name, a path, or what fdjax.from_arrays or "
             "fdjax.from_frame returns"
         )
     if given in known or given in _OWN:
@@ -213,7 +213,7 @@ def _of_value(source: Source) -> str:
     parts = [source.train_x, source.train_y, source.test_x, source.test_y]
     if not all(isinstance(part, np.ndarray) for part in parts):
         raise InputError(f"{source.name}: a Source holds NumPy arrays; make it with fdjax.from_arrays(x, y, ...)")
-    content, _ = digest.of(tuple(checked(source)))
+    content, _ = digest.of(tuple(checked(source)._replace(train_index=None)))  # rows that they were teach nothing
     name = _OWN.add(source.name, content, own.Thing(source, "", ""))
     if _OWN[name].value is source:  # met for the first time
         _OWN.replace(name, _named(name, _frozen(source)))
@@ -261,9 +261,11 @@ def _of_path(given: str, path: Path, flag: str) -> str:
 def _advice(path: Path) -> str:
     """What to do about a path of no kind: of data that tensorflow-datasets prepared, their name and folder."""
     found = prepared.found_in(path)
-    if found is None:
+    if found is not None:
+        return f"tensorflow-datasets prepared it: give a data set's name, and --data_dir={found}"
+    if not path.is_dir():
         return f"expected {expected()}"
-    return f"tensorflow-datasets prepared it: give a data set's name, and --data_dir={found}"
+    return images.what_is_missing(path) or f"expected {', '.join(r.what for r in READERS.values() if not r.suffixes)}"
 
 
 def _digest_of(name: str) -> str:

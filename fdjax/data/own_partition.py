@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax import digest, own
-from fdjax.data.cache import DAMAGED
 from fdjax.data.coding import listed
 from fdjax.data.holdings import from_counts
-from fdjax.errors import DataWarning, InputError, unknown
+from fdjax.data.npz import arrays_of
+from fdjax.errors import DataWarning, InputError, a_kind, unknown
 from fdjax.types import Holdings
 
 _OWN = own.Registry("partition")
+_OF_TRAINING = (
+    "of your own data source.train_index says which rows these are; give the test rows by --test_data so that all rows "
+    "are, or who holds each row by --owner"
+)
 _CLIENT = "client"  # the array of an npz that has each example's client
 
 
@@ -85,13 +89,15 @@ def holdings(name: str, index: np.ndarray, total: int, *, once: bool = False) ->
     given: Given = _OWN[name].value
     what = f"--partition={title(name)}"
     if given.size is not None and given.size != total:
-        raise InputError(f"{what} has the client of {given.size:,} examples, but {total:,} are loaded for training")
+        raise InputError(
+            f"{what} has the client of {given.size:,} examples, but {total:,} are loaded for training; {_OF_TRAINING}"
+        )
     highest = max((int(part.max(initial=-1)) for part in given.clients), default=-1)
     if highest >= total:
         client = next(k for k, part in enumerate(given.clients) if part.max(initial=-1) >= total)
         raise InputError(
             f"{what}: client {client} holds the index {highest:,}, but {total:,} examples are loaded for training; "
-            f"expected 0 to {total - 1:,}"
+            f"expected 0 to {total - 1:,}; {_OF_TRAINING}"
         )
     _tell_twice(what, given.clients, once=once)
     place = np.full(total, -1)
@@ -121,9 +127,11 @@ def _of_value(given: Any) -> Given:
     """Raises InputError for what is neither a list of index arrays nor an array of clients."""
     if isinstance(given, Mapping):
         return _by_name("--partition", given)
+    if not isinstance(given, np.ndarray) and getattr(given, "ndim", 0) == 1 and hasattr(given, "tolist"):
+        given = given.tolist()  # a pandas Series, or an array of another library
     if not isinstance(given, np.ndarray | Sequence) or isinstance(given, bytes):
         raise InputError(
-            f"--partition: a {type(given).__name__} is no partition; give a name, a list of index arrays, one a "
+            f"--partition: {a_kind(given)} is no partition; give a name, a list of index arrays, one a "
             "client, an array [N] of each example's client, or the path of an npz"
         )
     if not len(given):
@@ -135,6 +143,11 @@ def _of_value(given: Any) -> Given:
 
 def _of_clients(what: str, given: Any) -> Given:
     """From an array [N] of each example's client."""
+    if any(isinstance(value, str) for value in given):
+        raise InputError(
+            f"{what}: the clients of examples are texts, such as {next(v for v in given if isinstance(v, str))!r}; "
+            "expected whole numbers: give them as owners (owner=...), or pd.factorize(...)[0]"
+        )
     client = _whole(f"{what}: the clients of examples", given)
     if client.min() < -1 or client.max() < 0:
         raise InputError(
@@ -167,18 +180,14 @@ def _of_file(given: str, path: Path) -> Given:
     what = f"--partition={given}"
     if not path.is_file():
         raise InputError(f"{what}: there is no such file; paths are relative to the working directory")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
-    except (OSError, TypeError, *DAMAGED) as error:
-        raise InputError(f"{what} is not an npz of plain arrays ({error}); write it with np.savez") from None
+    arrays = arrays_of(path, what)
     return _of_clients(what, arrays[_CLIENT]) if [*arrays] == [_CLIENT] else _by_name(what, arrays)
 
 
 def _indices(what: str, given: Any) -> np.ndarray:
     if not np.size(given):
         return np.zeros(0, np.int64)
-    indices = _whole(what, given)
+    indices = _whole(f"{what}'s indices", given)
     if indices.min() < 0:
         raise InputError(f"{what} holds the index {indices.min()}; expected whole numbers of at least 0")
     return indices

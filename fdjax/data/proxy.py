@@ -16,6 +16,7 @@ KINDS = {
     "noise": "uniform pixels, tokens or codes, or normal features; without labels",
     "generated": "smooth random images, noise blurred at random scales; without labels",
 }
+DEFAULT_SIZE = 1000  # proxy examples, where nobody says how many
 _UNKNOWN = -1  # the label of an example without one
 
 
@@ -52,7 +53,7 @@ def take_proxy(
     if kind == "held_out":
         have = len(source.train_y)
         if not 0 < size < have:
-            raise InputError(f"--proxy_size={size}: expected 1 to {have - 1} of the {have} training examples")
+            raise InputError(f"{_said(size)}: expected 1 to {have - 1} of the {have} training examples")
         kept, x, y = hold_out(source, size, rng)
         return kept, Proxy(x, y, True)
     if kind in ("noise", "generated"):
@@ -75,9 +76,7 @@ def take_proxy(
             f"{source.name}; use texts that were read with one vocabulary"
         )
     if size > len(other.train_y):
-        raise InputError(
-            f"--proxy_size={size}, but {own.title(kind)} has {len(other.train_y)} training examples; give fewer"
-        )
+        raise InputError(f"{_said(size)}, but {own.title(kind)} has {len(other.train_y)} training examples; give fewer")
     chosen = np.sort(rng.choice(len(other.train_y), size, replace=False))
     x, y = other.train_x[chosen], other.train_y[chosen]
     if other.label_space == source.label_space and other.num_classes == source.num_classes:
@@ -85,6 +84,11 @@ def take_proxy(
     if join_labels:
         return source, Proxy(x, y + np.int32(source.num_classes), True, other.num_classes)
     return source, Proxy(x, np.full(size, _UNKNOWN, np.int32), False)
+
+
+def _said(size: int) -> str:
+    """The setting as it is, and whether it may be that nobody gave it."""
+    return f"--proxy_size={size}{' (the default)' if size == DEFAULT_SIZE else ''}"
 
 
 def _without_labels(source: Source, kind: str, size: int, rng: np.random.Generator) -> Proxy:

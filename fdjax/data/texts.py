@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdjax.data.options import at_least
-from fdjax.errors import DataWarning, InputError, unknown
+from fdjax.errors import DataWarning, InputError, a_kind, unknown
 from fdjax.types import Source
 
 UNITS = {"character": "every character", "word": "every word and every punctuation mark, as they are written"}
@@ -51,7 +51,7 @@ def from_texts(
     sequence that an unknown token follows is left out, because there is nothing to predict.
 
     Args:
-      texts: {owner: [text, ...]} in order of time, whose owners become natural clients, or [text, ...] of nobody.
+      texts: {owner: [text, ...]} in order of time, whose owners become natural clients, or a list or Series.
       unit: what a token is, one of `UNITS`.
       length: L, tokens of a sequence.
       stride: tokens from the beginning of a sequence to that of the next.
@@ -75,13 +75,13 @@ def from_texts(
         raise unknown("unit of texts", str(unit), UNITS)
     length, stride = at_least("length", length, 1), at_least("stride", stride, 1)
     fraction = fraction_of(test_fraction, test_texts is not None)
-    streams = {owner: _tokens(unit, its) for owner, its in _by_owner(texts).items()}
+    streams = {owner: _tokens(unit, its) for owner, its in _by_owner(name, texts).items()}
     ends = {owner: len(stream) - round(fraction * len(stream)) for owner, stream in streams.items()}
     training = {owner: stream[: ends[owner]] for owner, stream in streams.items()}
-    known = _known(vocabulary, [*training.values()])
+    known = _known(name, vocabulary, [*training.values()])
     tested = {owner: stream[ends[owner] :] for owner, stream in streams.items()} if fraction else training
     if test_texts is not None:
-        tested = {owner: _tokens(unit, its) for owner, its in _by_owner(test_texts).items()}
+        tested = {owner: _tokens(unit, its) for owner, its in _by_owner(f"{name}, to test on", test_texts).items()}
     number = {owner: i for i, owner in enumerate({**training, **tested})}
 
     def windows(part: Mapping[Any, Sequence[str]]) -> Windows:
@@ -153,21 +153,23 @@ def fraction_of(fraction: Any, other_test: bool) -> float:
     return float(fraction)
 
 
-def _by_owner(texts: Any) -> dict[Any, list[str]]:
-    """The texts of each owner. Raises InputError for what is neither of the two forms."""
+def _by_owner(name: str, texts: Any) -> dict[Any, list[str]]:
+    """The texts of each owner. Raises InputError for what is neither of the two forms; arrays and Series are lists."""
     expected = "expected {owner: [text, ...]} or [text, ...]"
     if isinstance(texts, Mapping):
         owned = {owner: [its] if isinstance(its, str) else its for owner, its in texts.items()}
     else:
         owned = {"texts": texts}
     if not owned:
-        raise InputError(f"texts: there are none; {expected}")
+        raise InputError(f"{name}: there are no texts; {expected}")
     for owner, its in owned.items():
-        if isinstance(its, str | bytes) or not isinstance(its, Sequence):
-            raise InputError(f"texts: {owner!r} has a {type(its).__name__}; {expected}")
-        wrong = next((text for text in its if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise InputError(f"texts: {owner!r} has a {type(wrong).__name__} among its texts; {expected}")
+        whose = repr(owner) if isinstance(texts, Mapping) else "the list"
+        if isinstance(its, str | bytes) or not (isinstance(its, Sequence) or getattr(its, "ndim", 0) == 1):
+            what = f"{whose} has" if isinstance(texts, Mapping) else "this is"
+            raise InputError(f"{name}: {what} {a_kind(its)}; {expected}")
+        wrong = [i for i, text in enumerate(its) if not isinstance(text, str)]
+        if wrong:
+            raise InputError(f"{name}: {whose} has {a_kind([*its][wrong[0]])} at {wrong[0]}; {expected}")
     return {owner: list(its) for owner, its in owned.items()}
 
 
@@ -176,7 +178,7 @@ def _tokens(unit: str, texts: Sequence[str]) -> list[str]:
     return list(text) if unit == "character" else _WORD.findall(text)
 
 
-def _known(vocabulary: Any, training: Sequence[Sequence[str]]) -> list[str]:
+def _known(name: str, vocabulary: Any, training: Sequence[Sequence[str]]) -> list[str]:
     """The tokens that are labels. Raises InputError unless there are two or more, no name being one of ours."""
     if vocabulary is None or isinstance(vocabulary, int | np.integer):
         if vocabulary is not None:
@@ -184,7 +186,8 @@ def _known(vocabulary: Any, training: Sequence[Sequence[str]]) -> list[str]:
         counted = Counter(token for stream in training for token in stream)
         known = [token for token, _ in sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:vocabulary]]
         if len(known) < 2:
-            raise InputError(f"the training texts have {len(known)} tokens; expected two or more different ones")
+            have = f"{known[0]!r} alone" if known else "no token"
+            raise InputError(f"{name}: the training texts have {have}; expected two or more different tokens")
         return known
     given = list(vocabulary) if isinstance(vocabulary, Sequence) else []
     if len(given) < 2 or not all(isinstance(token, str) and token for token in given):

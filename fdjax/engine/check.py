@@ -16,7 +16,7 @@ import numpy as np
 
 from fdjax.client.trained import path_of
 from fdjax.contract import COMBINES, ENSEMBLE, SHARES, Algorithm, Broadcast, Exchange, Reduction, Upload
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, a_kind, unknown
 from fdjax.types import PyTree
 
 
@@ -46,16 +46,16 @@ def check_algorithm(algorithm: Algorithm, classes: dict[str, int]) -> None:
 def _check_exchange(where: str, exchange: Exchange) -> None:
     for field in ("broadcast", "client", "server"):
         if not callable(getattr(exchange, field)):
-            raise InputError(f"{where}: {field} is a {type(getattr(exchange, field)).__name__}, expected a function")
+            raise InputError(f"{where}: {field} is {a_kind(getattr(exchange, field))}, expected a function")
     if not isinstance(exchange.reduce, Reduction | dict):
         raise InputError(
-            f"{where}: reduce is a {type(exchange.reduce).__name__}, expected a Reduction or a "
+            f"{where}: reduce is {a_kind(exchange.reduce)}, expected a Reduction or a "
             "dict of them, such as reductions.mean()"
         )
     for label, reduction in reductions_of(exchange).items():
         name = f"{where}: reduce" + (f"[{label!r}]" if label else "")
         if not isinstance(reduction, Reduction):
-            raise InputError(f"{name} is a {type(reduction).__name__}, expected a Reduction")
+            raise InputError(f"{name} is {a_kind(reduction)}, expected a Reduction")
         if reduction.combine not in COMBINES:
             raise unknown(f"way to combine ({name})", reduction.combine, COMBINES)
     if exchange.shares and exchange.shares not in SHARES:
@@ -66,7 +66,7 @@ def check_logits(algorithm: Algorithm, field: str, logits: Any, x: jax.Array, cl
     """Raises InputError unless a predictor returned logits [B, K]."""
     expected = len(x), classes
     if not hasattr(logits, "dtype") or logits.shape != expected or not jnp.issubdtype(logits.dtype, jnp.floating):
-        found = _type(logits) if hasattr(logits, "dtype") else f"a {type(logits).__name__}"
+        found = _type(logits) if hasattr(logits, "dtype") else f"{a_kind(logits)}"
         place = place_of(getattr(algorithm, field))
         raise InputError(f"{algorithm.name}: {field}{place} returned {found}, expected logits float32{list(expected)}")
     return logits
@@ -89,7 +89,7 @@ class Checker:
         leaves, structure = jax.tree.flatten(tree)
         for leaf in leaves:
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
-                raise self._refuse(function, f"{what} with a {type(leaf).__name__} in it, expected arrays alone")
+                raise self._refuse(function, f"{what} with {a_kind(leaf)} in it, expected arrays alone")
         return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
 
     def partial(self, label: str, reduction: Reduction, tree: PyTree) -> PyTree:
@@ -115,7 +115,7 @@ class Checker:
     def broadcast(self, result: Any, cohort: int, size: int) -> Broadcast:
         """A Broadcast whose own rows are as many as the cohort has clients."""
         if not isinstance(result, Broadcast):
-            raise self._refuse("broadcast", f"a {type(result).__name__}, expected a Broadcast(shared, own)")
+            raise self._refuse("broadcast", f"{a_kind(result)}, expected a Broadcast(shared, own)")
         result = Broadcast(*(self._arrays("broadcast", name, tree) for name, tree in zip(result._fields, result)))
         for path, leaf in jax.tree.leaves_with_path(result.own):
             if jnp.ndim(leaf) < 1 or leaf.shape[0] != size:
@@ -167,7 +167,7 @@ class Checker:
 
     def _metrics(self, function: str, metrics: Any) -> dict[str, jax.Array]:
         if not isinstance(metrics, dict):
-            raise self._refuse(function, f"metrics that are a {type(metrics).__name__}, expected a dict by name")
+            raise self._refuse(function, f"metrics that are {a_kind(metrics)}, expected a dict by name")
         metrics = self._arrays(function, "metrics", metrics)
         for name, value in metrics.items():
             if jnp.shape(value):
@@ -193,7 +193,7 @@ def place_of(function: Any) -> str:
 def _described(result: Any) -> str:
     if isinstance(result, tuple):
         return f"({', '.join(type(x).__name__ for x in result)})"
-    return f"a {type(result).__name__}"
+    return f"{a_kind(result)}"
 
 
 def _type(leaf: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from fdjax import own
 from fdjax.client.metric import Metric, as_sum
 from fdjax.engine.check import place_of
-from fdjax.errors import InputError
+from fdjax.errors import InputError, a_kind
 from fdjax.types import PyTree
 
 MOST_CLASSES = 1000  # of a metric by class: each is a value by a name of its own
@@ -59,7 +59,7 @@ def _check_sums(title: str, sums: Callable, z: jax.Array, y: jax.Array) -> PyTre
     for path, leaf in jax.tree.leaves_with_path(found[0]):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
             at = jax.tree_util.keystr(path)
-            raise InputError(f"{where} returned a {type(leaf).__name__}{at and f' at {at}'}, expected arrays of sums")
+            raise InputError(f"{where} returned {a_kind(leaf)}{at and f' at {at}'}, expected arrays of sums")
     if not jax.tree.leaves(found[0]):
         raise InputError(f"{where} returned no array at all, expected numbers that add up over batches")
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(part)] for part in (*found, nothing)]
@@ -99,7 +99,7 @@ def _number(
     expected = "one number" if not shape else f"one number for each example, float32{list(shape)} for {shape[0]}"
     expected += " or one for each class" if name == "finish" else ""
     if not hasattr(value, "dtype"):
-        raise InputError(f"{where} a {type(value).__name__}, expected {expected}")
+        raise InputError(f"{where} {a_kind(value)}, expected {expected}")
     if value.shape != shape or not (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == jnp.bool_):
         raise InputError(f"{where} {value.dtype}{list(value.shape)}, expected {expected}")
     if jnp.issubdtype(value.dtype, jnp.complexfloating):

@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 
 from fdjax import models, own
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, a_kind, unknown
 from fdjax.models import MODELS, NUMBERS, Features, ModelEntry
 from fdjax.types import Model
 
@@ -126,7 +126,7 @@ def _model(
     if isinstance(made, nnx.Module):
         raise InputError(f"model {name!r} made an nnx module without being given rngs; let it take rngs")
     if not isinstance(made, nn.Module | Model):
-        raise InputError(f"model {name!r} made a {type(made).__name__}, expected a linen module or a Model")
+        raise InputError(f"model {name!r} made {a_kind(made)}, expected a linen module or a Model")
     return _model(made, shape, classes, name, features, {})
 
 
@@ -187,7 +187,7 @@ def _checked(thing: Any, where: str) -> Any:
         )
     if _is_net(thing) or isinstance(thing, ModelEntry) or (callable(thing) and not isinstance(thing, type)):
         return thing
-    what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    what = f"the class {thing.__name__}" if isinstance(thing, type) else f"{a_kind(thing)}"
     raise InputError(
         f"{where} is {what}, expected a linen module or its class, an nnx module's class, a function of num_classes "
         "that returns one, or a Model"

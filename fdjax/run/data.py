@@ -8,6 +8,7 @@ from fdjax import data
 from fdjax.data import own as own_data
 from fdjax.data import own_partition
 from fdjax.data.encoding import CATEGORIES, MISSING
+from fdjax.data.proxy import DEFAULT_SIZE
 from fdjax.data.texts import UNITS
 from fdjax.run.setting import setting_field
 
@@ -119,7 +120,7 @@ class DataSettings:
     proxy_dir: str | None = _data(
         None, "folder of the proxy data's files; default data_dir", str, resumable=True, folder=True
     )
-    proxy_size: int = _data(1000, "number of proxy examples", low=1)
+    proxy_size: int = _data(DEFAULT_SIZE, "number of proxy examples", low=1)
 
     @property
     def partition_name(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from fdjax import own
 from fdjax.contract import Algorithm, Exchange, Reduction
 from fdjax.engine.check import place_of
-from fdjax.errors import InputError
+from fdjax.errors import InputError, a_kind
 from fdjax.method import Method, Task
 
 
@@ -19,7 +19,7 @@ def guarded(method: Method) -> Method:
         algorithm = _guard(build, f"{method.name}: build")(task)
         if not isinstance(algorithm, Algorithm):
             where = f"{method.name}: build{place_of(build)}"
-            raise InputError(f"{where} returned a {type(algorithm).__name__}, expected a fdjax.Algorithm")
+            raise InputError(f"{where} returned {a_kind(algorithm)}, expected a fdjax.Algorithm")
         return _guard_algorithm(algorithm, method.name)
 
     return method._replace(build=checked)

@@ -9,7 +9,7 @@ from absl import flags
 
 from fdjax import own
 from fdjax.algorithms import ALGORITHMS, SHIPPED
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, a_kind, unknown
 from fdjax.method import HParam, Method
 from fdjax.run.guard import guarded
 from fdjax.runtime import use_all_cores
@@ -130,12 +130,12 @@ def _checked(method: Method, where: str, taken: Collection[str]) -> Method:
     if not (isinstance(method.name, str) and re.fullmatch(r"\w[\w.+-]*", method.name)):
         raise InputError(f"{where}: its name is {method.name!r}, expected letters, digits and _")
     if not callable(method.build):
-        raise InputError(f"{where}: build is a {type(method.build).__name__}, expected a function of a fdjax.Task")
+        raise InputError(f"{where}: build is {a_kind(method.build)}, expected a function of a fdjax.Task")
     if not isinstance(method.hparams, Mapping) or not isinstance(method.options, Mapping):
         raise InputError(f"{where}: hparams and options are dicts by name, HParam(0.1) and a tuple of choices")
     for name, record in method.hparams.items():
         if not isinstance(record, HParam):
-            raise InputError(f"{where}: hparam {name!r} is a {type(record).__name__}, expected HParam(default)")
+            raise InputError(f"{where}: hparam {name!r} is {a_kind(record)}, expected HParam(default)")
         if isinstance(record.default, str) and record.default not in method.hparams:
             raise unknown(f"default of hparam {name!r} ({where})", record.default, method.hparams)
     for name, choices in method.options.items():

@@ -21,7 +21,7 @@ from fdjax.client.metric import Metric
 from fdjax.client.metrics import FORGETTING, METRICS
 from fdjax.contract import ENSEMBLE, Algorithm
 from fdjax.engine.check_metric import check_metric
-from fdjax.errors import InputError, unknown
+from fdjax.errors import InputError, a_kind, unknown
 
 _OWN = own.Registry("metric")
 _DEFAULT = "METRIC"  # the metric of a file, where no other name is given
@@ -108,7 +108,7 @@ def _checked(metric: Metric, where: str) -> Metric:
     for name in (*forms, "finish"):
         function = getattr(metric, name)
         if function is not None and not callable(function):
-            raise InputError(f"{where}: {name} is a {type(function).__name__}, expected a function")
+            raise InputError(f"{where}: {name} is {a_kind(function)}, expected a function")
     if (metric.sums is None) != (metric.finish is None):
         raise InputError(f"{where}: sums and finish go together; give both, or per_example alone for a mean")
     if metric.holds and metric.finish is None:

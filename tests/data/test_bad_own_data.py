@@ -27,7 +27,11 @@ ARRAYS = {
     "texts": ({"x": np.array([["a", "b"]] * 30)}, "x holds <U1 of shape"),
     "complex": ({"x": X + 1j}, "x holds complex128"),
     "dates": ({"x": np.zeros((30, 2), "datetime64[D]")}, "x holds datetime64"),
-    "NaN": ({"x": NAN}, "inputs are not finite"),
+    "NaN": ({"x": NAN}, r"inputs are not finite in \d of 30 examples, the first of them x\[0\]; mend"),
+    "NaN to test on": (
+        {**TEST, "x_test": np.vstack([X, [[0, np.nan]]]), "y_test": [*Y, 1]},
+        r"not finite in 1 of 31 .* them x_test\[30\]",
+    ),
     "infinite": ({"x": np.where(np.isnan(NAN), np.inf, X)}, "inputs are not finite"),
     "beyond float32": ({"x": BIG}, "x has numbers beyond float32's 3.4e38; scale them down"),
     "fewer labels": ({"y": Y[:-1]}, "x has 30 examples, but y has 29; give one each"),
@@ -35,6 +39,7 @@ ARRAYS = {
     "no labels": ({"y": None}, r"y has shape \(\), expected \[N\]"),
     "NaN labels": ({"y": replaced(Y, np.nan)}, "y is NaN or infinite in 1 of 30 examples"),
     "missing labels": ({"y": replaced("ab" * 15, None)}, "y is missing in 1 of 30 examples"),
+    "fractional owners": ({"owner": Y + 0.5}, "owner holds 0.5, expected whole numbers or names$"),
     "fractional labels": ({"y": Y + 0.5}, "y holds 0.5, expected whole numbers or names"),
     "mixed labels": ({"y": np.array(replaced("ab" * 15, 3), object)}, r"y holds values of several kinds .*int, str"),
     "complex labels": ({"y": Y + 1j}, "y holds complex128, expected whole numbers, texts or bools"),
@@ -79,14 +84,14 @@ def column(**columns):
 
 
 TABLES = {
-    "arrays": (lambda frame: X, {}, "frame is a ndarray, expected a pandas DataFrame; give arrays to"),
+    "arrays": (lambda frame: X, {}, "frame is an ndarray, expected a pandas DataFrame; give arrays to"),
     "no rows": (lambda frame: frame[:0], {}, "frame has no rows"),
     "columns of one name": (lambda frame: frame.set_axis(["a", "a", "y"], axis=1), {}, "more than one column called a"),
     "no such target": (None, {"target": "yy"}, r"unknown column of frame 'yy' \(did you mean 'y'\?\)"),
-    "no target": (None, {"target": None}, "expected different columns"),
+    "no target": (None, {"target": None}, "frame: target=None, expected the column of labels; give one of a, b, y"),
     "no such owner": (None, {"owner": "who"}, "unknown column of frame 'who'"),
-    "one column for two things": (None, {"owner": "y"}, "target, owner, row_id and ignore name y, y; expected"),
-    "ignored target": (None, {"ignore": ["y"]}, "name y, y; expected different columns"),
+    "one column for two things": (None, {"owner": "y"}, "target, owner, row_id, test and ignore name y, y; expected"),
+    "ignored target": (None, {"ignore": ["y"]}, "name y, y; expected different ones"),
     "nothing left": (None, {"ignore": "a,b"}, "frame has no column beside the target and those left out"),
     "missing values": (column(a=NAN[:, 0]), {}, r"missing values among 30 rows: a \d+; give missing=drop, mean"),
     "a missing target": (
@@ -94,7 +99,33 @@ TABLES = {
     ),
     "nothing but missing": (column(a=np.nan), {"missing": "mean"}, "'a' is missing in all training rows; leave it out"),
     "dropped all": (column(a=np.nan), {"missing": "drop"}, "every row has a missing value"),
-    "infinite": (column(a=replaced(X[:, 0], np.inf)), {}, "column 'a' is infinite in 1 rows"),
+    "infinite": (column(a=replaced(X[:, 0], np.inf)), {}, "frame: column 'a' is infinite in row 1; mend or"),
+    "infinite far down": (column(a=[*X[:28, 0], np.inf, -np.inf]), {}, "infinite in 2 rows, the first of them row 29"),
+    "a list for a target": (None, {"target": ["y"]}, r"target=\['y'\] is a list, expected a column's name; give 'y'"),
+    "an array for an owner": (
+        None, {"owner": np.arange(600) % 3},
+        r"owner is an ndarray, expected a column's name; .* frame.assign\(owner=...\), and give owner='owner'",
+    ),
+    "a mask for a test": (None, {"test": [True] * 30}, "test is a list, expected a fraction, another DataFrame or"),
+    "an owner of parts": (column(w=Y + 0.5), {"owner": "w"}, "owner column 'w' holds 0.5, expected .* or names$"),
+    "a target of parts": (column(y=Y + 0.5), {}, r"target column 'y' holds 0.5, .* names \(fdjax classifies\)"),
+    "a cell that is no number": (
+        column(a=replaced([str(i % 12) for i in range(30)], "x")), {},
+        r"'a' has numbers in 29 of 30 rows, but 'x' in row 1; write numbers there, or make the column categories in "
+        r"Python, by frame.astype\(\{'a': 'category'\}\)",
+    ),
+    "cells that are no numbers": (
+        column(a=[*(str(i % 28) for i in range(27)), "x", "x", "x"]), {}, "but 'x' in 3 rows, the first of them row 28",
+    ),
+    "thousands": (
+        column(a=["1,057", "12,001,000.5", "3"] * 10), {},
+        "in 10 of 30 rows, but '1,057' in 20 rows, .* there, without commas, or",
+    ),
+    "decimal commas": (column(a=["1,5", "-12,25"] * 15), {}, "numbers in 0 of 30 rows, but '1,5' in 30 rows"),
+    "a cell that is no date": (
+        column(a=[*(f"2026-01-{i + 1:02}" for i in range(29)), "31.1."]), {},
+        "dates in 29 of 30 rows, but '31.1.' in row 30",
+    ),
     "complex": (column(a=X[:, 0] + 1j), {}, "column 'a' holds complex numbers"),
     "lists": (column(a=[[1]] * 30), {}, "column 'a' holds list; expected numbers, or texts, or dates, of one kind"),
     "texts and numbers": (column(a=replaced(["b"] * 30, 1)), {}, "column 'a' holds int, str; expected"),
@@ -143,7 +174,15 @@ FILES = {
     "test data and a fraction": (
         "a.csv", "x,z,y\n" + ROWS, {"target": "y", "test_data": "a.csv", "test_fraction": 0.5}, "beside test data a",
     ),
-    "no npz": ("a.npz", "x", {}, "a.npz' is not an npz of plain arrays"),
+    "no npz": ("a.npz", "x", {}, "a.npz' is not an npz of plain arrays: it is no npz, but another kind of file; write"),
+    "an empty npz": ("a.npz", "", {}, "a.npz' is not an npz of plain arrays: it is empty; write"),
+    "an npz cut short": ("a.npz", b"PK\x03\x04" + b"0" * 99, {}, "a.npz' is not an npz of plain arrays: it is "),
+    "a table with a bad cell": (
+        "a.csv", "x,z,y\n" + ROWS.replace("\n3,", "\nthree,", 1), {"target": "y"}, "a: column 'x' has numbers in 29 of",
+    ),
+    "an owner of parts": (
+        "a.csv", "x,z,y\n" + ROWS.replace("\n3,", "\n.5,", 1), {"target": "y", "owner": "x"}, "owner column 'x' holds",
+    ),
     "another kind of file": ("a.xlsx", "x", {}, "a.xlsx is of no kind that can be read; expected arrays by name"),
 }  # fmt: skip
 
@@ -162,6 +201,7 @@ NPZ = {
     "no labels": ({"x": X}, "a.npz has no y; it has x"),
     "nothing": ({}, "a.npz has no x and no y; it has nothing"),
     "another array": ({"x": X, "y": Y, "owners": Y}, r"unknown array of a.npz 'owners' \(did you mean 'owner'\?\)"),
+    "infinite": ({"x": np.where(X[3, 0] == X, np.inf, X), "y": Y}, r"not finite in 1 of 30 .* them x\[3\]; mend"),
     "objects": ({"x": X, "y": np.array([None] * 30)}, "is not an npz of plain arrays: it holds objects"),
 }
 
@@ -175,8 +215,8 @@ def test_npz(tmp_path, arrays, message):
 
 SOURCE = Source("mine", X.astype(np.float32), Y.astype(np.int32), X.astype(np.float32), Y.astype(np.int32), 2)
 GIVEN = {
-    "a number": (3, {}, "--dataset: a int is no data set; give a name, a path, or what fdjax.from_arrays"),
-    "an array": (X, {}, "--dataset: a ndarray is no data set"),
+    "a number": (3, {}, "--dataset: an int is no data set; give a name, a path, or what fdjax.from_arrays"),
+    "an array": (X, {}, "--dataset: an ndarray is no data set"),
     "no such name": ("mnist_simple", {}, r"unknown data set 'mnist_simple' \(did you mean 'mnist_sample'\?\)"),
     "no such file": ("no/such.csv", {}, "--dataset=no/such.csv: there is no such file or folder"),
     "a name of another process": (

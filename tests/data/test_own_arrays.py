@@ -150,6 +150,7 @@ def test_held_out_parts_are_the_whole(rng):
     assert sorted(order) == list(range(N))
     np.testing.assert_array_equal(np.concatenate([found.train_owner, found.test_owner]), owner[order])
     np.testing.assert_array_equal(np.concatenate([found.train_y, found.test_y]), (np.arange(N) % 2)[order])
+    np.testing.assert_array_equal(found.train_index, order[:30])
 
 
 # What is told.

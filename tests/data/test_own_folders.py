@@ -85,7 +85,12 @@ def test_test_data_beside_a_folder_train(tmp_path):
 FOLDERS = {
     "classes of folders": (("a/cat/x.png", "a/dog/x.png", "b/cat/x.png"), "a is a class with folders in it .cat, dog."),
     "a folder of programs": (("assets/x.png", "src/main.py"), "src has no images"),
-    "no images": (("src/main.py", "docs/more/x.txt"), "is of no kind that can be read; expected arrays by name"),
+    "no images": (("src/main.py", "docs/more/x.txt"), "of no kind that can be read; expected a data folder"),
+    "pictures without a class": (("x.png", "y.jpg"), "it holds 2 pictures, but no folder for each class: move the"),
+    "one picture": (("x.png", "more/notes.txt"), "of no kind that can be read; expected a data folder"),
+    "training pictures without a class": (("train/x.png", "test/a/x.png"), "train is no folder .* it holds a picture,"),
+    "nothing": ((), "it is empty: give the folder that has the data"),
+    "hidden files alone": ((".DS_Store",), "it is empty: give the folder that has the data"),
     "of tensorflow-datasets": (("mnist/3.0.1/features.json",), "prepared it: give a data set's name, and --data_dir="),
     "a version of these": (("features.json", "dataset_info.json"), "give a data set's name, and --data_dir="),
     "three parts of no images": (("train/a/x.png", "val/a/x.txt"), "a has no images"),

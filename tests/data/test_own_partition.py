@@ -60,8 +60,11 @@ def test_examples_held_twice_are_told():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[0, 10]], "client 0 holds the index 10, but 10 examples are loaded for training; expected 0 to 9"),
-        (np.zeros(9, int), "has the client of 9 examples, but 10 are loaded"),
+        ([[0, 10]], "client 0 holds the index 10, but 10 examples are loaded for training; expected 0 to 9; of"),
+        (
+            np.zeros(9, int),
+            "the client of 9 examples, but 10 are loaded for training; .* source.train_index says .* by --test_data",
+        ),
     ],
 )
 def test_partitions_that_do_not_fit_the_data(given, message):
@@ -72,15 +75,16 @@ def test_partitions_that_do_not_fit_the_data(given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (3, "a int is no partition; give a name, a list of index arrays"),
+        (3, "an int is no partition; give a name, a list of index arrays"),
         ([], "is an empty list; give the index array of at least one client"),
         ([[0, -1]], "client 0 holds the index -1; expected whole numbers of at least 0"),
-        ([[0.5]], "client 0 are float64 of shape .1,., expected whole numbers"),
+        ([[0.5]], "client 0's indices are float64 of shape .1,., expected whole numbers"),
         ([[True, False]], r"expected whole numbers \[n\]; of a mask give np.flatnonzero"),
-        ([[[0, 1]]], r"client 0 are int64 of shape \(1, 2\)"),
-        ([["a"]], "client 0 are <U1"),
+        ([[[0, 1]]], r"client 0's indices are int64 of shape \(1, 2\)"),
+        ([["a"]], "client 0's indices are <U1"),
         (np.array([-2, 0]), "reach from -2 to 0; expected 0 to C - 1, and -1 for nobody's"),
         (np.array([-1, -1]), "reach from -1 to -1; expected 0 to C - 1"),
+        (["Bath", "York"], "are texts, such as 'Bath'; expected whole numbers: give them as owners .owner=...., or pd"),
         ({"a": [1]}, "'a' names no client; expected names that end in 0 to C - 1"),
         ({"a0": [1], "a2": [2]}, "arrays of the clients 0, 2; expected one each of 0 to C - 1"),
         ("irid", "unknown partition 'irid' .did you mean 'iid'"),
@@ -96,5 +100,17 @@ def test_what_is_no_partition(given, message):
 
 def test_a_file_that_is_no_npz(tmp_path):
     (tmp_path / "a.npz").write_text("x")
-    with pytest.raises(InputError, match="is not an npz of plain arrays"):
-        own_partition.resolve(tmp_path / "a.npz")
+    np.save(tmp_path / "a.npy", np.arange(3))
+    for name, reason in (("a.npz", "it is no npz, but another kind of file"), ("a.npy", "it is an npy, of one array")):
+        with pytest.raises(
+            InputError, match=f"{name} is not an npz of plain arrays: {reason}.*; write it with np.savez"
+        ):
+            own_partition.resolve(tmp_path / name)
+
+
+def test_a_series_is_the_client_of_each_example():
+    pd = pytest.importorskip("pandas")
+    client = client_of(CLIENTS)
+    assert own_partition.resolve(pd.Series(client, index=client + 7)) == own_partition.resolve(client)
+    with pytest.raises(InputError, match="are texts, such as 'a'; expected whole numbers"):
+        own_partition.resolve(pd.Series(["a", "b"]))

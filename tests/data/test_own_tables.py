@@ -174,8 +174,57 @@ def test_rows_to_predict_on(rng):
         source.encoding.inputs(test.drop(columns="job"))
     with pytest.raises(InputError, match="'age' holds numbers in the training rows, but texts here"):
         source.encoding.inputs(test.assign(age="old"))
+    with pytest.raises(InputError, match=r"'since' holds dates .*, but texts here \('soon' in row 1\); give dates"):
+        source.encoding.inputs(test.assign(since=["soon", *["2020-01-01"] * 19]))
+    with pytest.raises(InputError, match=r"'since' holds dates .*, but numbers here \('3' in 20 rows, .*; give dates"):
+        source.encoding.inputs(test.assign(since=3))
+    with pytest.raises(InputError, match="'age' holds numbers in the training rows, but dates here"):
+        source.encoding.inputs(test.assign(age=test.since))
     with pytest.raises(InputError, match="'age' is missing in 20 rows"):
         source.encoding.inputs(test.assign(age=np.nan))
+    with pytest.raises(InputError, match=r"'age' holds .* but texts here \('old' in row 3\); give numbers"):
+        source.encoding.inputs(test.assign(age=["1", "2", "old", *["4"] * 17]))
+    with pytest.raises(InputError, match=r"the table: column 'age' holds numbers .* \('old' in row 3\)"):
+        source.encoding.inputs(test.assign(age=["1", "2", "old", *map(str, range(17))]))
+    with pytest.raises(InputError, match="the table has no column age, job"):
+        source.encoding.inputs([3])
+    with pytest.raises(InputError, match="the table is a dict, of which pandas makes no table"):
+        source.encoding.inputs({"age": [3], "job": ["nurse", "smith"]})
+    row = test[:1].drop(columns="income")
+    np.testing.assert_array_equal(source.encoding.inputs(row.to_dict("list")), source.test_x[:1])
+
+
+def test_damaged_test_rows_are_named(rng):
+    train, test = parts(table(rng))
+    with pytest.raises(InputError, match=r"frame's test rows: column 'age' holds .* texts here \('x' in row 2\)"):
+        quiet(train, "income", test=test[:5].assign(age=["1", "x", "1", "1", "1"]))
+    with pytest.raises(InputError, match="frame's test rows: column 'age' is infinite in row 1"):
+        quiet(train, "income", test=test.assign(age=np.inf)[:1])
+
+
+@pytest.mark.parametrize("job", [["A1", "A2", "3"], ["0", "a", "b", "c"], ["1", "2", "3"], ["1-2", "3-4"]])
+def test_codes_are_categories(rng, job):
+    """Of which some, or all, that are texts read as numbers."""
+    source = quiet(table(rng, job=np.resize(job, N)), "income", test=0)
+    assert {f"job={each}" for each in job} <= {*source.encoding.names}
+
+
+def test_numbers_with_another_level_as_categories(rng):
+    ages = [*map(str, range(18, 76)), "76+", "76+"]
+    frame = table(rng, age=ages)
+    with pytest.raises(InputError, match=r"but '76.' in 2 rows, the first of them row 59; .* 'category'"):
+        fdjax.from_frame(frame, "income")
+    names = quiet(table(rng, age=pd.Categorical(np.resize(ages[-12:], N))), "income", test=0).encoding.names
+    assert names[:2] == ("age=66", "age=67")
+    assert "age=76+" in names
+
+
+def test_training_rows_are_known(rng):
+    """Whatever the index of the table says, and where rows are left out."""
+    frame = holes(rng).assign(at=np.arange(N) * 1.5).set_index(np.full(N, 7))
+    source = quiet(frame, "income", missing="drop", standardize=False)
+    np.testing.assert_array_equal(source.train_x[:, -1], frame["at"].to_numpy()[source.train_index])
+    assert len({*source.train_index}) == len(source.train_x) < N - 4
 
 
 # Files.

@@ -161,6 +161,16 @@ def test_shakespeare_by_role():
     assert len(source.test_y) < 0.3 * len(source.train_y)
 
 
+def test_texts_in_arrays_and_series_are_lists_of_them():
+    pd = pytest.importorskip("pandas")
+    texts = ["abcabd" * 4, "bcdbca" * 4]
+    expected = from_texts(texts, length=4).train_x
+    for given in (np.array(texts), np.array(texts, object), pd.Series(texts, index=[7, 7])):
+        np.testing.assert_array_equal(from_texts(given, length=4).train_x, expected)
+    owned = from_texts({"a": pd.Series(texts)}, length=4)
+    assert (owned.owners, owned.train_x.tolist()) == (("a",), expected.tolist())
+
+
 def test_proxy_noise_is_uniform_over_tokens():
     source = from_texts(["ab" * 50], length=4)
     _, proxy = take_proxy(source, "noise", 2000, 0)
@@ -197,13 +207,17 @@ _USER = {"x": ["abc", "bcd"], "y": ["d", "e"]}
 @pytest.mark.parametrize(
     ("given", "options", "error"),
     [
-        ("a text", {}, r"has a str; expected \{owner"),
-        (7, {}, "has a int; expected"),
-        ({}, {}, "there are none; expected"),
-        ([], {}, "training texts have 0 tokens"),
-        ({"a": [1, 2]}, {}, "'a' has a int among its texts"),
-        ({"a": None}, {}, "'a' has a NoneType; expected"),
-        (["aaaaaaaaaa"], {"length": 2}, "have 1 tokens; expected two or more"),
+        ("a text", {}, r"this is a str; expected \{owner"),
+        (7, {}, "this is an int; expected"),
+        ({}, {}, "there are no texts; expected"),
+        ([], {}, "training texts have no token; expected"),
+        ({"a": [1, 2]}, {}, "'a' has an int at 0; expected"),
+        ({"a": None}, {}, "'a' has None; expected"),
+        ({"a": [None, "abc"]}, {}, "texts: 'a' has None at 0; expected"),
+        (["abc", None], {"name": "talks"}, "talks: the list has None at 1; expected"),
+        (np.array([["abc", "abd"]]), {}, "this is an ndarray; expected"),
+        (_TEXT, {"test_texts": ["abc", 3]}, "texts, to test on: the list has an int at 1; expected"),
+        (["aaaaaaaaaa"], {"length": 2}, "the training texts have 'a' alone; expected two"),
         (_TEXT, {"unit": "letter"}, "unknown unit of texts 'letter'"),
         (_TEXT, {"length": 0}, "length=0: expected a whole number of at least 1"),
         (_TEXT, {"stride": 0.5}, "stride=0.5: expected a whole number"),
@@ -229,6 +243,7 @@ def test_bad_texts_are_one_line(given, options, error):
         ("a.json", "{", {}, "is no JSON"),
         ("a.json", "[1, 2]", {}, "has no users with data; expected"),
         ("a.json", '{"user_data": {}}', {}, "has no users with data"),
+        ("a.json", '{"user_data": {"a": [null, "abc"]}}', {}, "a.json: 'a' has None at 0; expected"),
         ("a.json", '{"user_data": {"u": 3}}', {}, "has users of another form"),
         ("a.json", json.dumps({"user_data": {"u": {"x": ["ab"], "y": []}}}), {}, "not as many x as y, both lists"),
         ("a.json", json.dumps({"user_data": {"u": {"x": ["ab"], "y": ["cd"]}}}), {}, "other x and y than texts"),
@@ -243,7 +258,7 @@ def test_bad_texts_are_one_line(given, options, error):
         ("a.json", json.dumps({"user_data": {"u": _USER}}), {"length": 3}, "left to test on"),
         ("a.txt", b"\xff\xfe\x00", {}, r"is not UTF-8 \(at byte 0\)"),
         ("a.txt.gz", b"no gzip", {}, "cannot be read"),
-        ("a.txt", "", {}, "have 0 tokens"),
+        ("a.txt", "", {}, "a.txt: the training texts have no token"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, name, content, options, error):

@@ -75,7 +75,7 @@ BAD = {
         r"an Upload whose bytes has shape \(2,\), expected \[\]",
     ),
     "a round that is no tuple of functions": (
-        {"client": 3}, r"^fd, exchange exchange: client is a int, expected a function",
+        {"client": 3}, r"^fd, exchange exchange: client is an int, expected a function",
     ),
     "a reduction that was not called": (
         {"reduce": reductions.mean}, r"^fd, exchange train: reduce is a function, expected a Reduction or a dict",

@@ -26,7 +26,7 @@ BAD_FILES = [
     ("def METHOD(task): pass", r"METHOD is a function, expected a fdjax.Method\(name, summary, build, hparams\)$"),
     (FEDAVG + "METHOD = fdjax.Method", r"METHOD is Method, expected a fdjax.Method\("),
     (OTHER + "(name='a b')", r"METHOD: its name is 'a b', expected letters"),
-    (OTHER + "(build=3)", r"METHOD: build is a int, expected a function of a fdjax.Task"),
+    (OTHER + "(build=3)", r"METHOD: build is an int, expected a function of a fdjax.Task"),
     (OTHER + "(hparams={'a': 0.1})", r"hparam 'a' is a float, expected HParam\(default"),
     (OTHER + "(hparams={'momentum': fdjax.HParam(0.1)})", r"'momentum' has the name of a setting; call it fedavg_mom"),
     (OTHER + "(hparams={'out': fdjax.HParam(0.1)})", r"hparam 'out' has the name of a setting"),
@@ -83,7 +83,7 @@ number = 3
 BAD_NETS = [
     ("", r"--model=.*net.py names no net of the file; give .*net.py:Wide or .*net.py:Three"),
     (":Nt", r"--model=.*net.py:Nt has no Nt; give .*net.py:Wide or "),
-    (":number", r"net.py:number is a int, expected a linen module or its class"),
+    (":number", r"net.py:number is an int, expected a linen module or its class"),
     (":Wide", r"model 'Wide \(.*net.py\)' wants width, of which nobody knows the value"),
     (":Three", r"model 'Three \(.*net.py\)' returned .*, expected logits \[B, 10\]: the data have 10 classes"),
     (":Images", r"model 'Images \(.*net.py\)' (on|cannot take) inputs \(60,\): "),
@@ -120,7 +120,7 @@ def test_what_a_function_raises_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
     path = method_file(tmp_path).replace("my.py", "other.py")
     Path(path).write_text(Path(tmp_path / "my.py").read_text().replace("base = fedavg", "return\n    base = fedavg"))
-    with pytest.raises(InputError, match=r"mine: build \(other.py:\d+\) returned a NoneType, expected a fdj"):
+    with pytest.raises(InputError, match=r"mine: build \(other.py:\d+\) returned None, expected a fdj"):
         run(algorithm=path)
 
 
