@@ -196,6 +196,9 @@ def _notes(results: dict[str, list[Result]]) -> str:
     return "\n\n".join(parts)
 
 
+_MARKERS = "osD^v<>Pp*"  # one for every ten colours
+
+
 def _draw(path: Path, results: dict[str, Result]) -> None:
     """Accuracy against the bytes of a client that always takes part, the mean; methods without any are lines across."""
     import matplotlib
@@ -203,8 +206,9 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    colors = matplotlib.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    columns = -(-len(results) // 22)
+    figure, axis = plt.subplots(figsize=(6.5 + 2.8 * columns, 5.5), layout="constrained")
+    colors = matplotlib.colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
     for number, (name, result) in enumerate(results.items()):
         metric, whose = _measure(result)
         accuracy = [100 * value for value in result.evaluations[metric]]
@@ -216,14 +220,14 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
             continue
         sent_some = [bytes > 0 for bytes in total]  # a logarithmic axis has no place for what was before
         curve = [[v for v, some in zip(values, sent_some, strict=True) if some] for values in (total, accuracy)]
-        axis.plot(*curve, color=color, marker=".", linewidth=1.2, label=label)
-        axis.plot(total[-1], accuracy[-1], color=color, marker="o")
+        axis.plot(*curve, color=color, linewidth=1.2)
+        axis.plot(total[-1], accuracy[-1], color=color, marker=_MARKERS[number // len(colors)], label=label)
     used = next(iter(results.values())).settings
     axis.set(
         xscale="log", xlabel="bytes that a client has sent and received", ylabel="accuracy on the full test set, %"
     )
     axis.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside right upper")
+    figure.legend(fontsize="small", loc="outside right upper", ncols=columns)
     axis.set_title(f"{used.dataset}, {used.num_clients} clients, {used.partition_name}, {used.rounds} rounds")
     report.save_figure(path, figure)
 
