@@ -294,6 +294,7 @@ def test_fedgems_server_learns_more_than_it_knew():
         assert learned.metrics["server_known"][-1] > learned.metrics["server_known"][0]
 
 
+@pytest.mark.exhaustive
 def test_baselines_are_in_order():
     """Pooled above together above alone; measured 0.913, 0.587, 0.230 for seed 0."""
     for together, pooled, by_itself in zip(run("ensemble"), run("centralized"), run("local"), strict=True):

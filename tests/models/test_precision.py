@@ -45,6 +45,7 @@ def test_bfloat16_computes_so_and_gives_float32(rng):
 @pytest.mark.parametrize(
     ("name", "weights", "accuracy"), some([("mclr", 3e-3, 0.01), ("2nn", 0.05, 0.02)], ("2nn", 0.05, 0.02))
 )
+@pytest.mark.exhaustive
 def test_fedavg_in_bfloat16_ends_near_float32(name, weights, accuracy):
     def end(dtype):
         data = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 50, "partition_seed": 0}

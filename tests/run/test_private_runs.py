@@ -180,6 +180,7 @@ def test_examples_are_accounted_for_by_hand(quiet):
     assert "as if batches were Poisson samples" in summary([usual])
 
 
+@pytest.mark.exhaustive
 def test_distillation_from_a_model_and_proxy_data_is_one_fit_on_examples():
     """Without their terms FedCAD and FedSSD are one method, private by example, and spend what FedAvg spends."""
     named = EXAMPLES | {"proxy": "held_out", "proxy_size": 20, "rounds": 1}

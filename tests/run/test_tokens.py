@@ -57,6 +57,7 @@ def test_the_attack_on_membership_reads_tokens(result):
     assert 0.3 < np.nanmean(result.clients["central_auc"]) <= 1
 
 
+@pytest.mark.exhaustive
 def test_gradients_clipped_by_example_add_up(source):
     """Without a bound they are the gradient of the sum; with one, each has at most its norm."""
     model = fdjax.models.build("char_lstm", (8,), source.num_classes, fdjax.models.Features(99), width=5, layers=1)

@@ -21,6 +21,7 @@ def url(tmp_path):
     return f"sqlite:///{tmp_path}/x.db"
 
 
+@pytest.mark.exhaustive
 def test_every_trial_is_the_run_alone(url):
     trials = finish(TINY, url)
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 8
