@@ -196,9 +196,6 @@ def _notes(results: dict[str, list[Result]]) -> str:
     return "\n\n".join(parts)
 
 
-_MARKERS = "osD^v<>Pp*"  # one for every ten colours
-
-
 def _draw(path: Path, results: dict[str, Result]) -> None:
     """Accuracy against the bytes of a client that always takes part, the mean; methods without any are lines across."""
     import matplotlib
@@ -206,7 +203,7 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = -(-len(results) // 22)
+    markers, columns = "osD^v<>Pp*", -(-len(results) // 22)  # a marker for every ten colours
     figure, axis = plt.subplots(figsize=(6.5 + 2.8 * columns, 5.5), layout="constrained")
     colors = matplotlib.colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
     for number, (name, result) in enumerate(results.items()):
@@ -221,7 +218,7 @@ def _draw(path: Path, results: dict[str, Result]) -> None:
         sent_some = [bytes > 0 for bytes in total]  # a logarithmic axis has no place for what was before
         curve = [[v for v, some in zip(values, sent_some, strict=True) if some] for values in (total, accuracy)]
         axis.plot(*curve, color=color, linewidth=1.2)
-        axis.plot(total[-1], accuracy[-1], color=color, marker=_MARKERS[number // len(colors)], label=label)
+        axis.plot(total[-1], accuracy[-1], color=color, marker=markers[number // len(colors)], label=label)
     used = next(iter(results.values())).settings
     axis.set(
         xscale="log", xlabel="bytes that a client has sent and received", ylabel="accuracy on the full test set, %"

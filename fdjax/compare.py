@@ -40,7 +40,7 @@ def main(*folders: str) -> None:
     for warning in comparison.warnings_of(groups):
         sys.stderr.write(f"warning: {warning}\n")
     out = Path(given.out).expanduser()
-    if (out / "results.json").exists() or out.resolve() in {path.resolve() for path in paths}:
+    if (out / "results.json").exists():
         raise InputError(f"--out={given.out} is a run's folder, whose table and curves stay; choose another folder")
     out = report.prepare(out)
     write(out, groups, metric, derived.targets_of(asked))

@@ -129,7 +129,7 @@ class File(NamedTuple):
             has = f"give {' or '.join(others)}" if others else f"it has {', '.join(self.names()) or 'nothing'}"
             raise InputError(f"{where} has no {name}, {noun}; {has}")
         if not isinstance(value, kind):
-            what = value.__name__ if isinstance(value, type) else f"{a_kind(value)}"
+            what = value.__name__ if isinstance(value, type) else a_kind(value)
             raise InputError(f"{where}: {name} is {what}, expected a {form}")
         return value
 

@@ -187,7 +187,7 @@ def _checked(thing: Any, where: str) -> Any:
         )
     if _is_net(thing) or isinstance(thing, ModelEntry) or (callable(thing) and not isinstance(thing, type)):
         return thing
-    what = f"the class {thing.__name__}" if isinstance(thing, type) else f"{a_kind(thing)}"
+    what = f"the class {thing.__name__}" if isinstance(thing, type) else a_kind(thing)
     raise InputError(
         f"{where} is {what}, expected a linen module or its class, an nnx module's class, a function of num_classes "
         "that returns one, or a Model"

@@ -92,7 +92,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
-        alike = found.setdefault(json.dumps(_defining(run), sort_keys=True), [])
+        alike = found.setdefault(json.dumps(_defining(run.settings), sort_keys=True), [])
         if twice := [other for other in alike if other.seed == run.seed]:
             raise InputError(
                 f"{twice[0].folder} and {run.folder} both have seed {run.seed} of the same setting; leave one out"
@@ -102,12 +102,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
     return [Group(label, tuple(alike)) for label, alike in zip(_labels([g[0] for g in groups]), groups, strict=True)]
 
 
-def _defining(run: Run) -> dict[str, Any]:
-    return defining(run.settings)
-
-
-def defining(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's settings that runs which differ by their seeds alone have in common."""
+def _defining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that runs which differ by their seeds alone have in common."""
     return {name: value for name, value in settings.items() if name not in ("seed", *_HOW, *FOLDERS)}
 
 
@@ -119,19 +115,15 @@ def _labels(firsts: Sequence[Run]) -> list[str]:
     labels = []
     for run in firsts:
         rivals = [other for other in firsts if other.settings["algorithm"] == run.settings["algorithm"]]
-        names = sorted({n for other in rivals for n in _differing(run, other)})
+        names = sorted({n for other in rivals for n in differing(run.settings, other.settings)})
         labels.append(", ".join([str(run.settings["algorithm"]), *(f"{n}={run.settings.get(n)}" for n in names)]))
     short = [re.sub(r"@[0-9a-f]{12}\b", "", label) for label in labels]
     return short if len({*short}) == len(short) else labels
 
 
-def _differing(run: Run, other: Run) -> list[str]:
-    return differing(run.settings, other.settings)
-
-
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The names of the defining settings in which two runs differ."""
-    one, other = defining(one), defining(other)
+    one, other = _defining(one), _defining(other)
     return sorted(n for n in {*one, *other} if one.get(n) != other.get(n))
 
 
@@ -140,7 +132,7 @@ def warnings_of(groups: Sequence[Group]) -> Iterator[str]:
     first, *others = groups
     of_data = of_role("data", "partition")
     for other in others:
-        names = [n for n in _differing(first.runs[0], other.runs[0]) if n in of_data]
+        names = [n for n in differing(first.runs[0].settings, other.runs[0].settings) if n in of_data]
         if names:
             one, two = first.runs[0].settings, other.runs[0].settings
             values = ", ".join(f"{n}={one.get(n)} and {two.get(n)}" for n in names)

@@ -21,7 +21,6 @@ from fdjax.run.contract_check import Contract
 ROUNDS, DISTILS = 2, 2
 K, M, N = cases.CLASSES, cases.PROXIES, cases.PER_ROUND
 CHOSEN = {"selection_quantile": 0.1, "selection_width": 1.5, "selection_ambiguity": 1.2}
-RARE = pytest.mark.exhaustive
 DSFL = {"local_epochs": EPOCHS, "distill_epochs": DISTILS}
 
 
@@ -170,7 +169,7 @@ def test_dsfl_and_mhat(name, which):
         np.testing.assert_allclose(state.server.targets.values[used], mean[used], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("which", [pytest.param("both", marks=RARE), "server"])
+@pytest.mark.parametrize("which", some(["both", "server"], "server"))
 def test_fedmd(which):
     """Logits, of which the softmax tells how ambiguous they are.
 

@@ -44,15 +44,9 @@ def mixed_start(name, kind, chunk, devices):
     return start, simulation, federation, cases.hparams_of(name, learning_rate=0.05)
 
 
-MATRIX = [
-    pytest.param(name, *lifting, marks=() if name == "fd" and number == 0 else pytest.mark.exhaustive)
-    for name in MIXED
-    for number, lifting in enumerate(LIFTINGS)
-]
-
-
-@pytest.mark.parametrize(("name", "kind", "chunk", "devices"), MATRIX)
 @pytest.mark.exhaustive
+@pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS)
+@pytest.mark.parametrize("name", MIXED)
 def test_three_architectures_are_the_same_under_every_lifting(name, kind, chunk, devices):
     before, (state, report, evaluation) = mixed(name)
     assert cases.all_finite((state, report, evaluation[0]))  # who has no examples is not tested

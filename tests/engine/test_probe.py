@@ -8,17 +8,19 @@ import jax
 import numpy as np
 import probe
 import pytest
+from choices import some
 
 from fdjax.exchange import traffic
 
 LIFTINGS = [  # beside shard_map on one device in chunks of two, which these are compared with
     ("vmap", 1, 1),
-    pytest.param("chunk", 2, 1, marks=pytest.mark.exhaustive),
-    pytest.param("shard_map", 1, 2, marks=pytest.mark.exhaustive),
+    ("chunk", 2, 1),
+    ("shard_map", 1, 2),
     ("shard_map", 2, 4),
     ("pmap", 2, 2),
-    pytest.param("loop", 1, 1, marks=pytest.mark.exhaustive),
+    ("loop", 1, 1),
 ]
+USUAL = (("vmap", 1, 1), ("shard_map", 2, 4), ("pmap", 2, 2))
 
 
 ROUNDS = 2
@@ -35,7 +37,7 @@ def reference():
     return start, jax.device_get(setup), simulation.fetch(state), *jax.device_get((report, evaluation))
 
 
-@pytest.mark.parametrize(("kind", "chunk", "devices"), LIFTINGS, ids=str)
+@pytest.mark.parametrize(("kind", "chunk", "devices"), some(LIFTINGS, *USUAL), ids=str)
 def test_is_the_same_under_every_lifting(kind, chunk, devices):
     start, setup, *expected, evaluation = reference()
     assert cases.all_finite((start, setup, *expected))
@@ -51,7 +53,7 @@ def test_is_the_same_under_every_lifting(kind, chunk, devices):
         chex.assert_trees_all_close(own_evaluation, evaluation, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.exhaustive  # of two clients on two devices, compiled as in use, it is in `make test`
+@pytest.mark.exhaustive  # `make test` has FedDistill's, compiled as in use, in `as_in_use.py`
 @pytest.mark.parametrize("number", [2, 4])
 def test_ordered_sums_are_bitwise_the_same_on_any_number_of_devices(number):
     def run(devices):

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from choices import some
 
 from fdjax.errors import InputError
 from fdjax.models import build, from_linen, in_precision, with_lora
@@ -42,9 +41,7 @@ def test_bfloat16_computes_so_and_gives_float32(rng):
         assert x.dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "accuracy"), some([("mclr", 3e-3, 0.01), ("2nn", 0.05, 0.02)], ("2nn", 0.05, 0.02))
-)
+@pytest.mark.parametrize(("name", "weights", "accuracy"), [("mclr", 3e-3, 0.01), ("2nn", 0.05, 0.02)])
 @pytest.mark.exhaustive
 def test_fedavg_in_bfloat16_ends_near_float32(name, weights, accuracy):
     def end(dtype):
