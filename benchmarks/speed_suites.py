@@ -243,5 +243,6 @@ class Fdjax:
         The first layer's input gradient is counted, although nobody computes it.
         """
         x = jax.ShapeDtypeStruct((self.case.batch, *self.case.shape), jnp.float32)
-        cost = jax.jit(self.model.apply).lower(self.first.server, x).cost_analysis()
+        with jax.default_device(jax.devices("cpu")[0]):  # lowered for a GPU there is no count
+            cost = jax.jit(self.model.apply).lower(self.first.server, x).cost_analysis()
         return (4 if self.case.algorithm == "feddistill" else 3) * float(cost["flops"])
