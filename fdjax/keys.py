@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fdjax.types import Array
 
 _SWAP_ROUNDS = 24
+_UNROLLED = 8  # of them
 
 
 def stream(key: jax.Array, purpose: str, *numbers: Array | int) -> jax.Array:
@@ -32,13 +34,18 @@ class Shuffle(NamedTuple):
 
     def __call__(self, position: jax.Array) -> jax.Array:
         """Where each of `position` (any shape, values in [0, count)) goes."""
-        x = position.astype(jnp.uint32)
-        wrapped = self.offset + self.count  # of all rounds at once: XLA compiles one kernel, and not 24
-        for offset, beyond, salt in zip(self.offset, wrapped, self.salt, strict=True):
+
+        def swap_or_not(x, drawn):
+            offset, beyond, salt = drawn
             partner = jnp.where(offset >= x, offset - x, beyond - x)
             mixed = (jnp.maximum(x, partner) ^ salt) * jnp.uint32(0x9E3779B1)
             mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
-            x = jnp.where(mixed >> 31, partner, x)
+            return jnp.where(mixed >> 31, partner, x), None
+
+        # A loop, because XLA:CPU fuses what is unrolled into the gather of the examples: it then computes all rounds
+        # anew for every feature of an example, and in jaxlib 0.12 LLVM does not come to an end.
+        drawn = self.offset, self.offset + self.count, self.salt
+        x, _ = lax.scan(swap_or_not, position.astype(jnp.uint32), drawn, unroll=_UNROLLED)
         return x.astype(jnp.int32)
 
 

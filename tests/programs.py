@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from jaxlib.version import __version__ as jaxlib_version
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory()  # of compiled code, for all programs that a test process starts
 _LEVEL = "--xla_backend_optimization_level="
@@ -17,7 +19,10 @@ def quick(flags: str) -> str:
 
     Most of a test's time is XLA's. AS_IN_USE among the flags is XLA's own choice.
     """
-    return flags if _LEVEL in flags else f"{flags} {_LEVEL}0 --xla_cpu_use_fusion_emitters=false"
+    if _LEVEL in flags:
+        return flags
+    emitters = " --xla_cpu_use_fusion_emitters=false" if jaxlib_version.startswith("0.10.") else ""
+    return f"{flags} {_LEVEL}0{emitters}"
 
 
 def run(module: str, *flags: str, xla_flags: str | None = None) -> subprocess.CompletedProcess[str]:

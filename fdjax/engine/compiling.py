@@ -5,10 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jax.sharding import Mesh
+from jaxlib.version import __version__ as jaxlib_version
 
 # Drawing random bits is much code, which runs once: XLA:CPU takes as long to optimise it as it does for a round. The
-# same numbers come out.
-_QUICK = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+# same numbers come out. jaxlib 0.11 and later have no other emitters of fusions to choose.
+_QUICK = {"xla_backend_optimization_level": 1} | (
+    {"xla_cpu_use_fusion_emitters": False} if jaxlib_version.startswith("0.10.") else {}
+)
 
 
 def quick(mesh: Mesh) -> dict[str, Any] | None:
