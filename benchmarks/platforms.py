@@ -117,7 +117,8 @@ def _run(name: str, platform: str, folder: Path, until: float) -> dict[str, Any]
                f"--model={FLAGS.model}", f"--rounds={FLAGS.rounds}"]  # fmt: skip
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     if ended.returncode:
-        why = (ended.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        lines = ended.stderr.strip().splitlines()
+        why = next((line for line in reversed(lines) if "rror: " in line), [*lines, "no message"][-1])[:300]
         print(f"{name} on {platform} failed: {why}", file=sys.stderr, flush=True)
         return {"told": {"failed": why}, "states": None}
     told = json.loads((out / "told.json").read_text())

@@ -6,8 +6,9 @@ and its weight gradient, are written here in forms that stay fast on CPU. Each i
 reverse-mode gradients of any order work; forward mode (`jax.jvp`) does not.
 
 Elsewhere than on CPU the three are XLA's own convolutions, and a batch of matrix products under vmap with own kernels.
-That is lowered for CUDA in the tests, and was never timed: no GPU has been tried. The form is chosen at lowering
-(`lax.platform_dependent`) and not by the default backend at tracing, so that exporting and mixed devices work too.
+That is lowered for CUDA in the tests, and was timed on one GPU (`benchmarks/results/speed_gpu`). The form is chosen at
+lowering (`lax.platform_dependent`) and not by the default backend at tracing, so that exporting and mixed devices work
+too.
 """
 
 import functools
