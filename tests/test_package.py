@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ LIFTINGS_ALLOWED = {
     "models/convolution.py": {"lax.map", "vmap"},  # the rule of a custom_vmap: over whatever axis the caller batches
 }
 
+MEDIAN_METHOD = 80  # lines; of the files in algorithms that have a METHOD
 LONGEST_FUNCTION = 60  # lines; the builder of a method closes over its small functions and may be longer
 HEAVY = (
     "tensorflow",
@@ -154,11 +156,21 @@ def test_clients_are_lifted_in_one_module(path):
     assert not stray, f"{relative(path)} uses {sorted(stray)}: if it is over clients, it belongs in lift.py"
 
 
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_files_stay_small(path):
-    lines = len(path.read_text().splitlines())
     is_algorithm = path.parent.name == "algorithms" and path.name != "__init__.py"
-    assert lines <= (150 if is_algorithm else 399), f"{relative(path)} has {lines} lines"
+    assert lines_of(path) <= (150 if is_algorithm else 399), f"{relative(path)} has {lines_of(path)} lines"
+
+
+def test_most_methods_are_short():
+    """What methods share has a module below them, so that a file of one is its paper and its equations."""
+    methods = [path for path in FILES if path.parent.name == "algorithms" and "\nMETHOD = " in path.read_text()]
+    assert len(methods) > 30
+    assert statistics.median(map(lines_of, methods)) <= MEDIAN_METHOD
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -13,15 +13,8 @@ round, as it does for the federated methods, to which these are compared at equa
 """
 
 from fdjax.algorithms import fedavg
-from fdjax.client.training import fit, local_work, supervised
-from fdjax.contract import (
-    ENSEMBLE,
-    Algorithm,
-    Broadcast,
-    Upload,
-    own_model,
-    predict_with_own_model,
-)
+from fdjax.client.training import train_locally
+from fdjax.contract import ENSEMBLE, Algorithm, Broadcast, Upload, own_model, predict_with_own_model
 from fdjax.exchange.wrappers import without_traffic
 from fdjax.method import LOCAL_TRAINING, Method, Task
 
@@ -30,9 +23,7 @@ def local(task: Task) -> Algorithm:
     """Training without exchange; hparams: `learning_rate`, `local_epochs`."""
 
     def train(ctx, received, params, data):
-        params, loss = fit(
-            task.training, supervised(ctx.model, task.training), params, data, ctx, epochs=local_work(ctx)
-        )
+        params, loss = train_locally(task.training, params, data, ctx)
         return params, Upload(()), {"train_loss": loss}
 
     return Algorithm(

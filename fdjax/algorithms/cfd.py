@@ -1,72 +1,51 @@
 """CFD: compressed federated distillation.
 
 Sattler, Marban, Rischke, Samek, "CFD: Communication-Efficient Federated Distillation via Soft-Label Quantization and
-Delta Coding" (IEEE TNSE 2022; arXiv 2012.00632). Its three measures on top of federated distillation, for b bits:
+Delta Coding" (IEEE TNSE 2022; arXiv 2012.00632). Soft labels are quantised to b bits, and of these the changes are
+sent. The server has a model w, the central one, which learns from the clients and labels the proxy data anew for them:
 
-    quantisation  Q_b(p) = argmin_q ||q - p||, q in {0, 1/(2^b - 1), ..., 1}^K with sum 1; b = 1: one-hot argmax
-    delta coding  what is sent of an example is the change of its quantised label since it was last sent
-    dual distillation  the server's model distils, and labels the proxy data anew for the clients
-
-    client:  w_k <- w_0 (fixed);  distil Y on o_t (`distill_epochs`);  E epochs of CE on its own data;
+    client:  w_k <- w_0 (fixed);  distil Y on o_t, by CE(Y, softmax(w_k(x)));  E epochs of CE on its own data;
              send Y_k = Q_bup(softmax(w_k(x))), x in o_t
     server:  w distils the mean over k of Y_k on o_t;  next o;  Y = Q_bdown(softmax(w(x))), x in o
+    Q_b(p) = argmin_q |q - p|, q in {0, 1/(2^b - 1), ..., 1}^K with sum 1;  b = 1: one-hot argmax
 
-Loss of distillation: CE(Y, softmax(w(x))), no temperature. The server's model is the central one.
+Sent: Y down, Y_k up, in the bytes of an adaptive arithmetic coder (`exchange/coding.py`); o_t, 4 bytes an id, unless it
+is all proxy data. The first round has no Y. With 32 bits, up or down, labels are floats and all of them are sent.
 
-Sent: Y down, Y_k up, by the codec `coding.quantised_labels` (flags of change and new symbols, each adaptively and
-arithmetically coded), whose bytes are counted; o_t, 4 bytes an id, unless it is all proxy data. The first round has no
-Y and sends o_1 alone. With 32 bits, up or down, labels are floats of 4 bytes, neither quantised nor delta-coded.
-
-Written from a summary of the paper, not from code (none was found); what that leaves open, and we chose:
-- The code above, and which symbols it models. The paper also speaks of choosing proxy data: not here, o_t is random.
-- The reference for the delta is, example by example, what that client last sent or received, so clients may be absent;
-  both ends keep it (here in the client's state).
-- Every client has a fixed w_0 of its own. The server's w goes on from where it was.
+Written from a summary of the paper, not from code (none was found). What that leaves open, and we chose: the coder; the
+label that a change is of is what this client last sent or received of the example, so that clients may be absent (both
+ends keep it, here in the client's state); o_t is random, where the paper also speaks of choosing proxy data; every
+client has a fixed w_0 of its own, and the server's w goes on from where it was.
 """
 
-import jax
 import jax.numpy as jnp
 
-from fdjax.client.training import fit, from_probabilities, local_work, supervised
+from fdjax.client.training import train_locally
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload
-from fdjax.exchange import coding, proxy, reductions, traffic
-from fdjax.exchange.wrappers import Codec, coded
-from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
-
-_FULL = "32"
+from fdjax.exchange import coding, proxy, reductions
+from fdjax.exchange.wrappers import coded
+from fdjax.method import LOCAL_TRAINING, Method, Task
 
 
 def cfd(task: Task) -> Algorithm:
     """CFD; hparams: see METHOD; options: `bits_up`, `bits_down`."""
-    up, down = _codec(task.options["bits_up"], "sent"), _announcing(_codec(task.options["bits_down"], "received"))
-
-    def learn_labels(ctx, params, soft, epochs):
-        return fit(
-            task.distilling, from_probabilities(ctx.model), params, proxy.targets(ctx, soft.ids, soft.labels),
-            ctx.at("distill"), epochs=epochs, learning_rate=ctx.hparams["distill_learning_rate"],
-        )  # fmt: skip
-
-    def label(ctx, params, ids):
-        return proxy.SoftLabels(ids, jax.nn.softmax(proxy.predict(ctx, params, ids)), jnp.bool(True))
+    up = coding.labels_in(task.options["bits_up"], "sent")
+    down = coding.with_ids(coding.labels_in(task.options["bits_down"], "received"))
 
     def distil_train_predict(ctx, received, state, data):
-        epochs = jnp.where(received.shared.given, ctx.hparams["distill_epochs"], 0)
-        params, distill_loss = learn_labels(ctx, state["start"], received.shared, epochs)
-        params, train_loss = fit(
-            task.training, supervised(ctx.model, task.training), params, data, ctx.at("train"), epochs=local_work(ctx)
-        )
-        upload = Upload(label(ctx, params, received.shared.ids))
+        params, distill_loss = proxy.distil(task, ctx.at("distill"), state["start"], *received.shared)
+        params, train_loss = train_locally(task.training, params, data, ctx.at("train"))
+        upload = Upload(proxy.label(ctx, params, received.shared.ids))
         return state | {"params": params}, upload, {"train_loss": train_loss, "distill_loss": distill_loss}
 
     def distil_and_label(ctx, server, mean):
-        soft = proxy.SoftLabels(server["labels"].ids, mean)
-        params, loss = learn_labels(ctx, server["params"], soft, ctx.hparams["distill_epochs"])
+        params, loss = proxy.distil(task, ctx.at("distill"), server["params"], server["labels"].ids, mean)
         ids = proxy.draw_ids(task, ctx.at("subset").key)
-        return {"params": params, "labels": label(ctx, params, ids)}, {"server_loss": loss}
+        return {"params": params, "labels": proxy.label(ctx, params, ids)}, {"server_loss": loss}
 
     def init_server(ctx, params):
-        nothing = jnp.zeros((task.proxy_per_round, task.classes))
-        return {"params": params, "labels": proxy.SoftLabels(proxy.draw_ids(task, ctx.key), nothing, jnp.bool(False))}
+        labels = proxy.SoftLabels(proxy.draw_ids(task, ctx.key), proxy.no_labels(task), jnp.bool(False))
+        return {"params": params, "labels": labels}
 
     def init_client(ctx, params):
         start, nothing = ctx.model.init(ctx.key), coding.nothing_sent(task.proxy_size, task.classes)
@@ -88,30 +67,12 @@ def cfd(task: Task) -> Algorithm:
     )
 
 
-def _codec(bits: str, memory: str) -> Codec:
-    return coding.labels_as_they_are() if bits == _FULL else coding.quantised_labels(int(bits), memory)
-
-
-def _announcing(codec: Codec) -> Codec:
-    """The codec with the ids counted too, which is all that is sent before the server has labels to give."""
-
-    def count(ctx, code, known):
-        number, after = codec.count(ctx, code, known)
-        return number + traffic.size(code.ids), after
-
-    return codec._replace(count=count)
-
-
 METHOD = Method(
     name="cfd",
     summary="CFD (Sattler et al. 2022): soft labels in few bits, delta-coded; the server labels for the clients",
     build=cfd,
-    hparams={
-        **LOCAL_TRAINING,
-        "distill_learning_rate": learning_rate("learning_rate", "learning rate of the distillation"),
-        "distill_epochs": epochs(1, "epochs of the distillation, of clients and server"),
-    },
-    options={"bits_up": ("1", "2", "4", _FULL), "bits_down": ("1", "2", "4", _FULL)},
+    hparams=LOCAL_TRAINING | proxy.distillation(epochs=1),
+    options={"bits_up": coding.BITS, "bits_down": coding.BITS},
     proxy="unlabelled",
     stages=("distill",),
     keeps_models=True,

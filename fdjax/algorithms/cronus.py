@@ -9,7 +9,7 @@ numbers are missing here. Client k has private data D_k and a model of any archi
     server:       Y(x) = robust mean of p_1(x), ..., p_m(x), for each x by itself
     client:       train on D_k and {(x, Y(x))} together, by CE with the hard and the soft targets
 
-The first phase is the set-up, of all clients; a round is two exchanges, `predict` and `learn`.
+The first phase is the set-up, of all clients; a round is two exchanges, `communicate` and `learn`.
 
 The robust mean is the filter of Diakonikolas et al. (2017): see `robust.filtered_mean`. A filter takes those for wrong
 who differ, and where clients hold few labels those who know x's label do: expect less of it the less data are alike.
@@ -21,47 +21,19 @@ The descriptions leave open, and we chose:
 - `faulty`, 0.2 unless chosen, is the fraction of the uploads that the filter drops for each x, there being no threshold
   below which it drops none, and that the trimmed mean drops at each end.
 - The two sets are shuffled into the same batches, each example of either counting alike.
-- The first phase has `first_epochs` epochs (`local_epochs` unless set).
 - A median of probabilities need not sum to 1; it is used as it is.
 
 Deviations: a round may use a fresh subset of X and not all of it. Augmentation, if any, is of public examples too.
 """
 
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
-import optax
-
-from fdjax.client.data import ClientData, Targets
-from fdjax.client.training import fit, from_probabilities, local_work, supervised
+from fdjax.client.data import Union
+from fdjax.client.training import fit, from_probabilities, local_work, train_locally
 from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, robust
 from fdjax.exchange.wrappers import without_traffic
 from fdjax.method import LOCAL_TRAINING, Method, Task, epochs
 
 _WEISZFELD = 256  # steps; 32 can be off by 0.05 in a probability where the median is near an upload
-
-
-class _Union(NamedTuple):
-    """A client's own examples and then the public ones, all with probabilities [B, K]."""
-
-    own: ClientData
-    public: Targets
-    smoothing: float  # of the own labels
-
-    @property
-    def count(self):
-        return self.own.count + self.public.count
-
-    def take(self, position):
-        is_own = position < self.own.count
-        x, y = self.own.take(jnp.where(is_own, position, 0))
-        public_x, targets = self.public.take(jnp.where(is_own, 0, position - self.own.count))
-        hard = optax.smooth_labels(jax.nn.one_hot(y, targets.shape[-1]), self.smoothing)
-        return jnp.where(is_own.reshape(-1, *(1,) * (x.ndim - 1)), x, public_x), jnp.where(
-            is_own[:, None], hard, targets
-        )
 
 
 def cronus(task: Task) -> Algorithm:
@@ -75,15 +47,11 @@ def cronus(task: Task) -> Algorithm:
     }[task.options["aggregation"]]()
 
     def first_phase(ctx, received, params, data):
-        loss = supervised(ctx.model, task.training)
-        params, train_loss = fit(task.training, loss, params, data, ctx, epochs=ctx.hparams["first_epochs"])
+        params, train_loss = train_locally(task.training, params, data, ctx, epochs=ctx.hparams["first_epochs"])
         return params, Upload(()), {"train_loss": train_loss}
 
-    def predict(ctx, received, params, data):
-        return params, Upload(jax.nn.softmax(proxy.predict(ctx, params, received.shared))), {}
-
     def learn(ctx, received, params, data):
-        union = _Union(data, proxy.targets(ctx, received.known, received.shared), task.training.label_smoothing)
+        union = Union(data, proxy.targets(ctx, received.known, received.shared), task.training.label_smoothing)
         loss = from_probabilities(ctx.model)
         params, train_loss = fit(task.training, loss, params, union, ctx, epochs=local_work(ctx))
         return params, Upload(()), {"train_loss": train_loss}
@@ -92,7 +60,7 @@ def cronus(task: Task) -> Algorithm:
         init_server=proxy.no_agreement(task),
         init_client=own_model,
         setup=(without_traffic(first_phase),),
-        round=proxy.agree_and_learn(task, predict, robust_mean, learn, "probabilities"),
+        round=proxy.agree_and_learn(task, robust_mean, learn, "probabilities"),
         personal=predict_with_own_model,
     )
 

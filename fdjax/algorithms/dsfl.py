@@ -39,11 +39,11 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.client import losses
-from fdjax.client.training import fit, from_probabilities, local_work, supervised
+from fdjax.client.training import train_locally
 from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.errors import InputError
 from fdjax.exchange import label_cache, proxy, reductions, selection
-from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
+from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 from fdjax.types import PyTree
 
 
@@ -74,29 +74,20 @@ def dsfl(task: Task, say: Callable[[Context, PyTree, Any], jax.Array] | None = N
             return reductions.enhanced_era(mean, hparams["era_beta"])
         return reductions.era(mean, hparams["era_temperature"])
 
-    def learn_targets(ctx, params, ids, targets):
-        return fit(
-            task.distilling, from_probabilities(ctx.model), params, proxy.targets(ctx, ids, targets),
-            ctx.at("distil"), epochs=ctx.hparams["distill_epochs"],
-            learning_rate=ctx.hparams["distill_learning_rate"],
-        )  # fmt: skip
-
     def update_and_predict(ctx, received, params, data):
-        params, loss = fit(
-            task.training, supervised(ctx.model, task.training), params, data, ctx.at("update"), epochs=local_work(ctx)
-        )
+        params, loss = train_locally(task.training, params, data, ctx.at("update"))
         logits = proxy.predict(ctx, params, received.shared)
         return params, Upload(logits if aggregation == "era_logits" else jax.nn.softmax(logits)), {"train_loss": loss}
 
     def aggregate(ctx, server, mean):
         targets = proxy.each(lambda mean: sharpen(mean, ctx.hparams), mean)
-        params, loss = learn_targets(ctx, server.params, server.ids, targets)
+        params, loss = proxy.distil(task, ctx.at("distil"), server.params, server.ids, targets)
         metrics = {"server_loss": loss, "target_entropy": proxy.mean_of(losses.entropy, targets)}
         told = targets if say is None else say(ctx, params, server.ids)
         return server._replace(params=params, targets=told), metrics
 
     def distil(ctx, received, params, data):
-        params, loss = learn_targets(ctx, params, received.known, received.shared)
+        params, loss = proxy.distil(task, ctx.at("distil"), params, received.known, received.shared)
         return params, Upload(()), {"distill_loss": loss}
 
     def choose_subset(ctx, server, summary):
@@ -129,8 +120,7 @@ METHOD = Method(
     build=dsfl,
     hparams={
         **LOCAL_TRAINING,
-        "distill_learning_rate": learning_rate("learning_rate", "learning rate of the distillation"),
-        "distill_epochs": epochs(5, "epochs of the distillation, of clients and server"),
+        **proxy.distillation(epochs=5),
         "era_temperature": temperature(0.1, "sharpens the mean", ("aggregation", "era", "era_logits")),
         "era_beta": HParam(2.0, help="sharpens the mean", only=("aggregation", "enhanced_era")),
         **label_cache.HPARAM,

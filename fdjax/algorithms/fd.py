@@ -2,29 +2,21 @@
 
 Jeong, Oh, Kim, Park, Bennis, Kim, "Communication-Efficient On-Device Machine Learning: Federated Distillation and
 Augmentation under Non-IID Private Data" (2018), Algorithm 1. The paper does not number its equations. Of M devices,
-device k has a model w_k of any architecture, p = softmax(w_k(x)), and never sends it.
+device k has a model w_k of any architecture, p = softmax(w_k(x)), and never sends it; there is no central one.
 
     client:  for each batch:  w_k <- w_k - eta grad [CE(p, y) + gamma CE(p, F^(k)[y])]
              F_k[l] = mean of p over the examples of label l that it trained on, as predicted then
     server:  F^(k)[l] = (1 / (M - 1)) sum_{j != k} F_j[l]
 
-CE(p, F) = -sum_c F_c log p_c. Sent: F_k up and F^(k) down, K x K floats each, so 4K^2 bytes each way: over 16 rounds
-with K = 10 the paper's 102,400 bits. A label that nobody has seen is a row of zeros, which no mean of softmaxes is, so
-it takes no bytes to say so.
+CE(p, F) = -sum_c F_c log p_c. Sent: F_k up and F^(k) down, K x K floats or 4K^2 bytes each; a row of zeros, which no
+mean of softmaxes is, says that nobody has seen the label.
 
-Where devices hold a few examples of some labels, the paper's scarce ones, FD is ahead of training alone: by 0.8 to 2.5
-points, with a quarter less test loss (`test_learning.py`). F tells a device about the labels that it holds, never about
-others: where labels are lacking altogether it teaches no new one, and the paper has FAug to fill them up.
+Where devices hold few examples of some labels FD is ahead of training alone, by 0.8 to 2.5 points (`test_learning.py`).
+Labels that a device lacks it teaches none of, for F[l] is used with examples of l: FAug (`faug.py`) is there for that.
 
-The paper leaves open, and we chose:
-- gamma = 1, traced; the paper's value is not published.
-- F^(k)[l] is a mean over those of the others that hold l. Where none does, in the first round, and for a participant
-  that is alone, the row is zero and so is the regulariser.
-- The others are the participants of the last round, whether or not k was one of them.
-
-Deviations: a period is `local_epochs` epochs, not 250 batches of 64 whatever the device holds. The server keeps every
-client's F_k: 4CK^2 bytes for C clients. There is no central model. FAug, the paper's generator, is `faug.py`.
---privacy=means noises F_k, which is ours: see `exchange/private_means.py`, also for what that does not hide.
+Ours: gamma = 1, as the paper's is not published; the others are the last round's participants that hold l, whether or
+not k was one of them, and without any the row is zero and so is the regulariser; a period is `local_epochs` epochs, not
+250 batches of 64 whatever the device holds; --privacy=means noises F_k (`exchange/private_means.py`).
 """
 
 import jax
@@ -47,33 +39,25 @@ def means_of_others(table: jax.Array) -> jax.Array:
 
 def fd(task: Task) -> Algorithm:
     """FD; hparams: `learning_rate` (eta), `local_epochs`, `gamma`."""
-    K = task.classes
+    K, by_label = task.classes, private_means.label_means(task)
 
     def broadcast(ctx, table):
-        means = means_of_others(table)
-        means = private_means.as_probabilities(means) if task.private_means else means
-        return Broadcast((), own=means[task.ids(ctx.cohort)])
+        return Broadcast((), own=by_label.of_clients(means_of_others(table))[task.ids(ctx.cohort)])
 
     def train(ctx, received, params, data):
         def loss(params, x, y, key):
             logits = ctx.model.apply(params, x, key)
-            regulariser = losses.soft_cross_entropy(received.own[y], logits)
             hard = losses.cross_entropy(logits, y, task.training.label_smoothing)
-            return hard + ctx.hparams["gamma"] * regulariser, jax.nn.softmax(logits)
+            soft = losses.soft_cross_entropy(received.own[y], logits)
+            return hard + ctx.hparams["gamma"] * soft, jax.nn.softmax(logits)
 
         def observe(probabilities, y, weight):
-            shown = private_means.clipped_outputs(ctx, probabilities) if task.private_means else probabilities
-            return reductions.sum_by_label(shown, y, K, weight)
+            return reductions.sum_by_label(by_label.shown(ctx, probabilities), y, K, weight)
 
-        nothing = reductions.ByLabel(jnp.zeros((K, K)), jnp.zeros(K))
         params, train_loss, seen = fit_observing(
-            task.training, loss, observe, nothing, params, data, ctx, epochs=local_work(ctx)
+            task.training, loss, observe, reductions.nothing_by_label(K, K), params, data, ctx, epochs=local_work(ctx)
         )
-        if task.private_means:
-            means = private_means.noised_means(ctx.at("means"), seen)
-        else:
-            means = seen.value / jnp.maximum(seen.count, 1)[:, None]
-        return params, Upload(means), {"train_loss": train_loss}
+        return params, Upload(by_label.of_sums(ctx.at("means"), seen)), {"train_loss": train_loss}
 
     def server(ctx, table, stack):
         return jnp.zeros_like(table).at[stack.client].set(stack.partials), {}

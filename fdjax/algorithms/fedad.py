@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from fdjax.client import losses, testing
 from fdjax.client.attention import Attentive
-from fdjax.client.training import fit, fit_observing, local_work, supervised
+from fdjax.client.training import fit, fit_observing, local_work, of_stage, supervised
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions
 from fdjax.exchange.wrappers import after
@@ -90,11 +90,9 @@ def fedad(task: Task) -> Algorithm:
             z = student.logits(params, h, key)
             return losses.kl_divergence(teacher, z) + ctx.hparams["attention_weight"] * apart
 
-        params, server_loss = fit(
-            task.distilling, loss, server.params,
-            proxy.targets(ctx, server.ids, (logits, summary["least"], summary["most"])), ctx.at("distil"),
-            epochs=ctx.hparams["distill_epochs"], learning_rate=ctx.hparams["distill_learning_rate"],
-        )  # fmt: skip
+        targets = proxy.targets(ctx, server.ids, (logits, summary["least"], summary["most"]))
+        distilling = of_stage(ctx, "distill")
+        params, server_loss = fit(task.distilling, loss, server.params, targets, ctx.at("distil"), **distilling)
         return _Server(params, proxy.draw_ids(task, ctx.at("ids").key)), {"server_loss": server_loss}
 
     by_class = after(lambda ctx, sent: (sent["logits"], sent["counts"].reshape(1, K)), reductions.elementwise_mean())

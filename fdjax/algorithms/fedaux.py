@@ -36,7 +36,7 @@ import optax
 from fdjax.algorithms import fedavg
 from fdjax.client import contrastive, losses, testing
 from fdjax.client.trained import paths_read
-from fdjax.client.training import fit
+from fdjax.client.training import fit, of_stage
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, params_of_server, unchanged
 from fdjax.exchange import certainty, proxy, reductions
 from fdjax.exchange.parts import only, with_zeros
@@ -100,11 +100,10 @@ def fedaux(task: Task) -> Algorithm:
         def loss(params, x, teacher, key):
             return losses.kl_divergence(teacher, ctx.model.apply(params, x, key))
 
+        targets = proxy.targets(ctx, jnp.asarray(distilled)[chosen], summary["logits"][chosen])
         params, distill_loss = fit(
-            adam, loss, summary["params"],
-            proxy.targets(ctx, jnp.asarray(distilled)[chosen], summary["logits"][chosen]), ctx.at("distil"),
-            epochs=ctx.hparams["distill_epochs"], learning_rate=ctx.hparams["distill_learning_rate"], keeps=False,
-        )  # fmt: skip
+            adam, loss, summary["params"], targets, ctx.at("distil"), keeps=False, **of_stage(ctx, "distill")
+        )
         return params, {"distill_loss": distill_loss}
 
     def hides(hparams, held):

@@ -14,9 +14,9 @@ first round, in which FedGKD has none.
 Accuracy for three seeds of `test_local_distillation_learning.py`: 0.783, 0.777, 0.765 (FedAvg 0.765, 0.764, 0.696).
 """
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.contract import Algorithm
+from fdjax.exchange import averaging
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
@@ -27,7 +27,7 @@ def fedavg_kd(task: Task) -> Algorithm:
         gamma = ctx.hparams["gamma"]
         return (1 - gamma) * hard + gamma * losses.kl_divergence(teacher, z)
 
-    return fedavg.with_objective(task, fedavg.distilling(task, loss))
+    return averaging.with_objective(task, averaging.distilling(task, loss))
 
 
 METHOD = Method(

@@ -20,10 +20,9 @@ from operator import itemgetter
 
 import jax.numpy as jnp
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.contract import Algorithm, Broadcast
-from fdjax.exchange import proxy
+from fdjax.exchange import averaging, proxy
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
 
@@ -39,8 +38,8 @@ def fedcad(task: Task) -> Algorithm:
         return hard + ctx.hparams["distill_weight"] * received["accuracy"][y] * soft
 
     params_of = itemgetter("params")
-    learn = fedavg.minimising(task, fedavg.distilling(task, loss, params_of), start=params_of)
-    return fedavg.of_one_model(fedavg.averaging(learn, broadcast))
+    learn = averaging.minimising(task, averaging.distilling(task, loss, params_of), start=params_of)
+    return averaging.of_one_model(averaging.exchange(learn, broadcast))
 
 
 METHOD = Method(

@@ -21,10 +21,10 @@ The paper leaves open, and we chose:
 
 from jax import lax
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
-from fdjax.client.training import fit, local_work, supervised
-from fdjax.contract import Algorithm, Upload, own_model, predict_with_own_model
+from fdjax.client.training import fit, local_work, of_stage, train_locally
+from fdjax.contract import Algorithm, Upload
+from fdjax.exchange import averaging
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
 
 
@@ -45,22 +45,15 @@ def feddistill(task: Task) -> Algorithm:
             soft = losses.kl_divergence(lax.stop_gradient(teacher.apply(teacher_params, x)), logits, T)
             return (1 - weight) * hard + weight * T**2 * soft
 
-        teacher_params, teacher_loss = fit(
-            training, supervised(teacher, training), teacher_params, data, ctx.at("teacher"),
-            epochs=ctx.hparams["teacher_epochs"], learning_rate=ctx.hparams["teacher_learning_rate"],
-        )  # fmt: skip
+        teacher_params, teacher_loss = train_locally(
+            training, teacher_params, data, ctx.at("teacher"), **of_stage(ctx, "teacher")
+        )
         params, loss = fit(
             training, distillation, received.shared, data, ctx.at("student"), epochs=local_work(ctx), keeps=False
         )
         return teacher_params, Upload(params), {"train_loss": loss, "teacher_loss": teacher_loss}
 
-    return Algorithm(
-        init_server=lambda ctx, params: params,
-        init_client=own_model,
-        round=(fedavg.averaging(distil),),
-        central=lambda ctx, params, x: student.apply(params, x),
-        personal=predict_with_own_model,
-    )
+    return averaging.beside_own_models(averaging.exchange(distil))
 
 
 METHOD = Method(

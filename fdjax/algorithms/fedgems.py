@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from fdjax.client import losses
-from fdjax.client.training import fit, local_work, supervised
+from fdjax.client.training import fit, train_locally
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import proxy, reductions, traffic
 from fdjax.exchange.wrappers import after
@@ -64,9 +64,7 @@ def fedgems(task: Task) -> Algorithm:
             ctx.at("distill"), params, ids, teacher, jnp.full(number, h["weight"]),
             jnp.where(learned, h["distill_epochs"], 0), h["distill_learning_rate"],
         )  # fmt: skip
-        params, train_loss = fit(
-            task.training, supervised(ctx.model, task.training), params, data, ctx.at("train"), epochs=local_work(ctx)
-        )
+        params, train_loss = train_locally(task.training, params, data, ctx.at("train"))
         z = proxy.predict(ctx, params, ids)
         logits_received = jnp.where(learned, float(traffic.size(teacher)), 0)
         upload = Upload({"ids": ids, "logits": z}, float(traffic.size(z)), logits_received + traffic.size(ids))

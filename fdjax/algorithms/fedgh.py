@@ -15,49 +15,19 @@ alike. Batches are as large as the clients'. Accuracy on the whole test set in `
 alone 0.230, 0.249, 0.235; on own labels 0.940, 0.933, 0.944 and 0.922, 0.937, 0.928.
 """
 
-import jax
-
 from fdjax.client import losses
-from fdjax.client.trained import path_of, paths_read
-from fdjax.client.training import fit, local_work, supervised
+from fdjax.client.training import fit, of_stage, train_locally
 from fdjax.contract import Algorithm, Broadcast, Exchange, common_model
 from fdjax.errors import InputError
 from fdjax.exchange import prototypes, reductions
-from fdjax.exchange.parts import only, with_zeros
+from fdjax.exchange.parts import Head
 from fdjax.method import LOCAL_TRAINING, Method, Task, epochs, learning_rate
-from fdjax.types import Model, PyTree
-
-Leaves = list[jax.Array]
-
-
-class _Head:
-    """The head of a net as a list of leaves, which nets of other names for their layers may have too."""
-
-    def __init__(self, model: Model, inputs: tuple[int, ...]):
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        self.space = jax.eval_shape(model.features, shapes, model.example(inputs))
-        read = paths_read(model.head, shapes, self.space)
-        order = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
-        self.paths, self._shapes, self._model = [path for path in order if path in read], shapes, model
-        self.shapes = [leaf.shape for leaf in self.of(shapes)]
-
-    def of(self, params: PyTree) -> Leaves:
-        return [*only(params, {*self.paths}).values()]
-
-    def put(self, params: PyTree, leaves: Leaves) -> PyTree:
-        new = dict(zip(self.paths, leaves, strict=True))
-        return jax.tree_util.tree_map_with_path(lambda keys, leaf: new.get(path_of(keys), leaf), params)
-
-    def apply(self, leaves: Leaves, h: jax.Array) -> jax.Array:
-        """Logits [B, K] of features [B, d]."""
-        params = with_zeros(dict(zip(self.paths, leaves, strict=True)), self._shapes)
-        return self._model.head(params, h.reshape(-1, *self.space.shape[1:]))
 
 
 def fedgh(task: Task) -> Algorithm:
     """FedGH; the server's head is the task's model's; hparams: see METHOD."""
     K, d = task.classes, prototypes.length(task, "fedgh")
-    common, heads = _Head(task.model, task.inputs), [_Head(model, task.inputs) for model in task.models]
+    common, heads = Head(task.model, task.inputs), [Head(model, task.inputs) for model in task.models]
     for model, head in zip(task.models, heads, strict=True):
         if head.shapes != common.shapes:
             raise InputError(
@@ -67,10 +37,7 @@ def fedgh(task: Task) -> Algorithm:
     training = task.serving._replace(trained=None)
 
     def train(ctx, received, params, data):
-        params, loss = fit(
-            task.training, supervised(ctx.model, task.training), heads[ctx.cohort].put(params, received.shared), data,
-            ctx, epochs=local_work(ctx),
-        )  # fmt: skip
+        params, loss = train_locally(task.training, heads[ctx.cohort].put(params, received.shared), data, ctx)
         found = prototypes.sums(lambda x: ctx.model.features(params, x), data, K, d)
         return params, prototypes.upload(found), {"train_loss": loss}
 
@@ -78,10 +45,8 @@ def fedgh(task: Task) -> Algorithm:
         return losses.cross_entropy(common.apply(leaves, h), y, training.label_smoothing)
 
     def serve(ctx, head, stack):
-        head, loss = fit(
-            training, of_mean, head, prototypes.pooled(stack)[0], ctx, epochs=ctx.hparams["server_epochs"],
-            learning_rate=ctx.hparams["server_learning_rate"], keeps=False,
-        )  # fmt: skip
+        pool, _ = prototypes.pooled(stack)
+        head, loss = fit(training, of_mean, head, pool, ctx, keeps=False, **of_stage(ctx, "server"))
         return head, {"server_loss": loss}
 
     def model_of(ctx, head, params):

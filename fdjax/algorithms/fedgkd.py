@@ -32,10 +32,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.contract import Algorithm, Broadcast, Exchange
-from fdjax.exchange import proxy, reductions, traffic
+from fdjax.exchange import averaging, proxy, reductions, traffic
 from fdjax.exchange.stacked import apply_each
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
@@ -75,7 +74,7 @@ def _fedgkd(task: Task, vote: bool) -> Algorithm:
         hard = losses.cross_entropy(z, y, task.training.label_smoothing)
         return hard + ctx.hparams["gamma"] / 2 * (received["votes"] @ apart)
 
-    learn = fedavg.minimising(task, objective, start=itemgetter("params"))
+    learn = averaging.minimising(task, objective, start=itemgetter("params"))
 
     def train(ctx, received, seen, data):
         made = received.shared["made"]

@@ -36,7 +36,7 @@ from jax import lax
 
 from fdjax.client import losses
 from fdjax.client.data import Paired, Ragged, batches
-from fdjax.client.training import fit, local_work
+from fdjax.client.training import fit, local_work, of_stage
 from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Upload, common_model
 from fdjax.exchange import reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, epochs, learning_rate, temperature
@@ -104,10 +104,8 @@ def fedgkt(task: Task, refine: Callable[[Context, jax.Array], jax.Array] = lambd
             hard = losses.cross_entropy(logits, labels, task.serving.label_smoothing)
             return ctx.hparams["weight"] * hard + distillation(ctx, logits, teacher)
 
-        params, train_loss = fit(
-            task.serving, loss, server["params"], uploads, ctx.at("train"),
-            epochs=ctx.hparams["server_epochs"], learning_rate=ctx.hparams["server_learning_rate"],
-        )  # fmt: skip
+        serving = of_stage(ctx, "server")
+        params, train_loss = fit(task.serving, loss, server["params"], uploads, ctx.at("train"), **serving)
 
         def step(i, logits):
             position = jnp.minimum(i * batch + jnp.arange(batch), uploads.count - 1)

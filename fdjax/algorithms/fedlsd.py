@@ -13,9 +13,9 @@ learned: w is its own teacher, and stays what it is under plain SGD (without dec
 Accuracy for three seeds of `test_local_distillation_learning.py`: 0.775, 0.774, 0.753 (FedAvg 0.765, 0.764, 0.696).
 """
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.contract import Algorithm
+from fdjax.exchange import averaging
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
 
@@ -26,7 +26,7 @@ def fedlsd(task: Task) -> Algorithm:
         beta, T = ctx.hparams["weight"], ctx.hparams["temperature"]
         return (1 - beta) * hard + beta * T**2 * losses.kl_divergence(teacher, z, T)
 
-    return fedavg.with_objective(task, fedavg.distilling(task, loss))
+    return averaging.with_objective(task, averaging.distilling(task, loss))
 
 
 METHOD = Method(

@@ -23,9 +23,9 @@ which is no better than FedAvg (0.765, 0.764, 0.696); 0.796, 0.786, 0.764 with l
 `benchmarks.local_distillation` it is 0.9 to 4.2 points below FedAvg, and with those weights 1.8, -1.2 and 2.7 above.
 """
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.contract import Algorithm
+from fdjax.exchange import averaging
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
@@ -46,7 +46,7 @@ def fedmlb(task: Task) -> Algorithm:
         hard = losses.cross_entropy(z, y, smoothing)
         return hard + ctx.hparams["hybrid_weight"] * labels + ctx.hparams["distill_weight"] * apart
 
-    return fedavg.with_objective(task, objective)
+    return averaging.with_objective(task, objective)
 
 
 METHOD = Method(

@@ -20,9 +20,9 @@ without CutOut: 0.775, 0.782, 0.775 (FedAvg 0.765, 0.764, 0.696); forgetting 0.1
 Where all take part it is behind (`sweeps/fedntd_clients.py`): by 3.2, 1.4 and 0.5 points with 10, 30 and 100 clients.
 """
 
-from fdjax.algorithms import fedavg
 from fdjax.client import losses
 from fdjax.contract import Algorithm
+from fdjax.exchange import averaging
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task, temperature
 
 
@@ -34,7 +34,7 @@ def fedntd(task: Task) -> Algorithm:
         kept = losses.kl_divergence(losses.others(teacher, y), losses.others(z, y), T)
         return hard + ctx.hparams["distill_weight"] * T**2 * kept
 
-    return fedavg.with_objective(task, fedavg.distilling(task, loss))
+    return averaging.with_objective(task, averaging.distilling(task, loss))
 
 
 METHOD = Method(

@@ -26,54 +26,16 @@ and ahead with 15 images each by Dirichlet(0.5) (0.826, 0.828, 0.830 and 0.804, 
 3 points.
 """
 
-import jax
 import jax.numpy as jnp
 
-from fdjax.client import losses
-from fdjax.client.training import fit, local_work
-from fdjax.contract import (
-    Algorithm,
-    Broadcast,
-    ClientWork,
-    Context,
-    Exchange,
-    common_model,
-    params_of_state,
-    predict_with_own_model,
-)
+from fdjax.contract import Algorithm, Broadcast, Exchange, common_model, params_of_state, predict_with_own_model
 from fdjax.exchange import prototypes, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
-from fdjax.types import PyTree
-
-
-def towards_prototypes(task: Task, length: int, *, counts: bool = False) -> ClientWork:
-    """The client's part: it receives prototypes `ByLabel`, and sends its own as sums by label."""
-
-    def train(ctx, received, params, data):
-        known = received.shared.count > 0
-
-        def loss(params, x, y, key):
-            h = ctx.model.features(params, x, key)
-            apart = losses.mean_squared_error(received.shared.value[y], prototypes.flat(h))
-            hard = losses.cross_entropy(ctx.model.head(params, h, key), y, task.training.label_smoothing)
-            return hard + ctx.hparams["weight"] * known[y] * apart
-
-        params, train_loss = fit(task.training, loss, params, data, ctx, epochs=local_work(ctx))
-        found = prototypes.sums(lambda x: ctx.model.features(params, x), data, task.classes, length)
-        return params, prototypes.upload(found, known, counts=counts), {"train_loss": train_loss}
-
-    return train
-
-
-def by_nearest(ctx: Context, shared: reductions.ByLabel, params: PyTree, x: jax.Array) -> jax.Array:
-    """Logits [B, K] of a client's own net by its distance to the prototypes that are shared."""
-    h = ctx.model.features(params, x)
-    return prototypes.nearest(h, shared, ctx.model.head(params, h))
 
 
 def fedproto(task: Task) -> Algorithm:
     """FedProto; `weight` is lambda; hparams and options: see METHOD."""
-    K, d, by_example = task.classes, prototypes.length(task, "fedproto"), task.options["weighting"] == "examples"
+    d, by_example = prototypes.length(task, "fedproto"), task.options["weighting"] == "examples"
 
     def server(ctx, before, now):
         held = now.count > 0
@@ -82,15 +44,15 @@ def fedproto(task: Task) -> Algorithm:
 
     exchange = Exchange(
         broadcast=lambda ctx, shared: Broadcast(shared),
-        client=towards_prototypes(task, d, counts=by_example),
+        client=prototypes.train_towards(task, d, counts=by_example),
         reduce=reductions.label_mean(by_example),
         server=server,
     )
     return Algorithm(
-        init_server=lambda ctx, params: reductions.ByLabel(jnp.zeros((K, d)), jnp.zeros(K)),
+        init_server=lambda ctx, params: reductions.nothing_by_label(task.classes, d),
         init_client=common_model,
         round=(exchange,),
-        personal=by_nearest if task.options["inference"] == "prototypes" else predict_with_own_model,
+        personal=prototypes.predict_by_nearest if task.options["inference"] == "prototypes" else predict_with_own_model,
         model_of=params_of_state,
     )
 

@@ -16,8 +16,8 @@ experiments and released code draw uniformly and weight by n_k, as here by defau
 
 import jax
 
-from fdjax.algorithms import fedavg
 from fdjax.contract import Algorithm
+from fdjax.exchange import averaging
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
@@ -30,7 +30,7 @@ def fedprox(task: Task) -> Algorithm:
     def pull(ctx, start, params):
         return jax.tree.map(lambda w_k, w: ctx.hparams["mu"] * (w_k - w), params, start)
 
-    return fedavg.with_objective(task, fedavg.cross_entropy(task), pull)
+    return averaging.with_objective(task, averaging.cross_entropy(task), pull)
 
 
 METHOD = Method(

@@ -30,9 +30,8 @@ from operator import itemgetter
 import jax
 import jax.numpy as jnp
 
-from fdjax.algorithms import fedavg
 from fdjax.contract import Algorithm, Broadcast
-from fdjax.exchange import proxy
+from fdjax.exchange import averaging, proxy
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
@@ -51,13 +50,13 @@ def fedssd(task: Task) -> Algorithm:
         return hard + jnp.sum(jnp.square(mask * (teacher - z)), -1)
 
     params_of = itemgetter("params")
-    learn = fedavg.minimising(task, fedavg.distilling(task, loss, params_of), start=params_of)
+    learn = averaging.minimising(task, averaging.distilling(task, loss, params_of), start=params_of)
 
     def train(ctx, received, state, data):
         state, upload, metrics = learn(ctx, received, state, data)
         return state, upload, metrics | {"credibility": jnp.mean(received.shared["credibility"])}
 
-    return fedavg.of_one_model(fedavg.averaging(train, broadcast))
+    return averaging.of_one_model(averaging.exchange(train, broadcast))
 
 
 METHOD = Method(

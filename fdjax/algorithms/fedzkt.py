@@ -25,7 +25,7 @@ from jax import lax
 from fdjax.client import losses
 from fdjax.client.distillation import note
 from fdjax.client.trained import on_trained
-from fdjax.client.training import fit, local_work, supervised
+from fdjax.client.training import train_locally
 from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
 from fdjax.exchange import inputs, reductions, traffic
 from fdjax.exchange.stacked import apply_each, present
@@ -44,8 +44,8 @@ def fedzkt(task: Task) -> Algorithm:
     def train(ctx, received, own, data):
         known, sent = received.own
         start = jax.tree.map(lambda a, b: jnp.where(known > 0, a, b), sent, own)
-        params, loss = fit(
-            task.training, supervised(ctx.model, task.training), start, data, ctx, epochs=local_work(ctx),
+        params, loss = train_locally(
+            task.training, start, data, ctx,
             pull=lambda w: jax.tree.map(lambda a, b: ctx.hparams["mu"] * (a - b), w, start),
         )  # fmt: skip
         return params, Upload(params, bytes_received=known * traffic.size(sent)), {"train_loss": loss}

@@ -26,8 +26,8 @@ from jax import lax
 from fdjax import keys
 from fdjax.client import losses
 from fdjax.client.training import fit, local_work, of_several
-from fdjax.contract import Algorithm, Broadcast, Exchange, Upload, own_model, predict_with_own_model
-from fdjax.exchange import reductions
+from fdjax.contract import Algorithm, Upload
+from fdjax.exchange import averaging, reductions
 from fdjax.method import LOCAL_TRAINING, HParam, Method, Task
 
 
@@ -50,21 +50,7 @@ def fml(task: Task) -> Algorithm:
         nets, train_loss = fit(training, loss, nets, data, ctx, epochs=local_work(ctx), keeps=False)
         return nets["own"], Upload(nets["meme"]), {"train_loss": train_loss}
 
-    return Algorithm(
-        init_server=lambda ctx, params: params,
-        init_client=own_model,
-        round=(
-            Exchange(
-                broadcast=lambda ctx, meme: Broadcast(meme),
-                client=train,
-                reduce=average(),
-                server=lambda ctx, meme, mean: (mean, {}),
-                shares="params",
-            ),
-        ),
-        central=lambda ctx, meme, x: task.model.apply(meme, x),
-        personal=predict_with_own_model,
-    )
+    return averaging.beside_own_models(averaging.exchange(train, reduce=average()))
 
 
 _SHARE = "share of the labels in the loss of "

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from fdjax.contract import Data
@@ -66,6 +67,28 @@ class Paired(NamedTuple):
         """x [B, ...] and targets at `position` [B]."""
         x, y = self.data.take(position)
         return x, (y, jax.tree.map(lambda value: value[position], self.values))
+
+
+class Union(NamedTuple):
+    """A client's own examples and then those of a set with target probabilities, which the own labels become too."""
+
+    own: Data
+    public: Data
+    smoothing: float = 0.0  # of the own labels
+
+    @property
+    def count(self) -> Array:
+        """Of both together."""
+        return self.own.count + self.public.count
+
+    def take(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, ...] and target probabilities [B, K] at `position` [B]."""
+        is_own = position < self.own.count
+        x, y = self.own.take(jnp.where(is_own, position, 0))
+        public_x, targets = self.public.take(jnp.where(is_own, 0, position - self.own.count))
+        hard = optax.smooth_labels(jax.nn.one_hot(y, targets.shape[-1]), self.smoothing)
+        x = jnp.where(is_own.reshape(-1, *(1,) * (x.ndim - 1)), x, public_x)
+        return x, jnp.where(is_own[:, None], hard, targets)
 
 
 class Ragged(NamedTuple):

@@ -1,7 +1,7 @@
 """One client's training, and the server's on proxy data: an optimiser's steps over shuffled batches."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,18 @@ def local_work(ctx: Context) -> Amount:
     return Amount(ctx.hparams["local_epochs"], ctx.hparams.get("local_steps", 0))
 
 
+class Stage(TypedDict):
+    """How far a stage beside local training goes, as `fit` takes it."""
+
+    epochs: Array
+    learning_rate: Array
+
+
+def of_stage(ctx: Context, name: str) -> Stage:
+    """The stage of the hparams `<name>_epochs` and `<name>_learning_rate`: `fit(..., **of_stage(ctx, "server"))`."""
+    return Stage(epochs=ctx.hparams[f"{name}_epochs"], learning_rate=ctx.hparams[f"{name}_learning_rate"])
+
+
 def supervised(model: Model, training: Training) -> Loss:
     """Cross-entropy of the model's logits to labels [B], smoothed as `training` says."""
     return lambda params, x, y, key: losses.cross_entropy(model.apply(params, x, key), y, training.label_smoothing)
@@ -49,6 +61,11 @@ def supervised(model: Model, training: Training) -> Loss:
 def from_probabilities(model: Model) -> Loss:
     """Cross-entropy of the model's logits to target probabilities [B, K]."""
     return lambda params, x, target, key: losses.soft_cross_entropy(target, model.apply(params, x, key))
+
+
+def from_logits(model: Model) -> Loss:
+    """Mean absolute difference of the model's logits to target logits [B, K]."""
+    return lambda params, x, target, key: losses.mean_absolute_error(target, model.apply(params, x, key))
 
 
 def of_several(training: Training) -> Training:
@@ -97,6 +114,23 @@ def fit(
         epochs=epochs, learning_rate=learning_rate, pull=pull, keeps=keeps,
     )  # fmt: skip
     return params, mean
+
+
+def train_locally(
+    training: Training,
+    params: PyTree,
+    data: Data,
+    ctx: Context,
+    *,
+    epochs: Array | Amount | None = None,
+    learning_rate: Array | None = None,
+    pull: Callable[[PyTree], PyTree] | None = None,
+) -> tuple[PyTree, jax.Array]:
+    """A client's training on its own examples by cross-entropy: `fit` of `supervised`, for `local_work` if not told."""
+    return fit(
+        training, supervised(ctx.model, training), params, data, ctx,
+        epochs=local_work(ctx) if epochs is None else epochs, learning_rate=learning_rate, pull=pull,
+    )  # fmt: skip
 
 
 def fit_observing(

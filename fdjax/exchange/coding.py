@@ -12,6 +12,8 @@ from fdjax.exchange.proxy import SoftLabels
 from fdjax.exchange.wrappers import Codec
 from fdjax.types import Array
 
+BITS = ("1", "2", "4", "32")  # of a label; with 32 it is floats, which are not coded
+
 
 def levels(bits: int) -> int:
     """L, the largest symbol."""
@@ -80,6 +82,21 @@ def labels_as_they_are() -> Codec:
         return jnp.where(code.given, float(traffic.size(code.labels)), 0), known
 
     return Codec(lambda ctx, tree: tree, lambda ctx, code: code, count)
+
+
+def labels_in(bits: str, memory: str) -> Codec:
+    """The codec of `SoftLabels` in one of `BITS`: `labels_as_they_are` in the most, or else `quantised_labels`."""
+    return labels_as_they_are() if bits == BITS[-1] else quantised_labels(int(bits), memory)
+
+
+def with_ids(codec: Codec) -> Codec:
+    """The codec of `SoftLabels` with the ids counted too, which are all that is sent where no labels are given."""
+
+    def count(ctx, code: SoftLabels, known):
+        number, after = codec.count(ctx, code, known)
+        return number + traffic.size(code.ids), after
+
+    return codec._replace(count=count)
 
 
 def nothing_sent(examples: int, classes: int) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdjax.client.trained import Paths, is_statistic, path_of
+from fdjax.client.trained import Paths, is_statistic, path_of, paths_read
 from fdjax.contract import Algorithm, Broadcast, Context, Exchange, Received
 from fdjax.types import Model, PyTree
 
@@ -60,6 +60,35 @@ def with_zeros(leaves: Leaves, like: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaves.get(path_of(keys), jnp.zeros(leaf.shape, leaf.dtype)), like
     )
+
+
+class Head:
+    """The head of a net as a list of leaves, which nets of other names for their layers may have too.
+
+    Leaves are in the order of the net's params, and of the shapes in `shapes`.
+    """
+
+    def __init__(self, model: Model, inputs: tuple[int, ...]):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        self._features = jax.eval_shape(model.features, shapes, model.example(inputs))
+        read = paths_read(model.head, shapes, self._features)
+        order = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(shapes)]
+        self._paths, self._params, self._model = [path for path in order if path in read], shapes, model
+        self.shapes = [leaf.shape for leaf in self.of(shapes)]
+
+    def of(self, params: PyTree) -> list[jax.Array]:
+        """The leaves of the head in a net's params."""
+        return [*only(params, {*self._paths}).values()]
+
+    def put(self, params: PyTree, leaves: list[jax.Array]) -> PyTree:
+        """The net's params with this head in the place of theirs."""
+        new = dict(zip(self._paths, leaves, strict=True))
+        return jax.tree_util.tree_map_with_path(lambda keys, leaf: new.get(path_of(keys), leaf), params)
+
+    def apply(self, leaves: list[jax.Array], h: jax.Array) -> jax.Array:
+        """Logits [B, K] of features [B, d]."""
+        params = with_zeros(dict(zip(self._paths, leaves, strict=True)), self._params)
+        return self._model.head(params, h.reshape(-1, *self._features.shape[1:]))
 
 
 def _params_in(tree: PyTree) -> PyTree:

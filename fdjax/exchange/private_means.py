@@ -20,12 +20,17 @@ deviation of its noise is sent as one that the client does not hold; and the ser
 over clients, whose noise is less than that of each. Without noise and clip F is the plain mean, bit by bit.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from fdjax.contract import Context
 from fdjax.exchange.privacy import SURE, noise_deviation, noised
 from fdjax.exchange.reductions import ByLabel
+from fdjax.method import Task
+from fdjax.types import Array
 
 _MOST = 1.001  # sum of what are probabilities but for rounding
 
@@ -52,3 +57,22 @@ def as_probabilities(means: jax.Array) -> jax.Array:
     positive = jnp.clip(means, 0, 1)
     total = jnp.sum(positive, axis=-1, keepdims=True)
     return jnp.where(total > _MOST, positive / jnp.maximum(total, 1), positive)
+
+
+class LabelMeans(NamedTuple):
+    """How a method makes means by label, so that it need not know whether they are private."""
+
+    shown: Callable[[Context, jax.Array], Array]  # (ctx, outputs [B, K]) -> what of them is added up
+    of_sums: Callable[[Context, ByLabel], Array]  # (ctx, their sums and counts) -> F [K, D], as a client sends it
+    of_clients: Callable[[jax.Array], Array]  # means over clients [..., K] -> as the server sends them
+
+
+def label_means(task: Task) -> LabelMeans:
+    """Private ones, as above, if the task says so; otherwise plain ones."""
+    if task.private_means:
+        return LabelMeans(clipped_outputs, noised_means, as_probabilities)
+    return LabelMeans(
+        shown=lambda ctx, outputs: outputs,
+        of_sums=lambda ctx, total: total.value / jnp.maximum(total.count, 1)[:, None],
+        of_clients=lambda means: means,
+    )

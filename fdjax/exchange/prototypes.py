@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdjax import keys
+from fdjax.client import losses
 from fdjax.client.data import batches
-from fdjax.contract import Data, Stack, Upload
+from fdjax.client.training import fit, local_work
+from fdjax.contract import ClientWork, Context, Data, Stack, Upload
 from fdjax.errors import InputError
-from fdjax.exchange.reductions import ByLabel, sum_by_label
+from fdjax.exchange.reductions import ByLabel, nothing_by_label, sum_by_label
 from fdjax.exchange.stacked import present
 from fdjax.method import Task
-from fdjax.types import Array, Model
+from fdjax.types import Array, Model, PyTree
 
 _BATCH = 256  # of examples whose features are looked at
 
@@ -51,8 +54,7 @@ def sums(features: Callable[[jax.Array], jax.Array], data: Data, classes: int, l
         x, y = data.take(position % jnp.maximum(data.count, 1))
         return jax.tree.map(jnp.add, total, sum_by_label(flat(features(x)), y, classes, position < data.count))
 
-    nothing = ByLabel(jnp.zeros((classes, length)), jnp.zeros(classes))
-    return lax.fori_loop(0, batches(data.count, _BATCH), step, nothing)
+    return lax.fori_loop(0, batches(data.count, _BATCH), step, nothing_by_label(classes, length))
 
 
 def upload(found: ByLabel, known: Array | None = None, *, counts: bool = False) -> Upload:
@@ -63,6 +65,30 @@ def upload(found: ByLabel, known: Array | None = None, *, counts: bool = False) 
     length = found.value.shape[-1]
     received = None if known is None else 4.0 * length * jnp.sum(known)
     return Upload(found, 4.0 * (length + (1 if counts else 0)) * jnp.sum(found.count > 0), received)
+
+
+def train_towards(task: Task, length: int, *, counts: bool = False) -> ClientWork:
+    """A client of FedProto, which receives prototypes C as `ByLabel` [K, d] and sends its own, by `sums` and `upload`:
+
+    w <- w - eta grad [CE + `weight` |f(x) - C^(y)|^2],  |.|^2 the mean over the d numbers.
+
+    A label without C has no such term. Source: Tan et al. (2022), FedProto, equations 3 and 7.
+    """
+
+    def train(ctx, received, params, data):
+        known = received.shared.count > 0
+
+        def loss(params, x, y, key):
+            h = ctx.model.features(params, x, key)
+            apart = losses.mean_squared_error(received.shared.value[y], flat(h))
+            hard = losses.cross_entropy(ctx.model.head(params, h, key), y, task.training.label_smoothing)
+            return hard + ctx.hparams["weight"] * known[y] * apart
+
+        params, train_loss = fit(task.training, loss, params, data, ctx, epochs=local_work(ctx))
+        found = sums(lambda x: ctx.model.features(params, x), data, task.classes, length)
+        return params, upload(found, known, counts=counts), {"train_loss": train_loss}
+
+    return train
 
 
 class Pool(NamedTuple):
@@ -91,6 +117,42 @@ def pooled(stack: Stack) -> tuple[Pool, ByLabel]:
     return pool, ByLabel(mean, holders.astype(jnp.float32))
 
 
+def init_generator(key: jax.Array, classes: int, length: int) -> PyTree:
+    """What prototypes are made of at a server that trains them: embeddings e [K, d] and a net F of d hidden units.
+
+    Source: Zhang et al. (2024), FedTGP.
+    """
+    lecun = jax.nn.initializers.lecun_normal()
+    layers = {
+        name: {"kernel": lecun(keys.stream(key, name), (length, length)), "bias": jnp.zeros((1, length))}
+        for name in ("hidden", "out")
+    }
+    return {"embedding": jax.random.normal(keys.stream(key, "embedding"), (classes, length)), **layers}
+
+
+def generate(params: PyTree) -> jax.Array:
+    """P = F(e) [K, d] of the params of `init_generator`."""
+    h = jax.nn.relu(params["embedding"] @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return h @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+def distances(x: Array, y: Array) -> jax.Array:
+    """|x_i - y_j| [N, M] of x [N, d] and y [M, d]; its slope is 0 where it is 0."""
+    squared = jnp.sum(jnp.square(x[:, None] - y[None]), -1)
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+
+
+def margin(prototypes: ByLabel, most: Array) -> jax.Array:
+    """min(max_c min_{c' != c} |Q_c - Q_c'|, `most`) of the prototypes Q that there are; `most` of a single one.
+
+    The adaptive margin of Zhang et al. (2024), FedTGP.
+    """
+    held = prototypes.count > 0
+    others = held[:, None] & held[None] & ~jnp.eye(len(held), dtype=bool)
+    closest = jnp.min(jnp.where(others, distances(prototypes.value, prototypes.value), jnp.inf), 1)
+    return jnp.minimum(jnp.max(jnp.where(held, closest, 0)), most)
+
+
 def nearest(h: jax.Array, prototypes: ByLabel, logits: jax.Array) -> jax.Array:
     """Minus the squared distance of features [B, d] to each label's prototype [K, d]; `logits` if there is none yet.
 
@@ -100,3 +162,9 @@ def nearest(h: jax.Array, prototypes: ByLabel, logits: jax.Array) -> jax.Array:
     distance = jnp.sum(jnp.square(flat(h)[:, None] - prototypes.value[None]), -1)
     furthest = jnp.max(jnp.where(known, distance, 0), -1, keepdims=True)
     return jnp.where(jnp.any(known), -jnp.where(known, distance, furthest + 1), logits)
+
+
+def predict_by_nearest(ctx: Context, shared: ByLabel, params: PyTree, x: jax.Array) -> jax.Array:
+    """Logits [B, K] of a client's own net by its distance to the prototypes that are shared: a `personal`."""
+    h = ctx.model.features(params, x)
+    return nearest(h, shared, ctx.model.head(params, h))

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdjax import keys
+from fdjax import keys, method
 from fdjax.client import losses, testing
 from fdjax.client.data import Targets
-from fdjax.contract import Broadcast, ClientWork, Context, Exchange, InitServer, Reduction
+from fdjax.client.training import fit, from_probabilities, of_stage
+from fdjax.contract import Broadcast, ClientWork, Context, Exchange, InitServer, Reduction, Upload
 from fdjax.errors import InputError
 from fdjax.exchange import reductions
-from fdjax.method import Task
+from fdjax.method import HParam, Task
 from fdjax.types import Array, Examples, PyTree
 
 _BATCH = 256  # of predictions
@@ -98,21 +99,23 @@ def no_labels(task: Task) -> Any:
     return Labelled(nothing, jnp.zeros(task.proxy_per_round, bool))
 
 
-def agree_and_learn(
-    task: Task, predict: ClientWork, reduce: Reduction, learn: ClientWork, shares: str
-) -> tuple[Exchange, Exchange]:
-    """A round of an `Agreement`: ids down and outputs up; then the consensus down, which clients learn.
+def agree_and_learn(task: Task, reduce: Reduction, learn: ClientWork, shares: str) -> tuple[Exchange, Exchange]:
+    """A round of an `Agreement`: ids down and outputs [n, K] up; then the consensus down, which clients learn.
 
-    `predict` receives the ids, `learn` the consensus, and the ids as what it knows already. `shares` says what outputs
-    these are, "logits" or "probabilities".
+    A client's state is its own model. Outputs are logits or their softmax, as `shares` says: "logits" or
+    "probabilities". `learn` receives the consensus, and the ids as what it knows already.
     """
+
+    def communicate(ctx, received, params, data):
+        logits = predict(ctx, params, received.shared)
+        return params, Upload(jax.nn.softmax(logits) if shares == "probabilities" else logits), {}
 
     def choose_next(ctx, server, summary):
         return server._replace(ids=_draw_ids(task, ctx)), {}
 
     return (
         Exchange(
-            lambda ctx, server: Broadcast(server.ids), predict, reduce,
+            lambda ctx, server: Broadcast(server.ids), communicate, reduce,
             lambda ctx, server, mean: (server._replace(consensus=mean), {}), shares=shares,
         ),
         Exchange(
@@ -155,6 +158,33 @@ def predict(ctx: Context, params: PyTree, ids: Any) -> jax.Array:
     if not isinstance(ids, tuple):
         chosen = chosen._replace(x=chosen.x[ids], y=chosen.y[ids])
     return testing.predict(lambda x: ctx.model.apply(params, x), chosen, _BATCH)
+
+
+def label(ctx: Context, params: PyTree, ids: Any) -> SoftLabels:
+    """What the context's model says of the proxy examples `ids`: its softmax outputs [n, K]."""
+    return SoftLabels(ids, jax.nn.softmax(predict(ctx, params, ids)), jnp.bool(True))
+
+
+def distillation(epochs: int) -> dict[str, HParam]:
+    """The hyperparameters of `distil`, which is to take so many epochs unless it is told."""
+    return {
+        "distill_learning_rate": method.learning_rate("learning_rate", "learning rate of the distillation"),
+        "distill_epochs": method.epochs(epochs, "epochs of the distillation, of clients and server"),
+    }
+
+
+def distil(
+    task: Task, ctx: Context, params: PyTree, ids: Any, labels: Any, given: Array | None = None
+) -> tuple[PyTree, jax.Array]:
+    """`fit` of CE(label, softmax(z)), without temperature, to soft labels [n, K] (or `Labelled`) of proxy examples.
+
+    Nothing is learned where they are not `given` ([] bool). hparams are those of `distillation`. The context's key is
+    consumed.
+    """
+    stage = of_stage(ctx, "distill")
+    if given is not None:
+        stage["epochs"] = jnp.where(given, stage["epochs"], 0)
+    return fit(task.distilling, from_probabilities(ctx.model), params, targets(ctx, ids, labels), ctx, **stage)
 
 
 def confusion(task: Task, ctx: Context, params: PyTree) -> jax.Array:

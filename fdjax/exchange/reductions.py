@@ -134,6 +134,11 @@ class ByLabel(NamedTuple):
     count: Array  # [K]
 
 
+def nothing_by_label(classes: int, length: int) -> ByLabel:
+    """Zeros [K, D], [K]: the sums of no examples, or means of which there is none as yet."""
+    return ByLabel(jnp.zeros((classes, length)), jnp.zeros(classes))
+
+
 def sum_by_label(values: Array, labels: Array, num_labels: int, mask: Array | None = None) -> ByLabel:
     """S[l] = sum_{i: y_i = l} v_i and its number of terms: values `[B, D]`, labels `[B]` -> `[K, D]`, `[K]`.
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from fdjax import keys
-from fdjax.algorithms import ALGORITHMS, fedavg
+from fdjax.algorithms import ALGORITHMS
 from fdjax.client import losses
 from fdjax.client.data import ClientData
 from fdjax.contract import Context, Received
+from fdjax.exchange import averaging
 
 ROUNDS, EPOCHS, RATE = 2, 2, 0.3  # two rounds, so that what clients keep between rounds is seen
 BATCHES = {"minibatches": 4, "full batch": 64}  # the largest client has 12 examples
@@ -75,7 +76,7 @@ def test_fedavg_with_an_objective_of_ones_own():
         return losses.cross_entropy(z, y) + ctx.hparams["beta"] * losses.kl_divergence(teacher - others, z - others)
 
     beta, task = np.float32(0.9), cases.task()
-    simulation = cases.bind(fedavg.with_objective(task, objective), task, (cases.PARTICIPANTS,))
+    simulation = cases.bind(averaging.with_objective(task, objective), task, (cases.PARTICIPANTS,))
     hparams = cases.hparams_of("fedavg", learning_rate=RATE, local_epochs=EPOCHS) | {"beta": beta}
     start, state, metrics = run(simulation, cases.federation(), hparams)
 
