@@ -32,14 +32,19 @@ class Shuffle(NamedTuple):
 
     def __call__(self, position: jax.Array) -> jax.Array:
         """Where each of `position` (any shape, values in [0, count)) goes."""
-        x = position.astype(jnp.uint32)
-        wrapped = self.offset + self.count  # of all rounds at once: XLA compiles one kernel, and not 24
-        for offset, beyond, salt in zip(self.offset, wrapped, self.salt, strict=True):
-            partner = jnp.where(offset >= x, offset - x, beyond - x)
-            mixed = (jnp.maximum(x, partner) ^ salt) * jnp.uint32(0x9E3779B1)
-            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
-            x = jnp.where(mixed >> 31, partner, x)
-        return x.astype(jnp.int32)
+        return _swap_or_not(self, position)
+
+
+@jax.jit  # so that its 24 rounds are traced once a shape in a process, and not anew for every use
+def _swap_or_not(shuffle: Shuffle, position: jax.Array) -> jax.Array:
+    x = position.astype(jnp.uint32)
+    wrapped = shuffle.offset + shuffle.count  # of all rounds at once: XLA compiles one kernel, and not 24
+    for offset, beyond, salt in zip(shuffle.offset, wrapped, shuffle.salt, strict=True):
+        partner = jnp.where(offset >= x, offset - x, beyond - x)
+        mixed = (jnp.maximum(x, partner) ^ salt) * jnp.uint32(0x9E3779B1)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+        x = jnp.where(mixed >> 31, partner, x)
+    return x.astype(jnp.int32)
 
 
 def shuffle(key: jax.Array, count: Array | int) -> Shuffle:
