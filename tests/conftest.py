@@ -18,6 +18,10 @@ _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = programs.quick(_given)
 
 import fdjax  # noqa: F401  sets XLA flags, which count only before JAX starts
+from fdjax.engine import compiling
+
+if programs.quick(_given) != _given:
+    compiling._QUICK["xla_backend_optimization_level"] = 0  # of `init`, which else takes twice as long
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every lifting meets more than one device
 jax.devices()  # XLA reads its flags now, and processes that tests start compile as in use
@@ -45,12 +49,14 @@ _MAPS, _since = pathlib.Path("/proc/self/maps"), itertools.count(1)
 def pytest_runtest_teardown(item, nextitem):
     """Forget what was compiled before a process has the 65,530 memory maps that Linux allows, which XLA dies of.
 
-    Not between tests of one method's contract, which say that nothing is compiled anew.
+    Rather between files, for tests of one share what is compiled; and not between tests of one method's contract, which
+    say that nothing is compiled anew.
     """
     global _since
     about = [(each.path, each.callspec.params.get("name")) for each in (item, nextitem) if hasattr(each, "callspec")]
-    if (len(about) == 2 and about[0] == about[1] and about[0][1]) or next(_since) < 10:
+    goes_on = nextitem is not None and item.path == nextitem.path
+    if (len(about) == 2 and about[0] == about[1] and about[0][1]) or (goes_on and next(_since) < 10):
         return
     _since = itertools.count(1)
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > (40_000 if goes_on else 20_000):
         jax.clear_caches()

@@ -73,6 +73,7 @@ def replicated(x, federation):
     return jax.device_put(x, federation.client.sharding)
 
 
+@functools.cache
 def training(batch_size, **options):
     return Training(batch_size, lambda learning_rate, round: optax.sgd(learning_rate, **options))
 

@@ -3,7 +3,6 @@
 import chex
 import engine_cases as cases
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -90,11 +89,23 @@ def test_a_round(weight):
 def test_maps_of_a_convolutional_net():
     """Grad-CAM by hand: dense(32), ReLU, dense(K) on the flattened 7 x 7 x 16 features."""
     model = models.build("fedgen_cnn", (28, 28, 1), K)
-    net, params = Attentive(model, (28, 28, 1)), model.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (3, 28, 28, 1))
-    h = net.features(params, x)
+    net, params = Attentive(model, (28, 28, 1)), jax.jit(model.init)(jax.random.key(0))
+    x = np.random.default_rng(1).normal(size=(3, 28, 28, 1)).astype(np.float32)
     assert net.size == (7, 7)
-    np.testing.assert_allclose(net.logits(params, h), model.apply(params, x), rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def all_of(params, x):
+        h = net.features(params, x)
+        return (
+            h,
+            net.logits(params, h),
+            model.apply(params, x),
+            net.maps(params, h, (7, 7)),
+            net.maps(params, h, (3, 3)),
+        )
+
+    h, logits, whole, maps, small = all_of(params, x)
+    np.testing.assert_allclose(logits, whole, rtol=1e-5, atol=1e-6)
     f = np.float64(h).reshape(3, -1)
     V, v, U = (np.float64(params[a][b]) for a, b in (("Dense_0", "kernel"), ("Dense_0", "bias"), ("Dense_1", "kernel")))
     for i in range(3):
@@ -102,17 +113,17 @@ def test_maps_of_a_convolutional_net():
         alpha = slope.reshape(49, 16, K).mean(0)
         cam = np.maximum(f[i].reshape(49, 16) @ alpha, 0).T
         expected = (cam / cam.max()).reshape(K, 7, 7)
-        np.testing.assert_allclose(net.maps(params, h, (7, 7))[i], expected, rtol=1e-4, atol=1e-5)
-    small = net.maps(params, h, (3, 3))
+        np.testing.assert_allclose(maps[i], expected, rtol=1e-4, atol=1e-5)
     assert small.shape == (3, K, 3, 3)
-    np.testing.assert_allclose(jnp.max(small, (1, 2, 3)), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.max(small, (1, 2, 3)), 1.0, rtol=1e-6)
 
 
 def test_a_student_that_sees_what_all_see_is_not_moved_by_attention():
     """A single participant is intersection and union at once: a copy of it has no loss of attention."""
     model = models.build("fedgen_cnn", (8, 8, 1), K)
-    net, params = Attentive(model, (8, 8, 1)), model.init(jax.random.key(0))
-    maps = net.maps(params, net.features(params, jax.random.normal(jax.random.key(1), (3, 8, 8, 1))), net.size)
+    net, params = Attentive(model, (8, 8, 1)), jax.jit(model.init)(jax.random.key(0))
+    x = np.random.default_rng(1).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    maps = jax.jit(lambda params, x: net.maps(params, net.features(params, x), net.size))(params, x)
     assert (outside(maps, maps, maps) == 0).all()
     assert (outside(maps, maps + 0.1, maps + 0.2) > 0).all()
     assert (outside(maps, maps - 0.1, maps + 0.1) == 0).all()

@@ -111,11 +111,17 @@ def test_fedgkd_vote():
 
 
 def test_without_distillation_it_is_fedavg():
-    averaged = local.simulated("fedavg", ROUNDS)[1].server
+    """In every bit, from params that are the same in every bit."""
+    averaging, federation = local.simulation("fedavg"), cases.federation()
+    given = cases.hparams_of("fedavg", learning_rate=local.RATE, local_epochs=local.EPOCHS)
     for name in ("fedgkd", "fedgkd_vote"):
         made = local.simulation(name, {"buffer": str(M)})
-        last = local.simulated(name, ROUNDS, made, gamma=0.0)[1].server
-        chex.assert_trees_all_equal(last.params, averaged)
+        start, last, _ = local.simulated(name, ROUNDS, made, gamma=0.0)
+        state = averaging.init(0, federation)
+        chex.assert_trees_all_close(start.server.params, jax.device_get(state.server), rtol=1e-6)
+        state = state._replace(server=cases.replicated(start.server.params, federation))
+        averaged, _ = averaging.run(state, federation, given, ROUNDS)
+        chex.assert_trees_all_equal(last.server.params, jax.device_get(averaged.server))
 
 
 def test_a_buffer_of_one_is_fedavg_kd():

@@ -76,7 +76,8 @@ def test_without_a_mask_it_is_fedavg():
 def test_of_a_class_without_auxiliary_examples_nothing_is_distilled():
     """Auxiliary data of one class, for which the first model takes all or none of it: M is finite, 0 elsewhere."""
     federation = cases.federation()
-    alone = federation._replace(proxy=federation.proxy._replace(y=np.zeros(cases.PROXIES, np.int32)))
+    y = cases.replicated(np.zeros(cases.PROXIES, np.int32), federation)
+    alone = federation._replace(proxy=federation.proxy._replace(y=y))
     _, last, metrics, _ = simulated(federation=alone)
     assert cases.all_finite((last, metrics))
     assert metrics["credibility"].max() <= 1 / K

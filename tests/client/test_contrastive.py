@@ -1,5 +1,7 @@
 """SimCLR: its loss against NumPy, and what it changes."""
 
+import functools
+
 import chex
 import engine_cases as cases
 import jax
@@ -40,15 +42,21 @@ def test_views_differ_and_keep_what_they_show():
     np.testing.assert_array_equal(one[shown], np.asarray(x)[shown])
 
 
-def pretrained(steps, **more):
+@functools.cache
+def pretraining(trained):
+    """(params, steps) -> (params, loss), compiled."""
     model, proxy = cases.model("2nn"), cases.federation().proxy
-    params = model.init(jax.random.key(0))
-    train = jax.jit(
+    given = {"learning_rate": 3e-3, "batch_size": 64, "trained": trained}
+    return jax.jit(
         lambda params, steps: contrastive.pretrain(
-            model.features, params, proxy, jax.random.key(1), steps=steps, learning_rate=3e-3, batch_size=64, **more
+            model.features, params, proxy, jax.random.key(1), steps=steps, **given
         )
     )
-    return params, *jax.device_get(train(params, steps))
+
+
+def pretrained(steps, trained=None):
+    params = jax.jit(cases.model("2nn").init)(jax.random.key(0))
+    return params, *jax.device_get(pretraining(trained)(params, steps))
 
 
 def test_training_makes_views_alike_and_leaves_the_head():

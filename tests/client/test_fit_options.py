@@ -1,5 +1,7 @@
 """What a training may be told beside its optimiser, against NumPy in float64."""
 
+import functools
+
 import chex
 import engine_cases as cases
 import jax
@@ -31,14 +33,25 @@ def steps_of(x, y, batches, rate=RATE, smoothing=0.0, mu=0.0, trains=("kernel", 
     return {"Dense_0": {"kernel": W, "bias": b}}
 
 
-def fit(how, params, data, key, epochs=1, work=1.0, **more):
-    ctx = context(key, np.float32(RATE))._replace(work=work)
-    return training.fit(how, training.supervised(MODEL, how), params, data, ctx, epochs=epochs, **more)[0]
+@functools.cache
+def compiled(how, whole, pull):
+    """(params, data, key, epochs, work) -> params; a client that is no straggler has all of its work, as a plain 1."""
+
+    @jax.jit
+    def run(params, data, key, epochs, work):
+        ctx = context(key, np.float32(RATE))._replace(work=1.0 if whole else work)
+        return training.fit(how, training.supervised(MODEL, how), params, data, ctx, epochs=epochs, pull=pull)[0]
+
+    return run
 
 
-@pytest.fixture
+def fit(how, params, data, key, epochs=1, work=1.0, pull=None):
+    return compiled(how, isinstance(work, float), pull)(params, data, key, epochs, work)
+
+
+@pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(1))
+    return jax.jit(MODEL.init)(jax.random.key(1))
 
 
 def batches_of(key, size, epochs, count=COUNT):
@@ -171,8 +184,9 @@ def test_a_kept_optimiser_goes_on(params):
     state = keeping.init_client(ctx, params)
     assert isinstance(state, Kept)
     assert set(state.optimizers) == {"a", "b"}
+    both = jax.jit(lambda state: keeping.round[0].client(ctx, Received((), (), ()), state, data)[0])
     for _ in range(2):
-        state, _, _ = keeping.round[0].client(ctx, Received((), (), ()), state, data)
+        state = both(state)
     expected = fit(how, params, data, jax.random.key(0), np.int32(4))
     chex.assert_trees_all_close(state.state, expected, rtol=1e-5, atol=1e-6)
     fresh = params

@@ -41,6 +41,7 @@ def compiled(measures, batch):
 
 
 ALL = tuple(metric for metric in METRICS.values() if metric.sums is not None)
+AREA = (METRICS["roc_auc"],)  # which compiles faster where the others are not looked at
 
 
 def values(z, y, batch=37, held=None, measures=ALL):
@@ -107,15 +108,15 @@ def test_area_of_confident_models(rng):
     """Where probabilities are 0 and 1 in float32, log-odds are still told apart."""
     z, y = draw(rng, 2000, 3, sharp=15.0)
     assert np.mean(softmax(z).astype(np.float32).max(-1) == 1) > 0.5
-    assert abs(values(z, y, 500)["roc_auc"] - roc_auc(z, y)[0]) < 2e-4
+    assert abs(values(z, y, 500, measures=AREA)["roc_auc"] - roc_auc(z, y)[0]) < 2e-4
 
 
 def test_area_of_what_is_known():
     y = np.array([0, 0, 1, 1])
-    assert values(np.array([[3, 0], [2, 0], [0, 2], [0, 3.0]]), y)["roc_auc"] == 1
-    assert values(np.array([[0, 3], [0, 2], [2, 0], [3, 0.0]]), y)["roc_auc"] == 0
-    assert values(np.zeros((4, 2)), y)["roc_auc"] == 0.5
-    assert values(np.array([[0, 0], [0, 2], [0, 1], [0, 3.0]]), y)["roc_auc"] == 0.75
+    assert values(np.array([[3, 0], [2, 0], [0, 2], [0, 3.0]]), y, measures=AREA)["roc_auc"] == 1
+    assert values(np.array([[0, 3], [0, 2], [2, 0], [3, 0.0]]), y, measures=AREA)["roc_auc"] == 0
+    assert values(np.zeros((4, 2)), y, measures=AREA)["roc_auc"] == 0.5
+    assert values(np.array([[0, 0], [0, 2], [0, 1], [0, 3.0]]), y, measures=AREA)["roc_auc"] == 0.75
 
 
 def test_a_part_of_one_class():
@@ -156,7 +157,7 @@ def test_logits_that_are_not_finite(rng):
     np.testing.assert_allclose(values(z, y)["macro_f1"], np.mean(each), rtol=1e-6)
     assert np.isnan(values(z, y)["calibration_error"])
     assert 0 <= values(z, y)["roc_auc"] <= 1
-    assert values(np.full((4, 2), np.nan), np.array([0, 1, 0, 1]))["roc_auc"] == 0.5
+    assert values(np.full((4, 2), np.nan), np.array([0, 1, 0, 1]), measures=AREA)["roc_auc"] == 0.5
 
 
 def test_inside_and_outside(rng):

@@ -1,5 +1,7 @@
 """DP-SGD against loops over examples in NumPy, float64."""
 
+import functools
+
 import engine_cases as cases
 import jax
 import jax.numpy as jnp
@@ -15,20 +17,33 @@ from fdjax.contract import Context
 B = 11  # not a whole number of microbatches
 
 
+@functools.cache
+def net(name, shape):
+    """A model, its loss on a batch and its first params."""
+    model = cases.model(name, shape)
+    loss = supervised(model, cases.training(4))
+    return model, lambda p, x, y: (loss(p, x, y, jax.random.key(1)), ()), jax.jit(model.init)(jax.random.key(0))
+
+
 def batch(name="mclr", shape=(cases.FEATURES,)):
     rng = np.random.default_rng(0)
-    model = cases.model(name, shape)
     x = rng.normal(size=(B, *shape)).astype(np.float32)
     y = np.arange(B, dtype=np.int32) % cases.CLASSES
     weight = (np.arange(B) < B - 2).astype(np.float32)
-    loss = supervised(model, cases.training(4))
-    return model, lambda p, x, y: (loss(p, x, y, jax.random.key(1)), ()), model.init(jax.random.key(0)), x, y, weight
+    return *net(name, shape), x, y, weight
+
+
+@functools.cache
+def compiled(loss):
+    """`clipped_gradient` of a loss, and the gradient of its sum."""
+    clipped = jax.jit(lambda *args: private.clipped_gradient(loss, *args))
+    return clipped, jax.jit(jax.grad(lambda p, x, y: loss(p, x, y)[0].sum()))
 
 
 def example_by_example(loss, params, x, y, weight, clip):
     """sum_i min(1, S / |g_i|) g_i, one gradient after another."""
     total, scaled = jax.tree.map(lambda p: np.zeros(p.shape), params), 0
-    gradient = jax.jit(jax.grad(lambda p, x, y: loss(p, x, y)[0].sum()))
+    _, gradient = compiled(loss)
     for i in np.flatnonzero(weight):
         g = jax.tree.map(lambda a: np.asarray(a, np.float64), gradient(params, x[i : i + 1], y[i : i + 1]))
         norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(g)))
@@ -48,7 +63,7 @@ def test_gradients_are_clipped_one_by_one(name, shape, clip):
     assert (private._dense_layers(loss, params, x, y) is None) == (name == "cnn")
     expected, scaled = example_by_example(loss, params, x, y, weight, clip)
     x[weight == 0] = np.nan
-    values, _, found = private.clipped_gradient(loss, params, x, y, jnp.asarray(weight), jnp.float32(clip))
+    values, _, found = compiled(loss)[0](params, x, y, weight, np.float32(clip))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
     assert values.shape == (B,)
     assert scaled or clip == np.inf
@@ -61,7 +76,7 @@ def test_logistic_regression_by_its_formula():
     slope = cases.softmax(mine(x.astype(np.float64))) - np.eye(cases.CLASSES)[y]
     norm = np.sqrt(((x.astype(np.float64) ** 2).sum(1) + 1) * (slope**2).sum(1))
     s = weight * np.minimum(1, 0.9 / norm)
-    _, _, found = private.clipped_gradient(loss, params, x, y, jnp.asarray(weight), jnp.float32(0.9))
+    _, _, found = compiled(loss)[0](params, x, y, weight, np.float32(0.9))
     np.testing.assert_allclose(found["Dense_0"]["kernel"], x.T @ (s[:, None] * slope), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["Dense_0"]["bias"], (s[:, None] * slope).sum(0), rtol=1e-4, atol=1e-6)
 
@@ -87,13 +102,26 @@ class _Examples:
         return self.x[position], self.y[position]
 
 
-def trained(clip, noise, *, is_private=True, batch_size=4, epochs=1, key=None):
+@functools.cache
+def fitting(is_private, batch_size):
+    """A compiled fit of logistic regression: (epochs, key, hparams) -> (params, loss)."""
     model, _, params, x, y, _ = batch()
     training = cases.training(batch_size)._replace(private=is_private)
+
+    @jax.jit
+    def run(epochs, key, hparams):
+        ctx = Context(model, 0, jnp.int32(0), hparams, jnp.int32(0), key, None)
+        return fit(training, supervised(model, training), params, _Examples(x, y), ctx, epochs=epochs)
+
+    return run
+
+
+def trained(clip, noise, *, is_private=True, batch_size=4, epochs=1, key=None):
+    _, _, params, x, y, _ = batch()
     hparams = {"learning_rate": 0.5, "clip": clip, "noise_multiplier": noise}
+    hparams = {name: np.float32(value) for name, value in hparams.items()}
     key = jax.random.key(5) if key is None else key
-    ctx = Context(model, 0, jnp.int32(0), {n: jnp.float32(v) for n, v in hparams.items()}, jnp.int32(0), key, None)
-    end, loss = fit(training, supervised(model, training), params, _Examples(x, y), ctx, epochs=jnp.int32(epochs))
+    end, loss = fitting(is_private, batch_size)(np.int32(epochs), key, hparams)
     return params, end, loss, x, y
 
 
@@ -127,7 +155,7 @@ def test_noise_of_a_step_has_the_deviation_that_it_says():
         exact, noisy = (trained(0.8, z, batch_size=16, key=key)[1] for z in (0, 3.0))
         return jax.tree.map(lambda a, b: a - b, exact, noisy)
 
-    differences = jax.vmap(difference)(jax.random.split(jax.random.key(5), 60))
+    differences = jax.jit(jax.vmap(difference))(jax.random.split(jax.random.key(5), 60))
     draws = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(differences)]) / (0.5 * 3.0 * 0.8 / B)
     assert draws.size == 1680
     assert abs(draws.mean()) < 0.1

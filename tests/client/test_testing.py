@@ -13,7 +13,7 @@ from fdjax.client import testing
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(1))
+    return jax.jit(MODEL.init)(jax.random.key(1))
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def an_examples_own_number(params, x, y, key):
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(1))
+    return jax.jit(MODEL.init)(jax.random.key(1))
 
 
 @pytest.mark.parametrize("momentum", [None, MOMENTUM])

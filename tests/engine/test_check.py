@@ -3,6 +3,7 @@
 import functools
 
 import engine_cases as cases
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -23,7 +24,12 @@ def shapes(algorithm):
     task = cases.task(cohorts=(("mclr", 3), ("mclr", 4)))
     simulation = cases.bind(algorithm, task, (2, 3), chunk=2)
     federation, hparams = cases.federation(cohort_sizes=(3, 4)), cases.hparams_of("fd")
-    simulation.run.lower(simulation.init(0, federation), federation, hparams, 1)
+    simulation.run.lower(start(simulation, federation), federation, hparams, 1)
+
+
+def start(simulation, federation):
+    """A state of shapes alone, which compiles nothing."""
+    return jax.eval_shape(simulation.pure.init, 0, federation)
 
 
 def client(result):
@@ -172,7 +178,7 @@ def test_a_predictor_that_gives_no_logits(logits):
     federation, hparams = cases.federation(), cases.hparams_of("fd")
     message = r"^fd: personal \(test_check\.py:\d+\) returned .*, expected logits float32\[\d+, 4\]"
     with pytest.raises(InputError, match=message):
-        simulation.evaluate(simulation.init(0, federation), federation, hparams)
+        simulation.evaluate.lower(start(simulation, federation), federation, hparams)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bool_, jnp.uint8, jnp.int16])
@@ -181,6 +187,7 @@ def test_small_numbers_are_summed_without_overflow(dtype):
     partial = Reduction(lambda ctx, upload, weight: jnp.asarray(200, dtype), lambda ctx, total: total)
     (train,) = built.round
     counting = train._replace(
+        client=lambda ctx, received, state, data: (state, Upload(()), {}),
         reduce=partial,
         server=lambda ctx, server, total: (total, {}),
         broadcast=lambda ctx, server: Broadcast((), zeros(7)),

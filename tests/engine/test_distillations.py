@@ -27,18 +27,21 @@ WHERE = {  # who distils by itself in a round
 
 
 class Rounds:
-    """Rounds of a method one by one, each with the metrics of it and the evaluation after it."""
+    """Rounds of a method one by one, each with the metrics of it and the evaluation after it, if there are any."""
 
-    def __init__(self, name, hparams=None, watched=True, participants=ALL, **more):
+    def __init__(self, name, hparams=None, watched=True, participants=ALL, evaluates=True, **more):
         flag = {"before_distillation": True} if watched else {}
         _, self.simulation = cases.simulation(name, participants=participants, full_eval=False, **flag, **more)
         self.federation = cases.federation(devices=more.get("devices", 1))
         self.hparams = cases.hparams_of(name)
         self.state = cases.begin(self.simulation, self.federation, self.hparams)
         self.hparams |= {n: np.asarray(v, self.hparams[n].dtype) for n, v in (hparams or {}).items()}
-        self.before, self.evaluation = None, self.evaluated(self.state)
+        self.before, self.evaluates = None, evaluates
+        self.evaluation = self.evaluated(self.state)
 
     def evaluated(self, state):
+        if not self.evaluates:
+            return None
         return jax.device_get(self.simulation.evaluate(state, self.federation, self.hparams)[0])
 
     def one(self):
@@ -73,7 +76,7 @@ def test_the_digest_of_fedmd():
     ("name", "epochs"), [("dsfl", ("distill_epochs",)), ("fedmd", ("digest_epochs",)), ("feddf", ("server_steps",))]
 )
 def test_a_distillation_of_no_epochs_changes_nothing(name, epochs):
-    told = Rounds(name, dict.fromkeys(epochs, 0)).one()
+    told = Rounds(name, dict.fromkeys(epochs, 0), evaluates=False).one()
     found = [key for key in told if key.endswith(BEFORE)]
     assert {*found} == {key for key in WHERE[name] if key.endswith(BEFORE)}
     for key in found:
@@ -107,7 +110,7 @@ def test_some_participants_on_two_devices(name):
 
 
 def test_nothing_else_changes():
-    watched, plain = Rounds("dsfl"), Rounds("dsfl", watched=False)
+    watched, plain = (Rounds("dsfl", watched=watched, evaluates=False) for watched in (True, False))
     told, known = watched.one(), plain.one()
     assert told.keys() - known.keys() == WHERE["dsfl"]
     assert known == {name: told[name] for name in known}

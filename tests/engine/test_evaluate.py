@@ -1,5 +1,7 @@
 """What an evaluation tests: a subsample or all of the test set in one compiled function, and what is switched off."""
 
+import functools
+
 import chex
 import engine_cases as cases
 import jax
@@ -99,7 +101,8 @@ def test_a_federation_without_an_order_is_tested_as_it_lies():
     federation = federation._replace(test_order=None)
     algorithm, _ = cases.simulation("local")
     layout = simulation.pure.evaluate.args[1]
-    _, clients = evaluate.evaluate(algorithm, layout, state, federation, hparams, 4)
+    compiled = jax.jit(functools.partial(evaluate.evaluate, algorithm, layout))
+    _, clients = compiled(state, federation, hparams, 4)
     z, y = personal_logits(state, federation)
     np.testing.assert_allclose(clients["local_accuracy"], (z[:, :4].argmax(-1) == y[:4]).mean(1), rtol=1e-6)
 

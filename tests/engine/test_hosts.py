@@ -1,52 +1,29 @@
-"""Several hosts: two real processes joined by jax.distributed, against one."""
+"""Several hosts: two real processes joined by jax.distributed, against one.
+
+That every feature of the engine is the same on two hosts says `test_probe.py`.
+"""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import programs
 import pytest
 from choices import some
+from host_processes import begin, finish, free_port
 
 import fdjax
 from fdjax.engine import hosts
 from fdjax.errors import InputError
 from fdjax.run.checkpoint import Checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--algorithm=feddistill", "--dataset=synthetic", "--num_clients=7", "--model=mclr", "--eval_every=2", "--seed=3",
     "--samples_per_client=20", "--participation=0.8", "--checkpoint_every=2",
 )  # fmt: skip
 
 
-def begin(folder, *command, devices=1):
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": programs.quick(os.environ.get("XLA_FLAGS", "")),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "engine"))),
-    }  # fmt: skip
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def start(folder, *flags, devices=1):
     return begin(folder, "-m", "fdjax", *FLAGS, *flags, devices=devices)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def finish(*processes):
-    """(exit code, stdout, stderr) of each."""
-    return [(p.returncode, *said) for p, said in [(p, p.communicate(timeout=600)) for p in processes]]
 
 
 def together(folder, *flags, second=()):
@@ -87,17 +64,6 @@ def check_checkpoint(out, accuracies):
     data = next((out / "checkpoints/4/state/ocdbt.process_1").rglob("d/*"))
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
     assert Checkpoints(out / "checkpoints").latest() == 2
-
-
-def test_every_feature_of_the_engine_in_two_processes(tmp_path):
-    program, cluster = str(ROOT / "tests/engine/probe_on_hosts.py"), (f"localhost:{free_port()}", "2")
-    both = [begin(tmp_path, program, f"{tmp_path}/two.npz", *cluster, str(i)) for i in range(2)]
-    for code, _, said in finish(begin(tmp_path, program, f"{tmp_path}/one.npz", devices=2), *both):
-        assert code == 0, said
-    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
-    assert len(one.files) == len(two.files) > 20
-    for name in one.files:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

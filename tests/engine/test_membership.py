@@ -1,5 +1,7 @@
 """The membership attack against NumPy, pair by pair, and what it finds in models that learned much or little."""
 
+import functools
+
 import engine_cases as cases
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,15 @@ def test_draws_are_even_over_what_is_held(count):
     assert (np.abs(often - membership.PAIRS / count) < 2).all()
 
 
+@functools.cache
+def attacked(name, wrap, devices):
+    task = cases.task(options=ALGORITHMS[name].choices({}).items())._replace(proxy_size=M, proxy_per_round=N)
+    algorithm = ALGORITHMS[name].algorithm(task)
+    if wrap is not None:
+        algorithm = algorithm._replace(round=tuple(map(wrap, algorithm.round)))
+    return cases.bind(algorithm, task, (7,), devices=devices, membership=True, own_eval=False, full_eval=False)
+
+
 def look(name, *, wrap=None, devices=1, tests=True, **more):
     """(state, scalars, values by row, federation) of the attack on what a method begins with."""
     federation = cases.federation(devices=devices)
@@ -67,11 +78,7 @@ def look(name, *, wrap=None, devices=1, tests=True, **more):
         federation = federation._replace(
             test_holdings=federation.test_holdings._replace(count=0 * federation.test_holdings.count)
         )
-    task = cases.task(options=ALGORITHMS[name].choices({}).items())._replace(proxy_size=M, proxy_per_round=N)
-    algorithm = ALGORITHMS[name].algorithm(task)
-    if wrap is not None:
-        algorithm = algorithm._replace(round=tuple(map(wrap, algorithm.round)))
-    simulation = cases.bind(algorithm, task, (7,), devices=devices, membership=True, own_eval=False, full_eval=False)
+    simulation = attacked(name, wrap, devices)
     hparams = cases.replicated(cases.hparams_of(name) | {n: np.float32(v) for n, v in more.items()}, federation)
     state = simulation.init(0, federation)
     scalars, clients = jax.device_get(simulation.evaluate(state, federation, hparams, len(federation.test.y)))

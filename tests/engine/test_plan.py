@@ -127,7 +127,7 @@ def test_the_largest_chunk_that_fits():
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts():
-    fields = SMALL | {"algorithm": "fedavg"}  # whose clients keep nothing
+    fields = SMALL | {"algorithm": "fedavg", "local_eval": "none"}  # whose clients keep nothing
     chosen = settings.make(**fields, devices=1, lifting="chunk", chunk=6, memory_limit=1e-6)
     with pytest.raises(InputError, match=r"a round needs .* GB on a device at --chunk=6, and 1e-06 GB are free"):
         runner.run(chosen, progress=False)
@@ -145,7 +145,7 @@ def test_states_that_fit_nowhere_are_refused_before_anything_is_allocated():
 
 def test_the_chunk_shrinks_to_what_fits(capsys):
     """The estimate that the compiler makes grows with the chunk, so a limit between two chunks picks the smaller."""
-    fields = SMALL | {"algorithm": "fedavg", "num_clients": 16, "devices": 1, "lifting": "chunk"}
+    fields = SMALL | {"algorithm": "fedavg", "local_eval": "none", "num_clients": 16, "devices": 1, "lifting": "chunk"}
     built = experiment.build(settings.make(**fields))
     state = built.simulation.init(0, built.federation)
 

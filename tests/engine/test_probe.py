@@ -1,4 +1,4 @@
-"""One algorithm with every feature is the same under every lifting, on one, two and four devices."""
+"""One algorithm with every feature is the same under every lifting, on one, two and four devices, and on two hosts."""
 
 import functools
 
@@ -7,8 +7,10 @@ import engine_cases as cases
 import jax
 import numpy as np
 import probe
+import programs
 import pytest
 from choices import some
+from host_processes import begin, finish, free_port
 
 from fdjax.exchange import traffic
 
@@ -51,6 +53,18 @@ def test_is_the_same_under_every_lifting(kind, chunk, devices):
     if devices == 4:
         own_evaluation = simulation.evaluate(state, federation, hparams)
         chex.assert_trees_all_close(own_evaluation, evaluation, rtol=1e-5, atol=1e-5)
+
+
+def test_is_the_same_on_two_hosts(tmp_path):
+    """Two processes of one device each, joined by jax.distributed: in both the same set-up, rounds and tests."""
+    program, cluster = str(programs.ROOT / "tests/engine/probe_on_hosts.py"), (f"localhost:{free_port()}", "2")
+    for code, _, said in finish(*(begin(tmp_path, program, f"{tmp_path}/two.npz", *cluster, str(i)) for i in range(2))):
+        assert code == 0, said
+    found, (_, setup, *ends) = np.load(tmp_path / "two.npz"), reference()
+    expected = jax.tree.leaves_with_path((setup, *ends))
+    assert len(found.files) == len(expected) > 20
+    for name, (path, values) in zip(found.files, expected, strict=True):
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.exhaustive  # `make test` has FedDistill's, compiled as in use, in `as_in_use.py`

@@ -90,8 +90,8 @@ WIDTHS = {
 def made(name):
     model = NETS[name]()
     shape = (16, 16, 2) if name == "niid_cnn" else IMAGE
-    x = jax.random.normal(jax.random.key(1), (4, *shape))
-    params = jax.tree.map(lambda w: w + 0.05, jax.jit(model.init)(jax.random.key(0)))
+    x = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
+    params = jax.tree.map(lambda w: w + np.float32(0.05), jax.device_get(jax.jit(model.init)(jax.random.key(0))))
     model = model._replace(apply=jax.jit(model.apply))
     return model, chain.chain_of(model, shape, "fedma"), params, x
 
@@ -101,31 +101,38 @@ def test_moved_units_change_nothing(name):
     """Chosen anew by a permutation, or layer by layer: its vectors moved, and then the inputs of the next layer."""
     model, net, params, x = made(name)
     assert net.widths == WIDTHS[name]
-    places = [jax.random.permutation(jax.random.key(i), width) for i, width in enumerate(net.widths)]
-    expected = model.apply(params, x)
-    np.testing.assert_allclose(model.apply(net.chosen(params, places), x), expected, rtol=1e-4, atol=1e-5)
-    moved = params
-    for layer, after, place in zip(net.layers[:-1], net.layers[1:], places, strict=True):
-        rows = layer.vectors(layer.of(moved))
-        moved = layer.put(moved, layer.from_vectors(jnp.zeros_like(rows).at[place].set(rows)))
-        moved = after.put(moved, chain.inputs_moved(after.of(moved), place))
+    rng, expected = np.random.default_rng(2), model.apply(params, x)
+    places = [rng.permutation(width) for width in net.widths]
+    chosen = jax.jit(net.chosen)
+    np.testing.assert_allclose(model.apply(chosen(params, places), x), expected, rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def moved_by(params, places):
+        moved = params
+        for layer, after, place in zip(net.layers[:-1], net.layers[1:], places, strict=True):
+            rows = layer.vectors(layer.of(moved))
+            moved = layer.put(moved, layer.from_vectors(jnp.zeros_like(rows).at[place].set(rows)))
+            moved = after.put(moved, chain.inputs_moved(after.of(moved), place))
+        return moved
+
+    moved = moved_by(params, places)
     np.testing.assert_allclose(model.apply(moved, x), expected, rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_equal(net.chosen(moved, places), params)
+    chex.assert_trees_all_equal(chosen(moved, places), params)
 
 
 @pytest.mark.parametrize("name", SOME_NETS)
 def test_masked_units_have_no_weights_and_no_bytes(name):
     model, net, params, x = made(name)
-    whole = tuple(jnp.ones(width) for width in net.widths)
+    whole, masked = tuple(np.ones(width, np.float32) for width in net.widths), jax.jit(net.masked)
     assert float(net.size(whole)) == size(params)
     masks = net.narrowed(0.5)
     assert [int(mask.sum()) for mask in masks] == [max(1, round(width / 2)) for width in net.widths]
-    narrow = net.masked(params, masks)
+    narrow = jax.device_get(masked(params, masks))
     numbers = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(narrow))
     assert float(net.size(masks)) == 4 * numbers
-    rubbish = jax.tree.map(lambda w, kept: jnp.where(kept == 0, 9.0, w), params, narrow)
-    chex.assert_trees_all_equal(net.masked(rubbish, masks), narrow)
-    gradient = jax.grad(lambda params: jnp.sum(model.apply(net.masked(params, masks), x) ** 2))(rubbish)
+    rubbish = jax.tree.map(lambda w, kept: np.where(kept == 0, np.float32(9), w), params, narrow)
+    chex.assert_trees_all_equal(masked(rubbish, masks), narrow)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(net.masked(params, masks), x) ** 2)))(rubbish)
     assert all(not np.any(g[k == 0]) for g, k in zip(*map(jax.tree.leaves, (gradient, narrow)), strict=True))
 
 

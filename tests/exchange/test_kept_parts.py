@@ -87,8 +87,7 @@ def test_what_is_frozen_and_kept_is_known_and_nobodys_own():
 def test_everything_exchanged_is_fedavg(exchanged):
     _, after, *_ = run(exchanged)
     federation = cases.federation()
-    task = cases.task(batch_size=100)
-    plain = cases.bind(ALGORITHMS["fedavg"].algorithm(task), task, (7,))
+    _, plain = cases.simulation("fedavg", batch_size=100, participants=(7,))
     hparams = cases.replicated(ALGORITHMS["fedavg"].resolve({"learning_rate": RATE}), federation)
     state, _ = plain.run(plain.init(0, federation), federation, hparams, 2)
     chex.assert_trees_all_close(

@@ -82,14 +82,20 @@ def test_noise_has_the_deviation_that_it_says_and_one_key_a_leaf():
     np.testing.assert_array_equal(privacy.noise_deviation(without), 0)
 
 
+@functools.cache
+def private_rounds(name, number, places, policy):
+    """A method's simulation in which means are private, of so many participants as expected."""
+    task = cases.task(options=ALGORITHMS[name].choices({}).items())
+    return cases.bind(privately(ALGORITHMS[name].algorithm(task), number), task, (places,), policy=policy)
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "poisson"])
 def test_a_private_round_of_fedavg(sampling):
     """Local SGD, clipping around what was sent and the mean by the expected number, all in float64."""
     federation, clip = cases.federation(), 0.4
     policy = participation.Policy(sampling, 0.5 if sampling == "poisson" else 1.0)
     number, places = (3.5, 7) if sampling == "poisson" else (5, 5)
-    task = cases.task()
-    simulation = cases.bind(privately(ALGORITHMS["fedavg"].algorithm(task), number), task, (places,), policy=policy)
+    simulation = private_rounds("fedavg", number, places, policy)
     hparams = hparams_of(clip, 0, federation, local_epochs=2)
     state = simulation.init(0, federation)
     w = cases.Logistic(jax.device_get(state.server)).params()
@@ -198,9 +204,7 @@ def test_an_exchange_that_sends_nothing_stays_as_it_is():
 def private_params(name):
     """Of a method that is FedAvg's with these hparams: the params before and after a round of clip 0.05, by Poisson."""
     off = {"fedgkd": {"gamma": 0}, "fedgkd_vote": {"gamma": 0}, "fedcad": {"distill_weight": 0}, "fedssd": {"m_max": 0}}
-    federation, task = cases.federation(), cases.task(options=ALGORITHMS[name].choices({}).items())
-    policy = participation.Policy("poisson", 0.5)
-    simulation = cases.bind(privately(ALGORITHMS[name].algorithm(task), 3.5), task, (7,), policy=policy)
+    federation, simulation = cases.federation(), private_rounds(name, 3.5, 7, participation.Policy("poisson", 0.5))
     state = simulation.init(0, federation)
     found = [jax.device_get(getattr(state.server, "params", state.server))]
     state, _ = simulation.run(state, federation, hparams_of(0.05, 0, federation, name, **off.get(name, {})), 1)

@@ -1,5 +1,7 @@
 """FD's means by label, private given the models, against NumPy in float64."""
 
+import functools
+
 import engine_cases as cases
 import jax
 import jax.numpy as jnp
@@ -20,15 +22,21 @@ def context(key=0, **hparams):
     return Context(None, 0, jnp.int32(3), h, jnp.int32(0), jax.random.key(key), None)
 
 
+@functools.cache
+def simulation_of_fd(private):
+    task = cases.task()._replace(private_means=private)
+    return cases.bind(ALGORITHMS["fd"].algorithm(task), task, (7,))
+
+
 def rounds_of_fd(private, rounds=1, **privacy):
-    federation, task = cases.federation(), cases.task()._replace(private_means=private)
-    simulation = cases.bind(ALGORITHMS["fd"].algorithm(task), task, (7,))
+    federation, simulation = cases.federation(), simulation_of_fd(private)
     hparams = cases.hparams_of("fd", learning_rate=RATE, local_epochs=EPOCHS) | {
         name: np.float32(value) for name, value in privacy.items()
     }
     start = simulation.init(0, federation)
-    first = jax.device_get(start.clients)
-    state, _ = simulation.run(start, federation, cases.replicated(hparams, federation), rounds)
+    first, state = jax.device_get(start.clients), start
+    for _ in range(rounds):  # supersteps of one round, which are compiled once for all tests
+        state, _ = simulation.run(state, federation, cases.replicated(hparams, federation), 1)
     return federation, first, jax.device_get(state)
 
 

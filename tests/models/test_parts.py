@@ -51,7 +51,8 @@ def test_blocks_one_after_another_are_the_net(name):
 def test_parts_of_a_net_with_statistics_and_dropout(rng, wrap, key):
     options = {"filters": (2, 2), "norm": "batch", "dropout": 0.5}
     model = wrap(build("fedmd_mnist_0", (6, 6, 1), 3, **options))
-    params = model.init(jax.random.key(0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.float32(rng.uniform(0.1, 0.6, leaf.shape)), shapes)
     x, key = jnp.asarray(rng.normal(size=(4, 6, 6, 1)), jnp.float32), None if key is None else jax.random.key(key)
 
     @jax.jit
@@ -106,7 +107,7 @@ class Three(nnx.Module):
 )
 def test_any_module_with_parts(rng, make, parts):
     model = make()
-    params, x = model.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    params, x = jax.jit(model.init)(jax.random.key(0)), jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
     assert len(model.blocks) == parts
     np.testing.assert_array_equal(model.apply(params, x), chain(model)(params, x))
     key = jax.random.key(1)

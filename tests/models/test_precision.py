@@ -17,13 +17,13 @@ def norm(tree):
 
 
 def difference(a, b):
-    return norm(jax.tree.map(jnp.subtract, a, b))
+    return norm(jax.tree.map(np.subtract, *jax.device_get((a, b))))
 
 
 def test_bfloat16_computes_so_and_gives_float32(rng):
     net = build("fedmd_mnist_0", (6, 6, 1), 3, filters=(4, 4), norm="batch", dropout=0.1)
     model = in_precision(net, "bfloat16")
-    params, x = model.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(16, 6, 6, 1)), jnp.float32)
+    params, x = jax.jit(model.init)(jax.random.key(0)), jnp.asarray(rng.normal(size=(16, 6, 6, 1)), jnp.float32)
 
     def loss(model):
         return lambda params: jnp.mean(jnp.square(model.apply(params, x, jax.random.key(1)) - 1))
@@ -64,7 +64,7 @@ def test_fedavg_in_bfloat16_ends_near_float32(name, weights, accuracy):
 def test_lora(rng):
     net = build("niid_cnn", (16, 16, 1), 3)
     model = with_lora(net, 2, alpha=6)
-    params, x = model.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(4, 16, 16, 1)), jnp.float32)
+    params, x = jax.jit(model.init)(jax.random.key(0)), jnp.asarray(rng.normal(size=(4, 16, 16, 1)), jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, params["base"], net.init(jax.random.key(0)))
     np.testing.assert_allclose(model.apply(params, x), net.apply(params["base"], x), rtol=1e-6)
     assert {name: a["A"].shape + a["B"].shape for name, a in params["lora"].items()} == {
@@ -91,7 +91,7 @@ def test_lora(rng):
 def test_gradients_of_adapters(rng):
     net = build("fedmd_mnist_0", (6, 6, 1), 3, filters=(4, 4), norm="batch")
     model = with_lora(net, 1)
-    params, x = model.init(jax.random.key(0)), jnp.asarray(rng.normal(size=(8, 6, 6, 1)), jnp.float32)
+    params, x = jax.jit(model.init)(jax.random.key(0)), jnp.asarray(rng.normal(size=(8, 6, 6, 1)), jnp.float32)
     key = jax.random.key(1)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, x, key)))))(params)
     base = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(net.apply(p, x, key)))))(params["base"])

@@ -21,9 +21,15 @@ def tokens(rng):
     return jnp.asarray(rng.integers(0, TOKENS, (3, LENGTH)), jnp.int32)
 
 
+def drawn(model):
+    """Params of which no bias is 0 and no scale is 1."""
+    rng, shapes = np.random.default_rng(1), jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.float32(0.5 * rng.normal(size=leaf.shape)), shapes)
+
+
 def built(name, **options):
     model = models.build(name, (LENGTH,), CLASSES, Features(TOKENS), **{**SMALL[name], **options})
-    return model, model.init(jax.random.key(0))
+    return model, drawn(model)
 
 
 def in_float64(tree):
@@ -50,7 +56,7 @@ def lstm_layer(params, x):
 def test_lstm_is_its_definition(tokens):
     model, params = built("char_lstm")
     p = in_float64(params)
-    for row, logits in zip(np.asarray(tokens), model.apply(params, tokens), strict=True):
+    for row, logits in zip(np.asarray(tokens), jax.jit(model.apply)(params, tokens), strict=True):
         h = p["Embedding_0"]["embedding"][row]
         for layer in ("LSTMLayer_0", "LSTMLayer_1"):
             h = lstm_layer(p[layer], h)
@@ -111,7 +117,7 @@ def test_gradients_of_the_recurrence_are_those_of_a_plain_loop(rng):
         return jnp.stack(every)
 
     ours, theirs = (
-        jax.grad(lambda a, b, f=f: jnp.sum(weight * f(a, b)), (0, 1))(given, kernel)
+        jax.jit(jax.grad(lambda a, b, f=f: jnp.sum(weight * f(a, b)), (0, 1)))(given, kernel)
         for f in (sequences.recurrence, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
@@ -124,14 +130,14 @@ def test_gradient_of_an_embedding(rng, size):
     slope = rng.normal(size=(4, 5, 3)).astype(np.float32)
     expected = np.zeros((size, 3))
     np.add.at(expected, index, slope)
-    found = jax.grad(lambda t: jnp.sum(sequences.rows_of(t, jnp.asarray(index)) * slope))(jnp.asarray(table))
+    found = jax.jit(jax.grad(lambda t: jnp.sum(sequences.rows_of(t, jnp.asarray(index)) * slope)))(table)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_same_under_vmap(tokens):
     for name in SMALL:
         model, params = built(name, layers=1)
-        both = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+        both = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), params)
 
         @jax.jit
         def slope(params, model=model):
@@ -145,8 +151,9 @@ def test_the_same_under_vmap(tokens):
 
 def test_dropout_of_a_transformer(tokens):
     model, params = built("transformer", dropout=0.5)
-    in_test, again = model.apply(params, tokens), model.apply(params, tokens)
-    in_training = model.apply(params, tokens, jax.random.key(1))
+    apply = jax.jit(model.apply)
+    in_test, again = apply(params, tokens), apply(params, tokens)
+    in_training = apply(params, tokens, jax.random.key(1))
     np.testing.assert_array_equal(in_test, again)
     assert not np.allclose(in_test, in_training)
 
@@ -154,7 +161,7 @@ def test_dropout_of_a_transformer(tokens):
 def test_embedded_columns(rng):
     sizes = (0, 4, 0, 9)
     model = models.build("embedded_mlp", (4,), 3, Features(categories=sizes), width=8, layers=1)
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
     x = rng.normal(size=(6, 4)).astype(np.float32)
     x[:, 1], x[:, 3] = rng.integers(0, 4, 6), rng.integers(0, 9, 6)
     p = in_float64(params)
@@ -164,9 +171,9 @@ def test_embedded_columns(rng):
     assert h.shape[1] == 2 + 2 + 5
     h = np.maximum(h @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"], 0)
     expected = h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
-    np.testing.assert_allclose(model.apply(params, jnp.asarray(x)), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, x), expected, atol=1e-5)
     plain = models.build("embedded_mlp", (4,), 3)  # without categories, columns are numbers
-    assert plain.apply(plain.init(jax.random.key(0)), jnp.asarray(x)).shape == (6, 3)
+    assert jax.eval_shape(plain.apply, drawn(plain), x).shape == (6, 3)
 
 
 TOKENS_OF_80 = Features(80)
