@@ -90,7 +90,8 @@ def test_programs_stay_small(path):
 
 
 def test_a_tiny_run_writes_its_files(tmp_path):
-    done = programs.run("benchmarks.speed", "--suite=logistic,scale,gpu", "--smoke", "--peers=", f"--out={tmp_path}")
+    suites = "--suite=logistic,scale,gpu"
+    done = programs.run_here("benchmarks.speed", suites, "--smoke", "--peers=", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "gpu: skipped, JAX's backend here is 'cpu'" in done.stdout
     for name, cases in {"logistic": 1, "scale": 2}.items():
@@ -175,7 +176,7 @@ def test_ratios_are_this_checkout_over_the_other_by_each_clock():
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_line(given, message):
-    done = programs.run("benchmarks.speed", *given, "--smoke")
+    done = programs.run_here("benchmarks.speed", *given, "--smoke")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in line

@@ -73,9 +73,9 @@ def test_cohorts_by_file_and_by_value():
 def test_from_the_command_line(tmp_path):
     flagfile = tmp_path / "my.flags"
     flagfile.write_text(f"--algorithm={METHOD}\n--beta_server=0.25\n--dataset=synthetic\n--rounds=1\n")
-    result = programs.run(
+    result = programs.run_here(
         "fdjax", f"--flagfile={flagfile}", f"--model={NET}", "--num_clients=4", "--samples_per_client=20",
-        f"--out={tmp_path / 'out'}",
+        "--devices=1", f"--out={tmp_path / 'out'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"fedavgm ({METHOD})" in result.stdout
@@ -86,7 +86,7 @@ def test_from_the_command_line(tmp_path):
 
 def test_help_has_the_flags_of_a_file():
     """Flags that are no settings are reserved, or absl would end in a traceback where a method takes one."""
-    result = programs.run("fdjax", f"--algorithm={METHOD}", "--help")
+    result = programs.run_here("fdjax", f"--algorithm={METHOD}", "--help")
     text = " ".join(result.stdout.split())
     assert "hyperparameter of fedavgm (default 0.9): momentum of the server" in text
     assert f"fedavgm ({METHOD}): FedAvgM (Hsu et al. 2019)" in text
@@ -96,7 +96,7 @@ def test_help_has_the_flags_of_a_file():
 
 
 def test_a_file_that_is_none_ends_in_one_line_before_flags_are_read():
-    result = programs.run("fdjax", "--algorithm", "none.py", "--my_hparam=1")
+    result = programs.run_here("fdjax", "--algorithm", "none.py", "--my_hparam=1")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --algorithm=none.py: there is no such file; ")
     assert result.stderr.count("\n") == 1

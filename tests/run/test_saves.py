@@ -325,7 +325,7 @@ def test_nothing_to_resume_is_refused_with_what_could_be(undisturbed, tmp_path, 
 
 def test_a_program_refuses_to_resume_nothing(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "runs" / "a run")
-    result = programs.run("fdjax", f"--out={tmp_path}/runs/b", "--resume")
+    result = programs.run_here("fdjax", f"--out={tmp_path}/runs/b", "--resume")
     message = f"error: {tmp_path}/runs/b holds no checkpoint to resume; {tmp_path}/runs/a run could be resumed;"
     assert result.returncode == 2
     assert result.stderr.startswith(message)
