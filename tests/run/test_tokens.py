@@ -23,7 +23,7 @@ READING = {"dataset": SPEECHES, "length": 8, "stride": 6, "model": "char_lstm_sm
 def result() -> fdjax.Result:
     return fdjax.run(
         **READING, algorithm="fedavg", rounds=4, local_epochs=2, learning_rate=2.0, batch_size=16, eval_every=4,
-        membership=True,
+        membership=True, devices=1,
     )  # fmt: skip
 
 
