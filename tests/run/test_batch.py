@@ -165,6 +165,7 @@ def test_too_large_a_batch_is_split(monkeypatch):
     assert [number for done, numbers in seen if done == 2 for number in numbers] == list(range(8))
 
 
+@pytest.mark.exhaustive  # a study meets the same refusal, in tests/sweeps/test_sweeps.py
 def test_what_cannot_fit_is_refused():
     with pytest.raises(InputError, match=r"^a round needs .* GB on a device .* GB are free"):
         batch(limited(settings_of("fedprox"), 1e-7), 4, devices=2)

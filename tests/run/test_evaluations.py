@@ -114,7 +114,7 @@ def test_a_run_without_any_test_is_refused(fields, message):
 
 
 def test_a_validation_split_is_test_enough():
-    ran = runner.run(small(local_eval="none", validation_fraction=0.2, rounds=1), progress=True)
+    ran = runner.run(small(algorithm="local", local_eval="none", validation_fraction=0.2, rounds=1), progress=True)
     assert {name for name in ran.final if name.endswith("accuracy")} == {"validation_accuracy"}
     command.summary([ran])
 

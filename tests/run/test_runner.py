@@ -72,7 +72,7 @@ def test_history(undisturbed):
 
 def test_clients_are_listed_in_order_of_their_ids(undisturbed):
     """Rows of a federation are in order of work instead."""
-    chosen = small(rounds=1, partition="labels", labels_per_client=3, partition_seed=3)
+    chosen = settings.make(**SMALL | {"rounds": 1, "partition": "labels", "labels_per_client": 3, "partition_seed": 3})
     built = experiment.build(chosen)
     ids = np.asarray(built.federation.client)
     assert ids.tolist() != [0, 1, 2, 3]
@@ -166,12 +166,12 @@ def test_a_run_may_go_on_elsewhere(undisturbed, monkeypatch):
 def test_a_run_that_goes_on_on_other_devices_is_the_same_to_the_bit(tmp_path):
     """Of seven clients, whose states are shared out over two devices and then over four; sums are in order."""
     same = {"num_clients": 7, "ordered_sums": True, "chunk": 1, "eval_every": 2, "local_eval": "own"}
-    alone = run(small(4, **same), tmp_path / "one")
+    whole = run(small(4, **same, devices=4), tmp_path / "four")
     run(small(2, **same, devices=2), tmp_path / "two")
     moved = run(small(4, **same, devices=4), tmp_path / "two", resume=True)
-    assert moved.rounds["bytes_up"] == alone.rounds["bytes_up"]
-    np.testing.assert_allclose(moved.rounds["train_loss"], alone.rounds["train_loss"], rtol=1e-6)
-    expected, found = (final_state(small(4, **same), tmp_path / name) for name in ("one", "two"))
+    assert moved.rounds["bytes_up"] == whole.rounds["bytes_up"]
+    np.testing.assert_allclose(moved.rounds["train_loss"], whole.rounds["train_loss"], rtol=1e-6)
+    expected, found = (final_state(small(4, **same, devices=4), tmp_path / name) for name in ("four", "two"))
     chex.assert_trees_all_equal(found, expected)
 
 

@@ -86,6 +86,11 @@ def test_the_table_of_seeds_that_were_stopped_is_of_those_that_went_as_far(resul
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
 
 
+def test_models_are_not_kept(results):
+    with pytest.raises(InputError, match="this result keeps no models, as those of a batch"):
+        _ = results[0].central
+
+
 def test_a_table_of_several_seeds(results):
     table = summary(results)
     assert "round 3; mean ± std, seeds 3, 0" in table
