@@ -47,13 +47,15 @@ def run_here(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
     For what a program computes, writes, prints and refuses; signals, locks and limits need a process of their own.
     """
-    from fdjax.run import program, saving
+    from fdjax import own
+    from fdjax.run import methods, program, saving
 
     app.define_help_flags()
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(program, "keep_compiled_code"))  # that is a choice of a whole process
         stack.enter_context(mock.patch.object(saving, "_unsaved", []))
+        stack.enter_context(mock.patch.object(methods, "_OWN", own.Registry("method")))  # those of tests have no flags
         stack.enter_context(warnings.catch_warnings(action="default", category=UserWarning))  # told, and no errors
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))

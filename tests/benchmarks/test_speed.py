@@ -65,13 +65,8 @@ def test_a_loop_over_the_batches_ends_where_the_simulator_does(algorithm, shared
     z = work.x.astype(np.float64)[:1000] @ kernel + bias
     p = softmax(z)[np.arange(len(z)), work.y[:1000]]
     assert ours.loss(ended) == pytest.approx(-np.log(p).mean(), rel=1e-5)
-
-
-def test_every_repeat_is_the_same_round():
-    case = Case("mclr", batch=4, clients=3, steps=2, shape=(6,), algorithm="feddistill")
-    ours = Fdjax(case, make_work(case), lift.make_mesh(jax.devices()[:1]))
     once = ours.after
-    assert ours() > 0
+    assert ours() > 0  # and every repeat is the same round
     jax.tree.map(np.testing.assert_array_equal, ours.after, once)
 
 
