@@ -19,9 +19,23 @@ THREE = SMALL | {"partition_seed": 1, "rounds": 3, "eval_every": 2}
 
 
 @pytest.fixture(scope="module")
-def results():
-    """On the two devices that two seeds need."""
-    return fdjax.run_seeds([3, 0], progress=False, **THREE | {"devices": 0})
+def together():
+    """The results of two seeds, on the two devices that they need, and their batch, as it was compiled."""
+    made, batch = [], seeds.batch.batch
+
+    def make(*args, **named):
+        made.append(batch(*args, **named))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds.batch, "batch", make)
+        results = fdjax.run_seeds([3, 0], progress=False, **THREE | {"devices": 0})
+    return results, made[0]
+
+
+@pytest.fixture(scope="module")
+def results(together):
+    return together[0]
 
 
 def test_each_is_the_run_alone(results):
@@ -133,9 +147,10 @@ def test_no_part_begins_after_a_signal_to_stop(monkeypatch):
     assert stop.value.results == ()
 
 
-def test_stopped_seeds_give_what_there_is(monkeypatch):
+def test_stopped_seeds_give_what_there_is(together, monkeypatch):
     """As by Ctrl-C, here in the second round."""
     signals = []
+    monkeypatch.setattr(seeds.batch, "batch", lambda *_, **__: together[1])
     monkeypatch.setattr(seeds, "stop_signals", lambda: contextlib.nullcontext(signals))
     monkeypatch.setattr(seeds.tqdm, "update", lambda bar, n=1: signals.append(2))
     with pytest.raises(fdjax.InterruptedRun) as stop:

@@ -99,7 +99,14 @@ def test_features_are_no_pixels(source):
     np.testing.assert_array_equal(result.central.predict(x.astype(np.uint8)), logits)
 
 
-def test_params_are_those_of_the_net(source, saved):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run of a user's method and net, and its folder."""
+    out = tmp_path_factory.mktemp("own")
+    return out, run(algorithm=str(METHOD), model=NET, out=out)
+
+
+def test_params_are_those_of_the_net(source, saved, own):
     _, feddistill = saved
     built = fdjax.models.build("mclr", (60,), 10)
     for model in (feddistill.central, feddistill.personal(3)):
@@ -108,8 +115,10 @@ def test_params_are_those_of_the_net(source, saved):
         np.testing.assert_allclose(built.apply(model.params, x), model.predict(source.test_x), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"^the ensemble of ensemble is not the params of one net alone; use its pred"):
         _ = run(algorithm="ensemble").central.params
-    shapes = {leaf.shape for leaf in jax.tree.leaves(run(algorithm=str(METHOD)).central.params)}
-    assert shapes == {(60, 10), (10,)}  # of a server that keeps a velocity of the same shape beside them
+    found = [leaf.shape for leaf in jax.tree.leaves(own[1].central.params)]
+    net = fdjax.models.own.build(own[1].settings.model, (60,), 10)
+    expected = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0)))]
+    assert found == expected  # of a server that keeps a velocity of the same shapes beside them
 
 
 def test_what_a_method_has_not_is_one_line():
@@ -195,9 +204,9 @@ def test_a_run_that_was_stopped(source, tmp_path, monkeypatch):
     np.testing.assert_array_equal(loaded.central.predict(source.test_x), expected)
 
 
-def test_a_method_and_a_net_of_ones_own(source, tmp_path):
-    result = run(algorithm=str(METHOD), model=NET, out=tmp_path / "run")
-    loaded = fdjax.load(tmp_path / "run")
+def test_a_method_and_a_net_of_ones_own(source, own):
+    out, result = own
+    loaded = fdjax.load(out)
     assert loaded.settings == result.settings
     assert accuracy(loaded.central, source) == pytest.approx(result.final["central_accuracy"], abs=1e-6)
 

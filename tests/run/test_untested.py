@@ -13,7 +13,7 @@ from fdjax.run.record import Recording
 
 # Of 12 clients of the sample, some hold so few examples that they have no test part of their own.
 UNEVEN = {
-    "algorithm": "feddistill", "dataset": "mnist_sample", "train_fraction": 0.02, "num_clients": 12, "model": "mclr",
+    "algorithm": "fd", "dataset": "mnist_sample", "train_fraction": 0.02, "num_clients": 12, "model": "mclr",
     "partition": "dirichlet_a", "alpha": 0.01, "partition_seed": 0, "min_size": 0, "rounds": 1, "devices": 1,
     "local_eval": "full",
 }  # fmt: skip
