@@ -17,10 +17,11 @@ from fdjax.types import Examples
 
 
 def trainer(devices: int):
-    """Gives the central CNN1 after one round of 8 clients of 750 images, batch 128."""
+    """Gives the central CNN1 after one round of 4 clients of 750 images, batch 128."""
     chosen = settings.make(
-        {"learning_rate": 0.05}, model="cnn1", padding="SAME", num_clients=8, batch_size=128, devices=devices
-    )
+        {"learning_rate": 0.05}, model="cnn1", padding="SAME", train_fraction=0.5, num_clients=4, batch_size=128,
+        devices=devices,
+    )  # fmt: skip
     built = experiment.build(chosen)
 
     def train():
@@ -68,7 +69,7 @@ def test_sums_over_wide_chunks_are_right():
 def test_ordered_sums_are_bitwise_the_same_run_on_any_number_of_devices():
     def after(devices):
         chosen = settings.make(
-            {"learning_rate": 0.05}, algorithm="feddistill", model="mclr", dataset="synthetic", num_clients=7, chunk=1,
+            {"learning_rate": 0.05}, algorithm="fedavg", model="mclr", dataset="synthetic", num_clients=7, chunk=1,
             devices=devices, ordered_sums=True, participation=0.8, batch_size=10,
         )  # fmt: skip
         built = experiment.build(chosen)

@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import io
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -22,8 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from absl import flags
-from absl.testing import flagsaver
+import programs
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.abstract.lexers import LexerCollection
@@ -124,7 +122,7 @@ def _command(words: list[str], only_parse: bool) -> None:
         name, rest = rest[1], rest[2:]
         if name == "pip":
             return _extras(rest)
-        return _carry_out(lambda: _run_module(name), rest, only_parse)
+        return _carry_out(lambda: programs.run_module(name), rest, only_parse)
     if name in (commands := console_commands()):
         module, _, function = commands[name].partition(":")
         return _carry_out(lambda: getattr(importlib.import_module(module), function)(), rest, only_parse)
@@ -136,16 +134,6 @@ def _command(words: list[str], only_parse: bool) -> None:
         return _extras(rest)
     assert name in NOT_STARTED, f"no program is known by the name of {name!r}"
     return None
-
-
-def _run_module(name: str) -> None:
-    """`python -m name`, also of a module that another test has imported, which stays what it was."""
-    names = [each for each in (name, f"{name}.__main__") if not hasattr(sys.modules.get(each), "__path__")]
-    imported = {each: sys.modules.pop(each) for each in names if each in sys.modules}
-    try:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    finally:
-        sys.modules.update(imported)
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -168,26 +156,6 @@ def _extras(words: list[str]) -> None:
         assert {*extras.split(",")} <= known, f"pip {shlex.join(words)}: the extras are {sorted(known)}"
 
 
-@contextlib.contextmanager
-def _without_flags_of_others() -> Iterator[None]:
-    """The flags of a process that starts: those of modules that other tests have imported are away meanwhile."""
-    others = {name: flags.FLAGS[name] for name in flags.FLAGS if not _is_absl(name)}
-    for name in others:
-        delattr(flags.FLAGS, name)
-    saved = flagsaver.save_flag_values(flags.FLAGS)
-    try:
-        yield
-    finally:
-        flagsaver.restore_flag_values(saved, flags.FLAGS)
-        for name, flag in others.items():
-            flags.FLAGS[name] = flag
-
-
-def _is_absl(name: str) -> bool:
-    module = flags.FLAGS.find_module_defining_flag(name, "")
-    return module == "absl" or module.startswith("absl.")
-
-
 def _carry_out(run: Callable[[], object], arguments: list[str], only_parse: bool) -> None:
     """A program within this process, without the frame that ends it: `InputError` is raised."""
 
@@ -199,8 +167,7 @@ def _carry_out(run: Callable[[], object], arguments: list[str], only_parse: bool
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(program, "start", start))
-        stack.enter_context(mock.patch.object(sys, "argv", ["program", *arguments]))
-        stack.enter_context(_without_flags_of_others())
+        stack.enter_context(programs.arguments(*arguments))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
             run()

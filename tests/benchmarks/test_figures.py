@@ -94,7 +94,7 @@ def test_accuracy_within_bytes_and_bytes_to_accuracy():
 def test_without_fashion_mnist_the_other_half_is_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     flags = [f"--{name}={value}" for name, value in TINY.items() if name != "dataset"]
-    done = programs.run(
+    done = programs.run_here(
         "benchmarks.dsfl_era", *flags, f"--out={tmp_path}", "--rounds=1", "--seeds=1", "--methods=fedavg"
     )
     assert done.returncode == 0, done.stderr

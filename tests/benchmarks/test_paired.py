@@ -63,7 +63,7 @@ def test_fedmd_with_fresh_and_kept_optimizers(tmp_path):
 
 
 def test_revisits_that_cannot_be(tmp_path):
-    done = programs.run("benchmarks.fedmd_optimizer_state", "--revisits=2,x", f"--out={tmp_path}")
+    done = programs.run_here("benchmarks.fedmd_optimizer_state", "--revisits=2,x", f"--out={tmp_path}")
     assert done.returncode != 0
     assert "--revisits=2,x: expected different whole numbers of epochs, such as 2,50" in done.stderr
 

@@ -31,6 +31,6 @@ def test_a_tiny_table_over_noise(tmp_path):
 
 @pytest.mark.parametrize("noises", ["0,x", "-1", "1,inf"])
 def test_noises_that_are_none(noises, tmp_path):
-    done = programs.run("benchmarks.privacy_utility", f"--noises={noises}", f"--out={tmp_path}")
+    done = programs.run_here("benchmarks.privacy_utility", f"--noises={noises}", f"--out={tmp_path}")
     assert done.returncode == 2
     assert "expected numbers of at least 0" in done.stderr

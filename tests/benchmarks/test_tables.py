@@ -76,8 +76,8 @@ def test_the_papers_payload_is_counted_for_sixteen_rounds_whatever_is_run(algori
 
 
 def test_one_federation_for_all_methods_and_a_row_that_fails_is_only_a_row(tmp_path):
-    chosen = "--algorithms=fedavg,fedgkt,fd,dsfl,local,centralized"
-    done = programs.run("benchmarks.exchange_bytes", *EXCHANGE, chosen, f"--out={tmp_path}")
+    chosen = "--algorithms=fedavg,fedgkt,dsfl,local,centralized"
+    done = programs.run_here("benchmarks.exchange_bytes", *EXCHANGE, chosen, "--devices=1", f"--out={tmp_path}")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "fedgkt failed: model 'mclr' extracts no features" in (tmp_path / "table.md").read_text()
@@ -85,12 +85,12 @@ def test_one_federation_for_all_methods_and_a_row_that_fails_is_only_a_row(tmp_p
     assert list(table) == chosen.partition("=")[2].split(",")
     assert table["fedgkt"][5] == "failed"
     assert table["fedavg"][1:5] == [f"{4 * MCLR:,}", f"{4 * MCLR:,}", "", "1"]
-    assert table["fd"][1:5] == ["400", "400", "", f"{4 * MCLR / 400:.3g}"]
-    assert table["dsfl"][1:4] == ["2,000", "2,000", ""]
+    assert table["dsfl"][1:5] == ["2,000", "2,000", "", f"{4 * MCLR / 2000:.3g}"]
     assert table["local"][1:5] == ["0", "0", "", ""]
     whose = {name: row[6] for name, row in table.items() if name != "fedgkt"}
-    assert whose == {"fedavg": "central", "fd": "mean of clients", "dsfl": "central", "local": "mean of clients",
-                     "centralized": "all data pooled"}  # fmt: skip
+    assert whose == {
+        "fedavg": "central", "dsfl": "central", "local": "mean of clients", "centralized": "all data pooled"
+    }  # fmt: skip
     told = json.loads((tmp_path / "results.json").read_text())
     assert set(told["failed"]) == {"fedgkt"}
     assert set(told["seconds_per_round"]) == set(told["runs"]) == set(whose)
@@ -154,7 +154,7 @@ BAD = [
     ("name", "given", "message"), some(BAD, BAD[0], BAD[3]), ids=[given[-1] for _, given, _ in BAD]
 )
 def test_bad_flags_are_one_line(name, given, message, tmp_path):
-    done = programs.run(f"benchmarks.{name}", *given, f"--out={tmp_path}")
+    done = programs.run_here(f"benchmarks.{name}", *given, f"--out={tmp_path}")
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in line

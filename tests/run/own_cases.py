@@ -1,12 +1,9 @@
-"""A user's own files, written for the tests of this folder, and a small run."""
+"""A user's own files, written for the tests of this folder."""
 
 from pathlib import Path
 
-import fdjax
-
 HERE = Path(__file__).resolve().parents[1] / "own_files"
 METHOD, NET = HERE / "server_momentum.py", f"{HERE / 'net.py'}:Net"
-SMALL = {"dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "rounds": 2, "devices": 1}
 
 
 def file(folder, text, name="my.py"):
@@ -34,7 +31,3 @@ def build(task):
 METHOD = Method("mine", "scaled", build, LOCAL_TRAINING | {hparams}, one_architecture=True)
 """
     return file(folder, text, name)
-
-
-def run(**named):
-    return fdjax.run(progress=False, **SMALL | named)

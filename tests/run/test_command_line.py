@@ -163,7 +163,7 @@ def test_settings_tell_every_default():
 
 
 def run(*flags):
-    return programs.run("fdjax", *flags)
+    return programs.run_here("fdjax", *flags)
 
 
 @pytest.mark.parametrize(

@@ -227,13 +227,13 @@ def test_the_program(tmp_path):
     first = folder(tmp_path / "a", *ended([0.5, 0.6, 0.7]))
     other = folder(tmp_path / "b", *ended([0.55, 0.7, 0.72], algorithm="fedprox"))
     out = tmp_path / "out"
-    ran = programs.run("fdjax.compare", str(first), str(other), "--targets=0.65", f"--out={out}")
+    ran = programs.run_here("fdjax.compare", str(first), str(other), "--targets=0.65", f"--out={out}")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith((out / "table.md").read_text().rstrip("\n"))
     assert "\\toprule" in (out / "table.tex").read_text()
     with Image.open(out / "curves.png") as picture:
         assert picture.size[0] > 1000
-    refused = programs.run("fdjax.compare", str(tmp_path / "nowhere"))
+    refused = programs.run_here("fdjax.compare", str(tmp_path / "nowhere"))
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
 

@@ -8,6 +8,8 @@ import sys
 import programs
 import pytest
 
+from fdjax.run import program
+
 # The program, which then writes how often JAX looked for compiled code, found it and had to write it.
 COUNTING = """
 import collections, json, runpy, sys
@@ -22,7 +24,7 @@ finally:
         json.dump(counts, file)
 """
 SMALL = (
-    "--dataset=synthetic", "--num_clients=3", "--samples_per_client=10", "--model=mclr", "--rounds=3", "--eval_every=2",
+    "--dataset=synthetic", "--num_clients=3", "--samples_per_client=10", "--model=mclr", "--rounds=1", "--devices=1",
     "--overwrite",
 )  # fmt: skip
 
@@ -59,10 +61,12 @@ def test_an_empty_folder_keeps_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / ".cache" / "fdjax").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path, monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr(program.jax.config, "update", given.__setitem__)
     (tmp_path / "file").touch()
-    stderr, _ = start(tmp_path, "fdjax", *SMALL, f"--compile_cache={tmp_path}/file/x", f"--out={tmp_path}/out")
-    warnings = [line for line in stderr.splitlines() if line.startswith("warning:")]
-    assert warnings == [
-        f"warning: --compile_cache={tmp_path}/file/x: Not a directory; compiled code is not kept, give another folder"
-    ], stderr
+    program.keep_compiled_code(f"{tmp_path}/file/x")
+    assert capsys.readouterr().err == (
+        f"warning: --compile_cache={tmp_path}/file/x: Not a directory; compiled code is not kept, give another folder\n"
+    )
+    assert given["jax_compilation_cache_dir"] is None

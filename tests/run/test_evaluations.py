@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from run_cases import small
 
 from fdjax import __main__ as command
 from fdjax.errors import InputError
@@ -91,7 +92,7 @@ def test_the_line_at_the_start_says_what_is_tested(capsys):
 
 
 def test_without_a_test_of_the_central_model():
-    ran = runner.run(make(algorithm="fedavg", central_eval=False, rounds=1), progress=True)
+    ran = runner.run(small(central_eval=False, rounds=1), progress=True)
     assert "central_accuracy" not in ran.final
     assert "own_accuracy" in ran.final
     assert "central" not in command.summary([ran])
@@ -113,7 +114,7 @@ def test_a_run_without_any_test_is_refused(fields, message):
 
 
 def test_a_validation_split_is_test_enough():
-    ran = runner.run(make(local_eval="none", validation_fraction=0.2, rounds=1), progress=True)
+    ran = runner.run(small(algorithm="local", local_eval="none", validation_fraction=0.2, rounds=1), progress=True)
     assert {name for name in ran.final if name.endswith("accuracy")} == {"validation_accuracy"}
     command.summary([ran])
 

@@ -5,20 +5,19 @@ import types
 
 import numpy as np
 import pytest
+from run_cases import run
 
 import fdjax
 from fdjax.errors import InputError
-from fdjax.run import frames, report, seeds, settings
+from fdjax.run import frames, report
 
-SMALL = {
-    "algorithm": "fedavg", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr",
-    "batch_size": 8, "devices": 1, "eval_batch": 8, "rounds": 3, "eval_every": 2, "partition_seed": 0,
-}  # fmt: skip
+THREE = {"rounds": 3, "eval_every": 2}
 
 
 @pytest.fixture(scope="module")
 def results():
-    return seeds.run_seeds(settings.make(**SMALL), [0, 7], progress=False)
+    """Of two seeds, as they are without a batch."""
+    return [run(seed=seed, **THREE) for seed in (0, 7)]
 
 
 def test_evaluations_have_a_row_each(results):
@@ -99,7 +98,7 @@ def test_the_parquet_file_has_every_number_of_results_json(results, tmp_path):
 
 def test_a_run_read_back_gives_the_same_frames(tmp_path):
     pytest.importorskip("pandas")
-    result = fdjax.run(out=tmp_path, progress=False, **SMALL)
+    result = run(tmp_path, **THREE)
     for of in ("evaluations", "rounds", "clients"):
         assert fdjax.load(tmp_path).frame(of=of).equals(result.frame(of=of))
 

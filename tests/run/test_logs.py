@@ -9,22 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_cases
 
 import fdjax
 from fdjax.errors import InputError
 from fdjax.run import loggers, logs, report, runner, saving, seeds, settings
 
-SMALL = {
-    "algorithm": "feddistill", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr",
-    "batch_size": 8, "devices": 1, "eval_batch": 8, "rounds": 5, "eval_every": 2,
-}  # fmt: skip
-
-
+FIVE = run_cases.SMALL | {"rounds": 5, "eval_every": 2}
 NOBODY = logs.Told()
 
 
 def run(out=None, resume=False, told=NOBODY, **named):
-    return runner.run(settings.make(**SMALL | named), out, resume=resume, progress=False, told=told)
+    return runner.run(settings.make(**FIVE | named), out, resume=resume, progress=False, told=told)
 
 
 def rows_of(path):
@@ -146,7 +142,7 @@ def test_several_seeds_are_rows_and_runs_of_their_own(tmp_path):
 
     told = logs.Told(tensorboard=True, callback=stumble)
     with pytest.raises(fdjax.CallbackError, match=r"RuntimeError: enough \(test_logs.py:\d+\) after round 4") as error:
-        seeds.run_seeds(settings.make(**SMALL), [3, 1], progress=False, told=told, out=tmp_path)
+        seeds.run_seeds(settings.make(**FIVE), [3, 1], progress=False, told=told, out=tmp_path)
     assert [(result.settings.seed, result.round) for result in error.value.results] == [(3, 4), (1, 4)]
     rows = rows_of(tmp_path / "metrics.csv")
     for result in error.value.results:
@@ -220,7 +216,7 @@ def test_a_file_of_a_full_device_is_told(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("this machine has no /dev/full")
     logger = loggers.CsvLogger(tmp_path / "metrics.csv", False)
-    progress = loggers.Progress(settings.make(**SMALL), 0, {}, {"central_loss": 1.0}, {}, 0.0, 0.0, {})
+    progress = loggers.Progress(settings.make(**FIVE), 0, {}, {"central_loss": 1.0}, {}, 0.0, 0.0, {})
     logger.write(progress)
     (tmp_path / "metrics.csv").unlink()
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
@@ -257,7 +253,7 @@ def test_what_cannot_be_told_is_said_in_one_line(given, told, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "build", None)  # before any data are loaded
     with pytest.raises(InputError) as error:
-        fdjax.run(**SMALL, **given)
+        fdjax.run(**FIVE, **given)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
     assert not [*tmp_path.iterdir()]
@@ -268,4 +264,4 @@ def test_a_missing_package_is_told_before_anything_is_built(name, package, tmp_p
     find = logs.importlib.util.find_spec
     monkeypatch.setattr(logs.importlib.util, "find_spec", lambda n: None if n == package else find(n))
     with pytest.raises(InputError, match=rf"--{name} needs the package {package}; pip install 'fdjax\[{name}\]'"):
-        fdjax.run(**SMALL, out=tmp_path, **{name: True})
+        fdjax.run(**FIVE, out=tmp_path, **{name: True})

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_cases import run
 
 import fdjax
 from fdjax import __main__ as command
@@ -232,25 +233,25 @@ def test_new_clients_and_a_metric_that_is_not_a_number(capsys):
 
 
 def test_a_history_that_is_not_asked_for():
-    result = ran(algorithm="fedavg", client_history=False, rounds=1)
+    result = run(client_history=False, rounds=1)
     assert result.client_evaluations == {}
     assert "own_accuracy" in result.clients
 
 
 def test_a_history_that_is_too_large(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(client_history, "MOST", 25)
-    result = ran(tmp_path, algorithm="fedavg", rounds=1)  # 5 clients x 2 evaluations x 2 values
-    assert result.client_evaluations["own_loss"].shape == (2, 5)
-    result = runner.run(make(rounds=2), tmp_path, resume=True, progress=False)
+    monkeypatch.setattr(client_history, "MOST", 20)
+    result = run(tmp_path, rounds=1)  # 4 clients x 2 evaluations x 2 values
+    assert result.client_evaluations["own_loss"].shape == (2, 4)
+    result = run(tmp_path, resume=True, rounds=2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "clients' values" in line]
-    assert "kept of the first 2 evaluations and the last one: 5 clients x 3 evaluations x 2 values are more" in line
-    assert result.client_evaluations["own_loss"].shape == (2, 5)
+    assert "kept of the first 2 evaluations and the last one: 4 clients x 3 evaluations x 2 values are more" in line
+    assert result.client_evaluations["own_loss"].shape == (2, 4)
     frame = result.frame("clients")
-    assert [*frame["round"]] == [0] * 5 + [1] * 5 + [2] * 5
-    np.testing.assert_allclose(frame["own_loss"][-5:], result.clients["own_loss"])
+    assert [*frame["round"]] == [0] * 4 + [1] * 4 + [2] * 4
+    np.testing.assert_allclose(frame["own_loss"][-4:], result.clients["own_loss"])
     monkeypatch.undo()
-    result = runner.run(make(rounds=3), tmp_path, resume=True, progress=False)
-    assert result.client_evaluations["own_loss"].shape == (2, 5)  # as much as there is without a gap
+    result = run(tmp_path, resume=True, rounds=3)
+    assert result.client_evaluations["own_loss"].shape == (2, 4)  # as much as there is without a gap
     assert "the part of the run before this one has kept no more" in capsys.readouterr().err
 
 

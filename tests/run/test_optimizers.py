@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_cases import run
 
-import fdjax
 from fdjax.errors import InputError
 from fdjax.run import settings
 from fdjax.run.optimizers import OPTIMIZERS, build_optimizer, ends_with_rounds, factor, optimizer_of, plateau
@@ -162,15 +162,13 @@ def test_what_cannot_work(given, message):
 
 def test_a_plateau_in_a_run(tmp_path):
     """A learning rate so large that the loss rises is lowered; a resumed run goes on as it would have."""
-    given = {
-        "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "lifting": "vmap",
-        "validation_fraction": 0.2, "rounds": 6, "schedule": "plateau", "decay": 1e-3, "learning_rate": 20.0,
-    }  # fmt: skip
-    whole = fdjax.run(**given, progress=False)
-    fdjax.run(**given | {"rounds": 3}, out=tmp_path, progress=False)
-    resumed = fdjax.run(**given, out=tmp_path, resume=True, progress=False)
+    usual = {"validation_fraction": 0.2, "rounds": 6, "learning_rate": 20.0}
+    given = usual | {"schedule": "plateau", "decay": 1e-3}
+    whole = run(**given)
+    run(tmp_path, **given | {"rounds": 3})
+    resumed = run(tmp_path, resume=True, **given)
     assert resumed.evaluations == whole.evaluations
     losses = whole.evaluations["validation_loss"]
     assert plateau(losses[:-1], 0.5, 1) < 1
-    constant = fdjax.run(**given | {"schedule": "constant", "decay": 0.99}, progress=False)
+    constant = run(**usual)
     assert constant.evaluations["validation_loss"] != losses

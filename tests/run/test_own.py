@@ -11,7 +11,8 @@ import numpy as np
 import programs
 import pytest
 from flax import linen as nn
-from own_cases import HERE, METHOD, NET, SMALL, file, method_file, run
+from own_cases import HERE, METHOD, NET, file, method_file
+from run_cases import SMALL, run, small
 
 import fdjax
 from fdjax import own
@@ -29,7 +30,7 @@ from fdjax.run.batch import batch, experiments
 
 def test_the_example_is_the_equation(rng):
     """v <- beta v + (w_t - mean), w <- w - v."""
-    (exchange,) = experiment.build(settings.make(algorithm=str(METHOD), **SMALL)).algorithm.round
+    (exchange,) = experiment.build(small(algorithm=str(METHOD))).algorithm.round
     w, v, mean = ({"a": rng.normal(size=3)} for _ in range(3))
     ctx = types.SimpleNamespace(hparams={"beta_server": 0.7})
     after, metrics = exchange.server(ctx, {"params": w, "velocity": v}, mean)
@@ -60,23 +61,21 @@ def test_by_file_and_by_value_are_the_same_numbers():
 
 def test_cohorts_by_file_and_by_value():
     net = own.load(str(HERE / "net.py"), "model").module.Net(num_classes=10)
-    by_file = settings.make(algorithm="feddistill", models=f"{NET}:3,mclr:1", **SMALL)
-    by_value = settings.make(algorithm="feddistill", models=[(net, 3), ("mclr", 1)], **SMALL)
+    by_file = small(algorithm="feddistill", models=f"{NET}:3,mclr:1")
+    by_value = small(algorithm="feddistill", models=[(net, 3), ("mclr", 1)])
     for chosen, name in ((by_file, f"Net ({HERE / 'net.py'})"), (by_value, "Net")):
         cohorts = experiment.build(chosen).layout.cohorts
         assert [(cohort.model.name, cohort.size) for cohort in cohorts] == [(name, 3), ("mclr", 1)]
     assert settings.make(model=NET).algorithm == "fedavg"
     with pytest.raises(InputError, match="clients of fedavg have no model of their own, only --model=mclr"):
-        settings.make(models=f"{NET}:4", **SMALL)
+        small(models=f"{NET}:4")
 
 
 def test_from_the_command_line(tmp_path):
     flagfile = tmp_path / "my.flags"
-    flagfile.write_text(f"--algorithm={METHOD}\n--beta_server=0.25\n--dataset=synthetic\n--rounds=1\n")
-    result = programs.run(
-        "fdjax", f"--flagfile={flagfile}", f"--model={NET}", "--num_clients=4", "--samples_per_client=20",
-        f"--out={tmp_path / 'out'}",
-    )  # fmt: skip
+    given = SMALL | {"algorithm": METHOD, "beta_server": 0.25, "rounds": 1}
+    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in given.items()))
+    result = programs.run_here("fdjax", f"--flagfile={flagfile}", f"--model={NET}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
     assert f"fedavgm ({METHOD})" in result.stdout
     written = json.loads((tmp_path / "out" / "results.json").read_text())["result"]
@@ -86,7 +85,7 @@ def test_from_the_command_line(tmp_path):
 
 def test_help_has_the_flags_of_a_file():
     """Flags that are no settings are reserved, or absl would end in a traceback where a method takes one."""
-    result = programs.run("fdjax", f"--algorithm={METHOD}", "--help")
+    result = programs.run_here("fdjax", f"--algorithm={METHOD}", "--help")
     text = " ".join(result.stdout.split())
     assert "hyperparameter of fedavgm (default 0.9): momentum of the server" in text
     assert f"fedavgm ({METHOD}): FedAvgM (Hsu et al. 2019)" in text
@@ -96,7 +95,7 @@ def test_help_has_the_flags_of_a_file():
 
 
 def test_a_file_that_is_none_ends_in_one_line_before_flags_are_read():
-    result = programs.run("fdjax", "--algorithm", "none.py", "--my_hparam=1")
+    result = programs.run_here("fdjax", "--algorithm", "none.py", "--my_hparam=1")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --algorithm=none.py: there is no such file; ")
     assert result.stderr.count("\n") == 1
@@ -129,7 +128,7 @@ def test_two_files_of_one_name_are_two(tmp_path):
     for folder, scale in (("a", 1.0), ("b", 0.5)):
         paths.append(method_file(tmp_path / folder, "SCALE", more="from helper import SCALE"))
         file(tmp_path / folder, f"SCALE = {scale}\n", "helper.py")
-    chosen = [settings.make(algorithm=path, **SMALL) for path in (*paths, paths[0])]
+    chosen = [small(algorithm=path) for path in (*paths, paths[0])]
     assert [scale_of(one) for one in chosen] == [1.0, 0.5, 1.0]
     assert chosen[0] == chosen[2]
     assert chosen[0].static(16) != chosen[1].static(16)
@@ -144,14 +143,14 @@ def test_equal_files_in_two_folders_may_read_other_data(tmp_path):
         path = method_file(tmp_path / folder, "SCALE", more="")
         Path(path).write_text(read + Path(path).read_text())
         file(tmp_path / folder, str(scale), "scale.txt")
-        names.append(settings.make(algorithm=path, **SMALL))
+        names.append(small(algorithm=path))
     assert [scale_of(name) for name in names] == [1.0, 0.5]
 
 
 def test_what_is_recorded_does_not_depend_on_what_was_read_before(tmp_path):
     """A run that was recorded by the second of two like files goes on in a process that knows that one alone."""
     paths = [method_file(tmp_path / folder, "1.0") for folder in ("a", "b")]
-    chosen = [settings.make(algorithm=path, **SMALL) for path in paths]
+    chosen = [small(algorithm=path) for path in paths]
     assert chosen[0].algorithm != chosen[1].algorithm
     assert chosen[0].public() == chosen[1].public()
     assert settings.contents([("algorithm", paths[0])]).popitem()[1] == chosen[1].public()["algorithm"]
@@ -164,9 +163,9 @@ def test_a_file_that_was_edited_is_a_new_method(tmp_path):
     after = run(algorithm=path)
     assert before.evaluations != after.evaluations
     with pytest.raises(InputError, match=r"was run with algorithm=mine@\w+, not mine@\w+ \(mine has changed since\)"):
-        run(algorithm=path, out=tmp_path / "out", resume=True, rounds=3)
+        run(algorithm=path, out=tmp_path / "out", resume=True, rounds=5)
     method_file(tmp_path, "1.0")
-    assert run(algorithm=path, out=tmp_path / "out", resume=True, rounds=3).rounds["bytes_up"]
+    assert run(algorithm=path, out=tmp_path / "out", resume=True, rounds=5).rounds["bytes_up"]
 
 
 def test_a_neighbour_that_was_edited_is_a_new_method(tmp_path):
@@ -176,7 +175,7 @@ def test_a_neighbour_that_was_edited_is_a_new_method(tmp_path):
     found = []
     for scale in (1.0, 0.5):
         file(tmp_path / "package", f"SCALE = {scale}\n", "inner.py")
-        found.append(scale_of(settings.make(algorithm=path, **SMALL)))
+        found.append(scale_of(small(algorithm=path)))
     assert found == [1.0, 0.5]
 
 
@@ -192,7 +191,7 @@ def test_a_method_replaced_under_its_name_is_another(monkeypatch):
     chosen = []
     for scale in (1.0, 0.5, 1.0):
         monkeypatch.setitem(ALGORITHMS, "replaced", method(scale))
-        chosen.append(settings.make(algorithm="replaced", **SMALL))
+        chosen.append(small(algorithm="replaced"))
     assert [scale_of(one) for one in chosen] == [1.0, 0.5, 1.0]
     assert chosen[0] == chosen[2]  # written again unchanged, it compiles nothing
     assert methods.resolve(ALGORITHMS["fedprox"]) == "fedprox"
@@ -208,7 +207,7 @@ def test_a_net_replaced_under_its_name_is_another(monkeypatch):
 
 @pytest.mark.exhaustive
 def test_trials_of_own_methods_share_a_batch():
-    chosen = [settings.make(algorithm=str(METHOD), beta_server=beta, **SMALL) for beta in (0.0, 0.5)]
+    chosen = [small(algorithm=str(METHOD), beta_server=beta) for beta in (0.0, 0.5)]
     ready = experiments(chosen)
     assert ready[0].signature == ready[1].signature
     zero, half = batch(ready, 2).run(ready, lambda done, records: ())

@@ -283,9 +283,10 @@ def test_a_csv_from_the_command_line(rng, tmp_path):
     frame["income"] = np.where(hours + 8 * (frame.job == "smith") > 43, "high", "low")
     frame.iloc[:240].to_csv(tmp_path / "people.csv", index=False)
     frame.iloc[200:].to_csv(tmp_path / "later.csv", index=False)
-    result = programs.run(
+    result = programs.run_here(
         "fdjax", f"--dataset={tmp_path}/people.csv", f"--test_data={tmp_path}/later.csv", "--target=income",
-        "--owner=site", "--model=mclr", "--rounds=5", "--learning_rate=0.5", f"--out={tmp_path}/out",
+        "--owner=site", "--model=mclr", "--rounds=5", "--learning_rate=0.5", "--devices=1",
+        f"--out={tmp_path}/out",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     told = "warning: people: 40 of 100 test examples have the inputs of a training example; what is tested on them was"

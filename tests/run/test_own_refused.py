@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
-from own_cases import file, method_file, run
+from own_cases import file, method_file
+from run_cases import run
 
 import fdjax
 from fdjax.algorithms import fedavg

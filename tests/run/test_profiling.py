@@ -7,6 +7,7 @@ import json
 
 import jax
 import pytest
+from run_cases import SMALL
 
 import fdjax
 from fdjax.algorithms import ALGORITHMS
@@ -14,10 +15,7 @@ from fdjax.contract import Broadcast
 from fdjax.errors import InputError
 from fdjax.run import experiment, profiling, runner, settings
 
-SMALL = {
-    "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr", "batch_size": 8, "devices": 1,
-    "eval_batch": 8, "rounds": 3,
-}  # fmt: skip
+THREE = SMALL | {"rounds": 3}
 
 
 def with_a_broadcast_that_computes():
@@ -42,7 +40,7 @@ def with_a_broadcast_that_computes():
 def profiled(tmp_path_factory):
     out = tmp_path_factory.mktemp("profiled")
     method = with_a_broadcast_that_computes()
-    return out, fdjax.run(out=out, progress=False, profile=True, algorithm=method, **SMALL), method
+    return out, fdjax.run(out=out, progress=False, profile=True, **THREE | {"algorithm": method}), method
 
 
 def test_the_trace_has_the_stages_by_name(profiled):
@@ -84,7 +82,7 @@ def test_tensorboard_gets_the_same_spans(profiled):
 
 def test_a_profile_changes_no_number(profiled):
     _, result, method = profiled
-    plain = fdjax.run(progress=False, algorithm=method, **SMALL)
+    plain = fdjax.run(progress=False, **THREE | {"algorithm": method})
     assert plain.evaluations == result.evaluations
     assert plain.rounds == result.rounds
 
@@ -93,7 +91,7 @@ def test_names_of_stages_change_nothing_that_is_compiled(monkeypatch):
     """But for the names: the same module is lowered without them."""
 
     def lowered():
-        built = experiment.build(settings.make(algorithm="fedavg", **SMALL))
+        built = experiment.build(settings.make(**THREE))
         pure, state = built.simulation.pure, built.simulation.shapes(built.federation)
         return jax.jit(lambda *x: pure.run(*x, 1)).lower(state, built.federation, built.hparams).as_text()
 
@@ -103,8 +101,7 @@ def test_names_of_stages_change_nothing_that_is_compiled(monkeypatch):
 
     text, asked = lowered(), []
     monkeypatch.setattr(jax, "named_scope", nameless)
-    for cached in (found for found in vars(experiment).values() if hasattr(found, "cache_clear")):
-        cached.cache_clear()  # of simulations
+    monkeypatch.setattr(experiment, "_bind", experiment._bind.__wrapped__)  # another simulation, and not a cached one
     assert lowered() == text
     assert {*profiling.STAGES} - {"evaluate"} <= {*asked}
 
@@ -153,7 +150,7 @@ def test_a_profile_that_cannot_be_written_costs_no_result(profiled, tmp_path, ca
     _, result, method = profiled
     monkeypatch.setattr(profiling, "tell_unsaved", lambda what, reason: print(f"told: {what}: {reason}"))
     (tmp_path / "profile").write_text("a file where a folder should be")
-    again = fdjax.run(out=tmp_path, progress=False, profile=True, algorithm=method, **SMALL)
+    again = fdjax.run(out=tmp_path, progress=False, profile=True, **THREE | {"algorithm": method})
     assert again.evaluations == result.evaluations
     assert capsys.readouterr().out.count("told: the profile in") == 1
 
@@ -170,6 +167,6 @@ def test_what_cannot_be_profiled_is_told_in_one_line(given, told, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "build", None)
     with pytest.raises(InputError) as error:
-        fdjax.run(algorithm="fedavg", **SMALL, **given)
+        fdjax.run(**THREE, **given)
     assert told in str(error.value)
     assert "\n" not in str(error.value)

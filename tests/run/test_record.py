@@ -61,12 +61,12 @@ def run(out=None, hparams=(), **fields):
     return runner.run(settings.make(dict(hparams), **SMALL | fields), out, progress=False)
 
 
-def check_bytes(result):
+def check_bytes(result, participants=3):
     size = np.dtype(np.int32).itemsize
     assert result.setup["bytes_up"] == CLIENTS * size  # of all clients, participants or not
     assert result.setup["bytes_down"] == 0
-    assert result.rounds["bytes_up"] == [CLIENTS * size + r * 3 * (P + 3) for r in range(1, 5)]
-    assert result.rounds["bytes_down"] == [r * 3 * P for r in range(1, 5)]
+    assert result.rounds["bytes_up"] == [CLIENTS * size + r * participants * (P + 3) for r in range(1, 5)]
+    assert result.rounds["bytes_down"] == [r * participants * P for r in range(1, 5)]
 
 
 def test_the_set_up_is_counted_and_told(tmp_path, capsys):
@@ -90,12 +90,6 @@ def test_a_resumed_run_remembers_its_set_up(tmp_path):
     assert result.setup == run().setup
 
 
-def test_trials_of_a_batch_count_their_set_up():
-    ready = experiments([settings.make(seed=seed, **SMALL) for seed in range(3)])
-    for result in batch(ready, 3).run(ready, lambda done, records: ()):
-        check_bytes(result)
-
-
 def test_the_first_numbers_that_are_not_finite_are_named(capsys):
     result = run(hparams={"bad_from": 1}, participation=1.0, drop_nonfinite=True)
     assert capsys.readouterr().err == (
@@ -105,10 +99,11 @@ def test_the_first_numbers_that_are_not_finite_are_named(capsys):
     assert result.rounds["nonfinite_clients"] == [0, 1, 1, 1]
 
 
-def test_every_trial_that_diverges_is_named(capsys):
+def test_trials_of_a_batch_count_their_set_up_and_those_that_diverge_are_named(capsys):
     chosen = [settings.make({"bad_from": start}, **SMALL | {"participation": 1.0}) for start in (0, 99, 2)]
     ready = experiments(chosen)
-    batch(ready, 3).run(ready, lambda done, records: ())
+    for result in batch(ready, 3, devices=1).run(ready, lambda done, records: ()):
+        check_bytes(result, participants=CLIENTS)
     said = capsys.readouterr().err.splitlines()
     assert [line.split(";")[0] for line in said] == [
         "warning: trial 0: client 3: upload/shift is not finite in round 1, exchange look",

@@ -1,7 +1,6 @@
 """Runs that are stopped, killed and resumed; runs that must not start."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import programs
 import pytest
 from PIL import Image
+from run_cases import SMALL
 
 from fdjax.engine.layout import State
 from fdjax.engine.storage import Storage
@@ -27,14 +27,12 @@ from fdjax.run.report import write_json
 from fdjax.run.settings import FOLDERS
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
-    "algorithm": "feddistill", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr",
-    "batch_size": 8, "participation": 0.5, "devices": 1, "eval_batch": 2,
-}  # fmt: skip
+# Clients keep a state from round to round, their optimisers'.
+STATEFUL = SMALL | {"participation": 0.5, "momentum": 0.9, "optimizer_state": "kept"}
 
 
 def small(rounds=6, learning_rate=0.05, **fields):
-    return settings.make(hparams={"learning_rate": learning_rate}, rounds=rounds, **SMALL | fields)
+    return settings.make(hparams={"learning_rate": learning_rate}, **STATEFUL | {"rounds": rounds} | fields)
 
 
 def run(chosen, out=None, **options):
@@ -74,14 +72,13 @@ def test_history(undisturbed):
 
 def test_clients_are_listed_in_order_of_their_ids(undisturbed):
     """Rows of a federation are in order of work instead."""
-    chosen = small(rounds=1, partition="labels", labels_per_client=3, partition_seed=3)
+    chosen = settings.make(**SMALL | {"rounds": 1, "partition": "labels", "labels_per_client": 3, "partition_seed": 3})
     built = experiment.build(chosen)
     ids = np.asarray(built.federation.client)
     assert ids.tolist() != [0, 1, 2, 3]
-    state, _ = built.simulation.run(
-        built.simulation.init(chosen.seed, built.federation), built.federation, built.hparams, 1
-    )
-    _, clients = built.simulation.evaluate(state, built.federation, built.hparams)
+    state = built.simulation.init(chosen.seed, built.federation)
+    state, _ = built.simulation.run(state, built.federation, built.hparams, 1, np.int32(1))
+    _, clients = built.simulation.evaluate(state, built.federation, built.hparams, np.int32(0))
     expected = dict(zip(ids.tolist(), np.asarray(clients["own_loss"]).tolist(), strict=True))
     np.testing.assert_array_equal(run(chosen).clients["own_loss"], [expected[i] for i in range(4)])
 
@@ -145,7 +142,7 @@ def test_supersteps_of_any_length_agree(undisturbed):
         ({"batch_size": 4}, "batch_size=8, not 4"),
         ({"learning_rate": 0.1}, "learning_rate=0.05, not 0.1"),
         ({"seed": 1}, "seed=0, not 1"),
-        ({"algorithm": "fedavg"}, "algorithm=feddistill, not fedavg"),
+        ({"algorithm": "fedprox"}, "algorithm=fedavg, not fedprox"),
         ({"alpha": 0.5, "model": "2nn"}, r"alpha=None, not 0.5 \(1 more differ\)"),
         ({"schedule": "cosine"}, "schedule=constant, not cosine"),
     ],
@@ -169,12 +166,12 @@ def test_a_run_may_go_on_elsewhere(undisturbed, monkeypatch):
 def test_a_run_that_goes_on_on_other_devices_is_the_same_to_the_bit(tmp_path):
     """Of seven clients, whose states are shared out over two devices and then over four; sums are in order."""
     same = {"num_clients": 7, "ordered_sums": True, "chunk": 1, "eval_every": 2, "local_eval": "own"}
-    alone = run(small(4, **same), tmp_path / "one")
+    whole = run(small(4, **same, devices=4), tmp_path / "four")
     run(small(2, **same, devices=2), tmp_path / "two")
     moved = run(small(4, **same, devices=4), tmp_path / "two", resume=True)
-    assert moved.rounds["bytes_up"] == alone.rounds["bytes_up"]
-    np.testing.assert_allclose(moved.rounds["train_loss"], alone.rounds["train_loss"], rtol=1e-6)
-    expected, found = (final_state(small(4, **same), tmp_path / name) for name in ("one", "two"))
+    assert moved.rounds["bytes_up"] == whole.rounds["bytes_up"]
+    np.testing.assert_allclose(moved.rounds["train_loss"], whole.rounds["train_loss"], rtol=1e-6)
+    expected, found = (final_state(small(4, **same, devices=4), tmp_path / name) for name in ("four", "two"))
     chex.assert_trees_all_equal(found, expected)
 
 
@@ -219,28 +216,18 @@ def test_a_diverging_run_says_so_and_goes_on(capsys, tmp_path):
 # The whole program, killed for real.
 
 MANY = 60
+FLAGS = [f"--{name}={value}" for name, value in (STATEFUL | {"rounds": MANY, "learning_rate": 0.05}).items()]
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def program():
     """Starts `python -m fdjax` on the same small problem in a process of its own."""
-    cache = tmp_path_factory.mktemp("cache")  # so that only the first one compiles
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": programs.quick(os.environ.get("XLA_FLAGS", "")),
-    }  # fmt: skip
-    flagfile = cache / "flags"
-    given = SMALL | {"rounds": MANY, "learning_rate": 0.05}
-    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in given.items()))
-
     started = []
 
     def start(out, *more):
-        command = [sys.executable, "-m", "fdjax", f"--flagfile={flagfile}", f"--out={out}", *more]
+        command, pipe = [sys.executable, "-m", "fdjax", *FLAGS, f"--out={out}", *more], subprocess.PIPE
         started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+            subprocess.Popen(command, cwd=ROOT, env=programs.environment(), text=True, stdout=pipe, stderr=pipe)
         )
         return started[-1]
 
@@ -274,10 +261,12 @@ def results(out):
 
 
 @pytest.fixture(scope="module")
-def whole(program, tmp_path_factory):
-    """The folder and the standard output of a run of the program that nothing disturbed."""
+def whole(tmp_path_factory):
+    """The folder and the standard output of a run of the program that nothing disturbed, in this process."""
     out = tmp_path_factory.mktemp("whole") / "deep" / "out"
-    return out, finish(program(out))
+    done = programs.run_here("fdjax", *FLAGS, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def test_what_is_coded_is_told_in_the_mean():
@@ -297,7 +286,7 @@ def test_a_run_leaves_table_results_and_curves(whole):
     assert {p.name for p in out.iterdir()} == files | {"checkpoints", ".lock"}
     table = (out / "table.md").read_text()
     assert table.strip() in stdout
-    assert "feddistill, synthetic, natural" in table
+    assert "fedavg, synthetic, natural" in table
     assert f"round {MANY}" in table
 
     content = json.loads((out / "results.json").read_text())
@@ -310,9 +299,9 @@ def test_a_run_leaves_table_results_and_curves(whole):
     assert found["participants"] == [2]
     assert found["bytes_per_participant"] == {"up": [4 * 610], "down": [4 * 610]}
     assert found["rounds"]["bytes_up"][:2] == [2 * 4 * 610, 2 * 2 * 4 * 610]
-    assert {"train_loss", "teacher_loss"} <= found["rounds"].keys()
+    assert "train_loss" in found["rounds"]
     assert found["evaluations"]["round"] == list(range(MANY + 1))
-    expected = {"central_accuracy", "local_accuracy", "own_accuracy", "own_accuracy_weighted", "worst_client"}
+    expected = {"central_accuracy", "own_accuracy", "own_accuracy_weighted", "worst_client"}
     assert expected <= found["final"].keys()
     assert found["final"] == {name: values[-1] for name, values in found["evaluations"].items()}
     assert {len(values) for values in found["clients"].values()} == {4}
@@ -336,22 +325,25 @@ def test_killed_and_resumed_as_if_never_killed(program, whole, tmp_path):
     assert results(killed) == results(whole[0])
 
 
-def test_ctrl_c_ends_in_one_line_a_checkpoint_and_what_there_is(program, tmp_path):
-    process = program(tmp_path, "--checkpoint_every=1", f"--rounds={100 * MANY}")
-    when_saved(process, tmp_path, 1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    last = stderr.splitlines()[-1]
-    assert last.startswith("stopped after round ")
-    assert last.endswith(f"; the same command with --out={tmp_path} --resume (and no --overwrite) goes on")
+def test_ctrl_c_ends_in_one_line_a_checkpoint_and_what_there_is(tmp_path, monkeypatch):
+    add_superstep = Recording.add_superstep
+
+    def add_and_stop(recording, done, *more):
+        add_superstep(recording, done, *more)
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Recording, "add_superstep", add_and_stop)
+    stopped = programs.run_here("fdjax", *FLAGS, f"--out={tmp_path}")
+    assert stopped.returncode == 130, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    again = f"the same command with --out={tmp_path} --resume (and no --overwrite) goes on"
+    assert stopped.stderr.splitlines()[-1] == f"stopped after round 3; {again}"
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    done = checkpoints.latest()
-    assert f"stopped after round {done};" in last
-    assert len(checkpoints.record()["rounds"]["train_loss"]) == done
+    assert checkpoints.latest() == 3
+    assert len(checkpoints.record()["rounds"]["train_loss"]) == 3
     checkpoints.close()
-    assert f"round {done} of {100 * MANY}, stopped" in stdout
-    assert len(results(tmp_path)["rounds"]["train_loss"]) == done
-    assert (tmp_path / "table.md").read_text().strip() in stdout
+    assert f"round 3 of {MANY}, stopped" in stopped.stdout
+    assert len(results(tmp_path)["rounds"]["train_loss"]) == 3
+    assert (tmp_path / "table.md").read_text().strip() in stopped.stdout
     assert (tmp_path / "curves.png").is_file()

@@ -1,5 +1,6 @@
 """What happens to a run's files: no room, a folder in use, damaged checkpoints, an early stop, nothing to resume."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,11 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import programs
 import pytest
+from run_cases import SMALL
 
 import fdjax
 from fdjax.errors import InputError
@@ -20,15 +21,11 @@ from fdjax.run import checkpoint, checksums, report, runner, saving, settings
 from fdjax.run.lock import locked
 from fdjax.run.record import Recording
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
-    "algorithm": "fedavg", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 20, "model": "mclr",
-    "devices": 1, "batch_size": 8,
-}  # fmt: skip
+FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
 def small(rounds=4, **fields):
-    return settings.make(rounds=rounds, **SMALL | fields)
+    return settings.make(**SMALL | {"rounds": rounds} | fields)
 
 
 def run(chosen, out=None, **options):
@@ -92,25 +89,33 @@ def test_a_save_that_failed_is_made_up_for(undisturbed, tmp_path, monkeypatch, u
 
 def test_what_orbax_cannot_write_is_one_line(tmp_path, capsys, unsaved):
     """A limit on files' sizes, below what orbax writes, instead of a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def limit(bytes_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
-
-    add = Recording.add_superstep
-    try:
-        Recording.add_superstep = lambda *args: (limit(1000), add(*args))[1]
+    with files_of_at_most(1000):
         result = run(small(2), tmp_path, checkpoint_every=1)
-    finally:
-        limit(before[0])
-        signal.signal(signal.SIGXFSZ, handler)
-        Recording.add_superstep = add
     assert result.round == 2
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: the checkpoint after round 1 cannot be written to")
     assert "File too large" in warning
     assert error.startswith("error: the checkpoint after round 2 in")
     assert list((tmp_path / "checkpoints").glob("*")) == []
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A limit on what this process writes from the first superstep on."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    add = Recording.add_superstep
+
+    def limit_and_add(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        return add(*args)
+
+    try:
+        Recording.add_superstep = limit_and_add
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+        Recording.add_superstep = add
 
 
 @pytest.mark.parametrize("name", ["curves.png", "table.md", "results.json", "results.parquet"])
@@ -131,31 +136,14 @@ def test_a_file_that_cannot_be_written_is_told_and_the_others_are_there(tmp_path
     assert unsaved() == (str(tmp_path / name),)
 
 
-def start(out, *flags, limit=None):
-    """`python -m fdjax` in a process whose files may be no larger than `limit`."""
-    code = "import runpy, sys; sys.argv[0] = 'fdjax'; runpy.run_module('fdjax', run_name='__main__', alter_sys=True)"
-    if limit:
-        code = (
-            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1)); {code}"
-        )
-    given = [f"--{name}={value}" for name, value in SMALL.items()]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "", "XLA_FLAGS": programs.quick(os.environ["XLA_FLAGS"]),
-    }  # fmt: skip
-    command = [sys.executable, "-c", code, *given, f"--out={out}", "--compile_cache=", *flags]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def test_a_program_without_room_prints_its_table_and_fails(tmp_path):
     """Before: a traceback of orbax, and nothing of what had been computed."""
-    process = start(tmp_path, "--rounds=2", limit=500)
-    stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 1, stderr
-    assert "central accuracy" in stdout
-    assert "Traceback" not in stderr
-    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    with files_of_at_most(500):
+        done = programs.run_here("fdjax", *FLAGS, f"--out={tmp_path}")
+    assert done.returncode == 1, done.stderr
+    assert "central accuracy" in done.stdout
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 6  # the checkpoint, the metrics, the table, the results in two forms and the curves
 
 
@@ -183,7 +171,7 @@ from fdjax.run.lock import locked
 with locked(Path({str(tmp_path)!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300, check=False)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=programs.ROOT, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / ".lock").exists()
     with locked(tmp_path):
@@ -202,13 +190,20 @@ def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch,
 
 def test_of_two_programs_with_one_folder_one_is_refused(tmp_path):
     """Before: tracebacks, and in three of four tries a process that never ended."""
-    both = [start(tmp_path, "--rounds=40", "--checkpoint_every=1") for _ in range(2)]
+    command, pipe = (
+        [sys.executable, "-m", "fdjax", *FLAGS, f"--out={tmp_path}", "--checkpoint_every=1"],
+        subprocess.PIPE,
+    )
+    both = [
+        subprocess.Popen(command, cwd=programs.ROOT, env=programs.environment(), stdout=pipe, stderr=pipe, text=True)
+        for _ in range(2)
+    ]
     ends = [(p.communicate(timeout=600), p.returncode) for p in both]
     codes = sorted(code for _, code in ends)
     assert codes == [0, 2], ends
     ((_, refused),) = (said for said, code in ends if code == 2)
     assert len(refused.splitlines()) == 1
-    assert f"{tmp_path} is in use by process" in refused or "holds 40 rounds already" in refused
+    assert f"{tmp_path} is in use by process" in refused or "holds 4 rounds already" in refused
 
 
 # Damage.
@@ -325,7 +320,7 @@ def test_nothing_to_resume_is_refused_with_what_could_be(undisturbed, tmp_path, 
 
 def test_a_program_refuses_to_resume_nothing(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path / "runs" / "a run")
-    result = programs.run("fdjax", f"--out={tmp_path}/runs/b", "--resume")
+    result = programs.run_here("fdjax", f"--out={tmp_path}/runs/b", "--resume")
     message = f"error: {tmp_path}/runs/b holds no checkpoint to resume; {tmp_path}/runs/a run could be resumed;"
     assert result.returncode == 2
     assert result.stderr.startswith(message)

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
+from run_cases import SMALL
 
 import fdjax
 from fdjax import __main__ as command
@@ -13,25 +15,33 @@ from fdjax.errors import InputError
 from fdjax.run import seeds
 from fdjax.run.summary import summary
 
-SMALL = {
-    "dataset": "synthetic",
-    "num_clients": 4,
-    "samples_per_client": 20,
-    "model": "mclr",
-    "rounds": 3,
-    "eval_every": 2,
-}
+THREE = SMALL | {"partition_seed": 1, "rounds": 3, "eval_every": 2}
 
 
 @pytest.fixture(scope="module")
-def results():
-    return fdjax.run_seeds([3, 0], progress=False, partition_seed=1, **SMALL)
+def together():
+    """The results of two seeds, on the two devices that they need, and their batch, as it was compiled."""
+    made, batch = [], seeds.batch.batch
+
+    def make(*args, **named):
+        made.append(batch(*args, **named))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds.batch, "batch", make)
+        results = fdjax.run_seeds([3, 0], progress=False, **THREE | {"devices": 0})
+    return results, made[0]
+
+
+@pytest.fixture(scope="module")
+def results(together):
+    return together[0]
 
 
 def test_each_is_the_run_alone(results):
     assert [result.settings.seed for result in results] == [3, 0]
     for result in results:
-        alone = fdjax.run(seed=result.settings.seed, partition_seed=1, progress=False, **SMALL)
+        alone = fdjax.run(seed=result.settings.seed, progress=False, **THREE)
         assert result.rounds["bytes_up"] == alone.rounds["bytes_up"]
         for name, values in alone.evaluations.items():
             np.testing.assert_allclose(result.evaluations[name], values, rtol=1e-4, atol=1e-6)
@@ -41,7 +51,7 @@ def test_each_is_the_run_alone(results):
 @pytest.mark.exhaustive
 def test_data_of_other_sizes_are_compiled_apart():
     """Each seed draws its own devices here, of which each has another number of examples."""
-    settings = SMALL | {"samples_per_client": None, "rounds": 1, "eval_every": 1}
+    settings = SMALL | {"partition_seed": None, "samples_per_client": None, "rounds": 1}
     found = fdjax.run_seeds([0, 1], progress=False, **settings)
     assert [result.settings.seed for result in found] == [0, 1]
     sizes = [sum(len(part) for part in result.evaluations.values()) for result in found]
@@ -71,7 +81,7 @@ def test_data_of_other_sizes_are_compiled_apart():
 )
 def test_bad_seeds(given, more, message):
     with pytest.raises(InputError) as error:
-        seeds.start(given, progress=False, **SMALL | more)
+        seeds.start(given, progress=False, **THREE | more)
     assert str(error.value).startswith(message)
 
 
@@ -88,6 +98,11 @@ def test_the_table_of_seeds_that_were_stopped_is_of_those_that_went_as_far(resul
     assert "±" not in table
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "results.parquet", "curves.png"}
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
+
+
+def test_models_are_not_kept(results):
+    with pytest.raises(InputError, match="this result keeps no models, as those of a batch"):
+        _ = results[0].central
 
 
 def test_a_table_of_several_seeds(results):
@@ -120,19 +135,25 @@ def test_a_table_is_of_seeds_alone(results):
 
 def test_no_part_begins_after_a_signal_to_stop(monkeypatch):
     """Of data of other sizes, which are compiled apart."""
+
+    def made(group, slots, devices):
+        return types.SimpleNamespace(slots=slots, why="", run=lambda *_: pytest.fail("begun"))
+
     signals = [2]
     monkeypatch.setattr(seeds, "stop_signals", lambda: contextlib.nullcontext(signals))
+    monkeypatch.setattr(seeds.batch, "batch", made)
     with pytest.raises(fdjax.InterruptedRun) as stop:
-        fdjax.run_seeds([0, 1], progress=False, **SMALL | {"samples_per_client": None})
+        fdjax.run_seeds([0, 1], progress=False, **THREE | {"partition_seed": None, "samples_per_client": None})
     assert stop.value.results == ()
 
 
-def test_stopped_seeds_give_what_there_is(monkeypatch):
+def test_stopped_seeds_give_what_there_is(together, monkeypatch):
     """As by Ctrl-C, here in the second round."""
     signals = []
+    monkeypatch.setattr(seeds.batch, "batch", lambda *_, **__: together[1])
     monkeypatch.setattr(seeds, "stop_signals", lambda: contextlib.nullcontext(signals))
     monkeypatch.setattr(seeds.tqdm, "update", lambda bar, n=1: signals.append(2))
     with pytest.raises(fdjax.InterruptedRun) as stop:
-        fdjax.run_seeds([0, 1], progress=False, **SMALL | {"partition_seed": 0})
+        fdjax.run_seeds([0, 1], progress=False, **THREE)
     assert stop.value.round == 2
     assert [result.round for result in stop.value.results] == [2, 2]

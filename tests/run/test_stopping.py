@@ -4,21 +4,19 @@ import math
 
 import numpy as np
 import pytest
+from run_cases import SMALL
 
 import fdjax
 from fdjax.errors import InputError
 from fdjax.run import runner, seeds, settings, summary
 from fdjax.run.stopping import reason_to_stop
 
-SMALL = {
-    "algorithm": "feddistill", "dataset": "synthetic", "num_clients": 4, "samples_per_client": 40, "model": "mclr",
-    "batch_size": 8, "devices": 1, "eval_batch": 8, "rounds": 6, "partition_seed": 0,
-}  # fmt: skip
+SIX = SMALL | {"rounds": 6, "learning_rate": 0.05}
 SPLIT = {"validation_fraction": 0.2}
 
 
 def run(out=None, resume=False, **named):
-    return runner.run(settings.make(**SMALL | named), out, resume=resume, progress=False)
+    return runner.run(settings.make(**SIX | named), out, resume=resume, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +127,9 @@ def test_a_resumed_run_decides_as_if_it_had_never_stopped(tmp_path):
     assert not run(tmp_path, resume=True, stop_at_bytes=1.0).stopped  # all rounds are done, so that nothing stopped it
 
 
-def test_the_last_evaluation_of_a_stopped_run_is_in_full(whole, monkeypatch):
+def test_the_last_evaluation_of_a_stopped_run_is_in_full(monkeypatch):
+    """Of clients that have models of their own."""
+    whole = run(algorithm="fd")
     build, M = runner.build, int(whole.final["local_examples"])
 
     def with_few_tests(chosen):
@@ -137,7 +137,7 @@ def test_the_last_evaluation_of_a_stopped_run_is_in_full(whole, monkeypatch):
         return built._replace(tests=built.tests._replace(between=3))
 
     monkeypatch.setattr(runner, "build", with_few_tests)
-    result = run(stop_at_bytes=whole.rounds["bytes_up"][1] + whole.rounds["bytes_down"][1])
+    result = run(algorithm="fd", stop_at_bytes=whole.rounds["bytes_up"][1] + whole.rounds["bytes_down"][1])
     assert result.evaluations["local_examples"] == [3, 3, M]
     assert {len(values) for values in result.evaluations.values()} == {3}
     assert result.final == {name: values[2] for name, values in whole.evaluations.items()}
@@ -150,7 +150,7 @@ def test_seeds_of_a_batch_end_each_by_itself():
     ends = [patience_by_hand([-x for x in values], 1, waits["min_delta"]) or 6 for values in alone]
     assert 1 in ends
     assert {*ends} != {1}
-    together = seeds.run_seeds(settings.make(**SMALL | waits), [0, 1, 2], progress=False)
+    together = seeds.run_seeds(settings.make(**SIX | waits), [0, 1, 2], progress=False)
     assert [result.round for result in together] == ends
     for result, values in zip(together, alone, strict=True):
         assert result.stopped.get("round", 6) == result.round

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from run_cases import small
 
 from fdjax.run import experiment, report, runner, settings
 from fdjax.run.batch import batch, experiments
@@ -12,7 +13,7 @@ from fdjax.run.record import Recording
 
 # Of 12 clients of the sample, some hold so few examples that they have no test part of their own.
 UNEVEN = {
-    "algorithm": "feddistill", "dataset": "mnist_sample", "train_fraction": 0.02, "num_clients": 12, "model": "mclr",
+    "algorithm": "fd", "dataset": "mnist_sample", "train_fraction": 0.02, "num_clients": 12, "model": "mclr",
     "partition": "dirichlet_a", "alpha": 0.01, "partition_seed": 0, "min_size": 0, "rounds": 1, "devices": 1,
     "local_eval": "full",
 }  # fmt: skip
@@ -66,7 +67,7 @@ def test_a_batch_has_the_same(tmp_path):
 
 def test_labels_are_counted_by_ids():
     """Of clients that are not in order of work."""
-    chosen = settings.make(**UNEVEN)
+    chosen = settings.make(**UNEVEN, new_clients=0.25)
     loaded = runner.build(chosen)
     ids, y = np.asarray(loaded.federation.client), loaded.source.train_y
     assert ids.tolist() != sorted(ids)
@@ -77,10 +78,7 @@ def test_labels_are_counted_by_ids():
 
 def test_a_round_without_participants_is_null(tmp_path):
     """Before: its training loss was 0.0, as of a perfect model."""
-    chosen = settings.make(
-        algorithm="fedavg", dataset="synthetic", num_clients=4, samples_per_client=20, model="mclr", devices=1,
-        sampling="poisson", participation=0.25, rounds=8,
-    )  # fmt: skip
+    chosen = small(sampling="poisson", participation=0.25, rounds=8)
     result = runner.run(chosen, progress=False)
     nobody = [number == 0 for number in result.rounds["participants"]]
     assert any(nobody)

@@ -4,14 +4,12 @@ import base64
 import csv
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import optuna
+import programs
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
@@ -292,12 +290,6 @@ def test_bad_input_is_one_line():
         load("none.py")
 
 
-def run(*flags):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "sweeps.report", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.parametrize(
     "kind", ["sqlite:///{}/study.db", pytest.param("journal:{}/study.log", marks=pytest.mark.exhaustive)]
 )
@@ -308,12 +300,14 @@ def test_the_program(kind, tmp_path):
     keep(plan, [finished(p, [0.1, 0.2 + 0.01 * n], plan.distributions) for n, p in enumerate(points)], storage)
     if kind.startswith("sqlite"):
         storage.engine.dispose()
-    done = run(f"--study={FILE}", "--smoke", f"--storage={url}", f"--out={tmp_path / 'out'}")
+    done = programs.run_here(
+        "sweeps.report", f"--study={FILE}", "--smoke", f"--storage={url}", f"--out={tmp_path / 'out'}"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert f"{plan.total} of {plan.total} trials are complete" in done.stdout
     assert (tmp_path / "out" / "report.html").is_file()
-    other = run(f"--study={FILE}", f"--storage={url}", f"--out={tmp_path / 'out'}")
+    other = programs.run_here("sweeps.report", f"--study={FILE}", f"--storage={url}", f"--out={tmp_path / 'out'}")
     assert (other.returncode, other.stdout) == (2, "")
     name = json.dumps(plan.name)[1:-1]
     assert other.stderr == (
