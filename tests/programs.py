@@ -14,7 +14,6 @@ from unittest import mock
 
 from absl import app, flags, logging
 from absl.testing import flagsaver
-
 from jaxlib.version import __version__ as jaxlib_version
 
 ROOT = Path(__file__).resolve().parents[1]
