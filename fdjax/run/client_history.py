@@ -46,6 +46,8 @@ def add(record: dict[str, Any], values: Mapping[str, Any], left: int, beside: in
       left: evaluations that are to come.
       beside: records that are kept at once, which share the room.
     """
+    if not values:  # nothing of clients is tested, so nothing is missing
+        return ""
     if why := _why_not(record, values, left, beside):
         number = kept(record)
         of = f"the first {number} evaluations and the last one" if number else "the last evaluation alone"

@@ -255,6 +255,12 @@ def test_a_history_that_is_too_large(monkeypatch, capsys, tmp_path):
     assert "the part of the run before this one has kept no more" in capsys.readouterr().err
 
 
+def test_where_no_client_is_tested_nothing_is_missing():
+    """Before: from the second evaluation on a run said that the one before it had kept no more."""
+    for rounds in ([0], [0, 1]):
+        assert client_history.add({"evaluations": {"round": rounds}}, {}, 0, 1) == ""
+
+
 def test_packed_values_are_what_they_were(rng):
     values = rng.normal(size=(4, 1000)).astype(np.float32)
     values[1, :900] = np.nan
