@@ -17,11 +17,8 @@ import pytest
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = programs.quick(_given)
 
-import fdjax  # noqa: F401  sets XLA flags, which count only before JAX starts
-from fdjax.engine import compiling
-
-if programs.quick(_given) != _given:
-    compiling._QUICK["xla_backend_optimization_level"] = 0  # of `init`, which else takes twice as long
+import fdjax  # sets XLA flags, which count only before JAX starts
+import fdjax.engine.compiling  # noqa: F401  asks the flags for a level of optimisation
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every lifting meets more than one device
 jax.devices()  # XLA reads its flags now, and processes that tests start compile as in use

@@ -4,9 +4,9 @@ Sattler, Marban, Rischke, Samek, "CFD: Communication-Efficient Federated Distill
 Delta Coding" (IEEE TNSE 2022; arXiv 2012.00632). Soft labels are quantised to b bits, and of these the changes are
 sent. The server has a model w, the central one, which learns from the clients and labels the proxy data anew for them:
 
-    client:  w_k <- w_0 (fixed);  distil Y on o_t, by CE(Y, softmax(w_k(x)));  E epochs of CE on its own data;
+    client:  w_k <- w_0 (fixed);  `distill_epochs` of CE(Y, softmax(w_k(x))) on o_t;  E epochs of CE on its own data;
              send Y_k = Q_bup(softmax(w_k(x))), x in o_t
-    server:  w distils the mean over k of Y_k on o_t;  next o;  Y = Q_bdown(softmax(w(x))), x in o
+    server:  `distill_epochs` of CE(mean_k Y_k, softmax(w(x))) on o_t;  next o;  Y = Q_bdown(softmax(w(x))), x in o
     Q_b(p) = argmin_q |q - p|, q in {0, 1/(2^b - 1), ..., 1}^K with sum 1;  b = 1: one-hot argmax
 
 Sent: Y down, Y_k up, in the bytes of an adaptive arithmetic coder (`exchange/coding.py`); o_t, 4 bytes an id, unless it

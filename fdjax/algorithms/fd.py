@@ -14,9 +14,9 @@ mean of softmaxes is, says that nobody has seen the label.
 Where devices hold few examples of some labels FD is ahead of training alone, by 0.8 to 2.5 points (`test_learning.py`).
 Labels that a device lacks it teaches none of, for F[l] is used with examples of l: FAug (`faug.py`) is there for that.
 
-Ours: gamma = 1, as the paper's is not published; the others are the last round's participants that hold l, whether or
-not k was one of them, and without any the row is zero and so is the regulariser; a period is `local_epochs` epochs, not
-250 batches of 64 whatever the device holds; --privacy=means noises F_k (`exchange/private_means.py`).
+Ours: gamma = 1 (the paper's is not published); F^(k)[l] is a mean over the last round's participants other than k that
+hold l (k need not be one of them), zero without any, and so is the regulariser then; a period is `local_epochs` epochs,
+not 250 batches of 64 whatever the device holds; --privacy=means noises F_k (`exchange/private_means.py`).
 """
 
 import jax

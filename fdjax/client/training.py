@@ -64,7 +64,7 @@ def from_probabilities(model: Model) -> Loss:
 
 
 def from_logits(model: Model) -> Loss:
-    """Mean absolute difference of the model's logits to target logits [B, K]."""
+    """Mean over the K logits of the absolute differences to target logits [B, K]: the digest of FedMD's code."""
     return lambda params, x, target, key: losses.mean_absolute_error(target, model.apply(params, x, key))
 
 
@@ -126,7 +126,10 @@ def train_locally(
     learning_rate: Array | None = None,
     pull: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, jax.Array]:
-    """A client's training on its own examples by cross-entropy: `fit` of `supervised`, for `local_work` if not told."""
+    """A client's training on its own examples by cross-entropy: `fit` of `supervised`, for `local_work` if not told.
+
+    Returns params and mean loss, as `fit` does, and goes on from a kept optimiser; the context's key is consumed.
+    """
     return fit(
         training, supervised(ctx.model, training), params, data, ctx,
         epochs=local_work(ctx) if epochs is None else epochs, learning_rate=learning_rate, pull=pull,

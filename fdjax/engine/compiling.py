@@ -1,5 +1,6 @@
 """Compilation: several calls side by side, and quickly what runs once."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,8 +9,10 @@ from jax.sharding import Mesh
 from jaxlib.version import __version__ as jaxlib_version
 
 # Drawing random bits is much code, which runs once: XLA:CPU takes as long to optimise it as it does for a round. The
-# same numbers come out. jaxlib 0.11 and later have no other emitters of fusions to choose.
-_QUICK = {"xla_backend_optimization_level": 1} | (
+# same numbers come out. A level that XLA_FLAGS ask for is left alone, and jaxlib 0.11 and later have no other emitters
+# of fusions to choose.
+_LEVEL = "xla_backend_optimization_level"
+_QUICK = ({} if _LEVEL in os.environ.get("XLA_FLAGS", "") else {_LEVEL: 1}) | (
     {"xla_cpu_use_fusion_emitters": False} if jaxlib_version.startswith("0.10.") else {}
 )
 

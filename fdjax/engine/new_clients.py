@@ -7,7 +7,7 @@ import numpy as np
 from fdjax import keys
 from fdjax.client import testing
 from fdjax.client.data import ClientData
-from fdjax.client.training import fit, supervised
+from fdjax.client.training import train_locally
 from fdjax.contract import Algorithm, HParams
 from fdjax.engine import lift
 from fdjax.engine.layout import Layout, State, rows_of
@@ -52,7 +52,7 @@ def fine_tune(
             ctx = context(moment, model, keys.stream(moment.key, "client", row.client), row.client, j)
             params = model_of(ctx, server, row.state)
             data = ClientData(moment.federation.train, moment.federation.train_holdings.order, row.start, row.count)
-            params, _ = fit(training, supervised(model, training), params, data, ctx, epochs=jnp.int32(epochs))
+            params, _ = train_locally(training, params, data, ctx, epochs=jnp.int32(epochs))
             own = ClientData(moment.federation.test, moment.federation.test_holdings.order, start, count)
             return testing.test(lambda x: model.apply(params, x), own, layout.own_batch), lift.Partials()
 

@@ -3,13 +3,14 @@
 It is what FedAvg and all methods that change its clients alone are made of. In each of them
 
     client:  w_k <- w;  for E epochs, for each batch b:  w_k <- w_k - eta (grad (mean over b of l(w_k)) + pull(w_k))
-    server:  w <- sum_k (n_k / n) w_k,  n = sum_k n_k, over the participants of the round
+    server:  w <- sum_k (n_k / n) w_k,  n = sum_k n_k, over the participants of the round, or another mean
 
 Source: McMahan et al. (2017), Algorithm 1; `pull` is Li et al. (2020), FedProx.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 
@@ -26,17 +27,37 @@ from fdjax.contract import (
     Upload,
     own_model,
     params_of_server,
+    params_of_state,
     predict_with_own_model,
 )
 from fdjax.exchange import reductions
 from fdjax.method import Task
 from fdjax.types import PyTree
 
-Objective = Callable[[Context, PyTree, PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
-# (ctx, w, w_k, x [B, ...], y [B], key) -> losses [B]; w is what the client received, the key for a net in training mode
-Distillation = Callable[[Context, PyTree, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-# (ctx, w, cross-entropies [B] to the labels, z_g [B, K], z [B, K], y [B]) -> losses [B]; z_g are a teacher's logits
-Pull = Callable[[Context, PyTree, PyTree], PyTree]  # (ctx, w, w_k) -> what is added to the gradient at w_k
+
+class Objective(Protocol):
+    """Losses [B] of the params w_k on x [B, ...] and y [B]; w is what the client received.
+
+    The key is for a net in training mode.
+    """
+
+    def __call__(
+        self, ctx: Context, w: PyTree, w_k: PyTree, x: jax.Array, y: jax.Array, key: jax.Array, /
+    ) -> jax.Array: ...
+
+
+class TaughtLoss(Protocol):
+    """Losses [B] by cross-entropies `hard` [B] to the labels y [B], a teacher's logits z_g, the client's z [B, K]."""
+
+    def __call__(
+        self, ctx: Context, w: PyTree, hard: jax.Array, z_g: jax.Array, z: jax.Array, y: jax.Array, /
+    ) -> jax.Array: ...
+
+
+class Pull(Protocol):
+    """What is added to the gradient at w_k, in its form; w is what the client received."""
+
+    def __call__(self, ctx: Context, w: PyTree, w_k: PyTree, /) -> PyTree: ...
 
 
 def exchange(
@@ -70,7 +91,8 @@ def of_one_model(exchange: Exchange) -> Algorithm:
 
 def beside_own_models(exchange: Exchange) -> Algorithm:
     """The same where each client also has a model of its own, of any architecture, which it keeps and predicts with."""
-    return of_one_model(exchange)._replace(init_client=own_model, personal=predict_with_own_model, model_of=None)
+    own = {"init_client": own_model, "personal": predict_with_own_model, "model_of": params_of_state}
+    return of_one_model(exchange)._replace(**own)
 
 
 def cross_entropy(task: Task) -> Objective:
@@ -82,7 +104,7 @@ def cross_entropy(task: Task) -> Objective:
     return objective
 
 
-def distilling(task: Task, loss: Distillation, teacher: Callable[[PyTree], PyTree] = lambda w: w) -> Objective:
+def distilling(task: Task, loss: TaughtLoss, teacher: Callable[[PyTree], PyTree] = lambda w: w) -> Objective:
     """The objective `loss` of the client's logits and of those of a fixed teacher, in test mode: one forward pass.
 
     The teacher's params are `teacher` of what the client received: that itself, the global model, if not given.

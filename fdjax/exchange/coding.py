@@ -12,7 +12,7 @@ from fdjax.exchange.proxy import SoftLabels
 from fdjax.exchange.wrappers import Codec
 from fdjax.types import Array
 
-BITS = ("1", "2", "4", "32")  # of a label; with 32 it is floats, which are not coded
+BITS = ("1", "2", "4", "32")  # of each number of a label; with 32 they are floats, which are not coded
 
 
 def levels(bits: int) -> int:

@@ -1,4 +1,4 @@
-"""A part of the parameters stays with the client: personal layers, local statistics of BatchNorm, a frozen net."""
+"""Parts of params: what stays with the client (personal layers, statistics of BatchNorm, a frozen net), and heads."""
 
 import functools
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Means by label that are private by example: outputs clipped one by one, their sums and counts noised.
+"""Means by label, plain or private by example: then outputs are clipped one by one, their sums and counts noised.
 
 Of a client that sees each of its examples in every one of E epochs, i the example, l its label, p_ie what its model
 says of it then; c = hparam `clip`, z_s = `noise_multiplier`, z_n = `count_noise_multiplier`:

@@ -1,4 +1,7 @@
-"""Prototypes: the mean features of each label, shared by nets of any architectures whose features are of one length."""
+"""Prototypes: the mean features of each label, shared by nets of any architectures whose features are of one length.
+
+Also the client that follows them, and prototypes that a server trains.
+"""
 
 import math
 from collections.abc import Callable
@@ -68,11 +71,12 @@ def upload(found: ByLabel, known: Array | None = None, *, counts: bool = False) 
 
 
 def train_towards(task: Task, length: int, *, counts: bool = False) -> ClientWork:
-    """A client of FedProto, which receives prototypes C as `ByLabel` [K, d] and sends its own, by `sums` and `upload`:
+    """A client of FedProto, which receives prototypes C and sends its own, `ByLabel` [K, d] both, d = `length`.
 
-    w <- w - eta grad [CE + `weight` |f(x) - C^(y)|^2],  |.|^2 the mean over the d numbers.
+        E epochs of CE(head(f(x)), y) + `weight` |f(x) - C[y]|^2,  |.|^2 the mean over d;  no second term without C[y]
 
-    A label without C has no such term. Source: Tan et al. (2022), FedProto, equations 3 and 7.
+    Its state is its own model. Up go sums of f(x) by label, as `upload` counts them; with `counts` their numbers.
+    Source: Tan et al. (2022), FedProto, equations 3 and 7.
     """
 
     def train(ctx, received, params, data):
@@ -118,9 +122,9 @@ def pooled(stack: Stack) -> tuple[Pool, ByLabel]:
 
 
 def init_generator(key: jax.Array, classes: int, length: int) -> PyTree:
-    """What prototypes are made of at a server that trains them: embeddings e [K, d] and a net F of d hidden units.
+    """The params of P = F(e) at a server that trains prototypes: e [K, d] of N(0, 1), and F's two layers of d units.
 
-    Source: Zhang et al. (2024), FedTGP.
+    Weights are LeCun's normal, biases 0; the key is consumed. Source: Zhang et al. (2024), FedTGP.
     """
     lecun = jax.nn.initializers.lecun_normal()
     layers = {
@@ -131,7 +135,7 @@ def init_generator(key: jax.Array, classes: int, length: int) -> PyTree:
 
 
 def generate(params: PyTree) -> jax.Array:
-    """P = F(e) [K, d] of the params of `init_generator`."""
+    """P = F(e) [K, d],  F(e) = relu(e W_1 + b_1) W_2 + b_2, of the params of `init_generator`."""
     h = jax.nn.relu(params["embedding"] @ params["hidden"]["kernel"] + params["hidden"]["bias"])
     return h @ params["out"]["kernel"] + params["out"]["bias"]
 
@@ -143,9 +147,11 @@ def distances(x: Array, y: Array) -> jax.Array:
 
 
 def margin(prototypes: ByLabel, most: Array) -> jax.Array:
-    """min(max_c min_{c' != c} |Q_c - Q_c'|, `most`) of the prototypes Q that there are; `most` of a single one.
+    """The adaptive margin []: the largest distance of a prototype to its nearest other one, at most `most`.
 
-    The adaptive margin of Zhang et al. (2024), FedTGP.
+        delta = min(max_c min_{c' != c} |Q_c - Q_c'|, most)        over the labels c that have a prototype Q_c [d]
+
+    It is `most` of a single prototype, and 0 of none. Source: Zhang et al. (2024), FedTGP.
     """
     held = prototypes.count > 0
     others = held[:, None] & held[None] & ~jnp.eye(len(held), dtype=bool)

@@ -1,4 +1,4 @@
-"""What the methods that exchange outputs on proxy data have in common: which proxy examples, and their targets.
+"""What methods that exchange outputs on proxy data have in common: which examples, their targets, and learning these.
 
 Of M proxy examples a round uses n, drawn without replacement and announced by ids of 4 bytes each. Where n = M ids say
 nothing and none are sent: they are () then, here and in a server's state.

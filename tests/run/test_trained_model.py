@@ -231,9 +231,9 @@ def test_what_cannot_be_loaded_is_one_line(saved, tmp_path):
     (tmp_path / "results.json").touch()
     with pytest.raises(InputError, match=r"holds no checkpoint of a run; of several seeds no models are kept:"):
         fdjax.load(tmp_path)
-    with pytest.raises(
-        InputError, match=rf"^fdjax.load: {out.parent} holds no checkpoint .*; there are runs in .*{out}"
-    ):
-        fdjax.load(out.parent)
+    above = tmp_path / "above"
+    shutil.copytree(out, above / "run")
+    with pytest.raises(InputError, match=rf"^fdjax.load: {above} holds no .*; there are runs in {above}/run$"):
+        fdjax.load(above)
     with pytest.raises(InputError, match=rf"^{out} was run with seed=0, not 3; fdjax.load needs the method, nets and"):
         fdjax.load(out, seed=3)
