@@ -9,7 +9,7 @@ Equations have no numbers there. Client k has a model f_k of any architecture, w
     digest:       minimise the mean of |f_k(x) - f(x)|, over the K logits and the subset (the code's loss)
     revisit:      train f_k on D_k by CE for a few epochs
 
-Sent: n ids down (4n bytes, none if n = M), logits up (4nK); in `digest_and_revisit` the consensus down (4nK).
+Sent: n ids down (4n bytes, none if n is all), logits up (4nK); in `digest_and_revisit` the consensus down (4nK).
 
 Public and private data may have labels of their own, as in the paper's tasks: then a model has one output layer over
 both, first the private ones, and tests choose among all. `selection` is Selective-FD's (`exchange/selection.py`).
