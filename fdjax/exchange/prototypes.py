@@ -1,6 +1,6 @@
 """Prototypes: the mean features of each label, shared by nets of any architectures whose features are of one length.
 
-Also the client that follows them, and prototypes that a server trains.
+Also the client that follows them.
 """
 
 import math
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdjax import keys
 from fdjax.client import losses
 from fdjax.client.data import batches
 from fdjax.client.training import fit, local_work
@@ -119,44 +118,6 @@ def pooled(stack: Stack) -> tuple[Pool, ByLabel]:
     labels = jnp.tile(jnp.arange(classes, dtype=jnp.int32), size)
     pool = Pool(means.reshape(-1, length), labels, jnp.argsort(~there.reshape(-1), stable=True), jnp.sum(holders))
     return pool, ByLabel(mean, holders.astype(jnp.float32))
-
-
-def init_generator(key: jax.Array, classes: int, length: int) -> PyTree:
-    """The params of P = F(e) at a server that trains prototypes: e [K, d] of N(0, 1), and F's two layers of d units.
-
-    Weights are LeCun's normal, biases 0; the key is consumed. Source: Zhang et al. (2024), FedTGP.
-    """
-    lecun = jax.nn.initializers.lecun_normal()
-    layers = {
-        name: {"kernel": lecun(keys.stream(key, name), (length, length)), "bias": jnp.zeros((1, length))}
-        for name in ("hidden", "out")
-    }
-    return {"embedding": jax.random.normal(keys.stream(key, "embedding"), (classes, length)), **layers}
-
-
-def generate(params: PyTree) -> jax.Array:
-    """P = F(e) [K, d],  F(e) = relu(e W_1 + b_1) W_2 + b_2, of the params of `init_generator`."""
-    h = jax.nn.relu(params["embedding"] @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-    return h @ params["out"]["kernel"] + params["out"]["bias"]
-
-
-def distances(x: Array, y: Array) -> jax.Array:
-    """|x_i - y_j| [N, M] of x [N, d] and y [M, d]; its slope is 0 where it is 0."""
-    squared = jnp.sum(jnp.square(x[:, None] - y[None]), -1)
-    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
-
-
-def margin(prototypes: ByLabel, most: Array) -> jax.Array:
-    """The adaptive margin []: the largest distance of a prototype to its nearest other one, at most `most`.
-
-        delta = min(max_c min_{c' != c} |Q_c - Q_c'|, most)        over the labels c that have a prototype Q_c [d]
-
-    It is `most` of a single prototype, and 0 of none. Source: Zhang et al. (2024), FedTGP.
-    """
-    held = prototypes.count > 0
-    others = held[:, None] & held[None] & ~jnp.eye(len(held), dtype=bool)
-    closest = jnp.min(jnp.where(others, distances(prototypes.value, prototypes.value), jnp.inf), 1)
-    return jnp.minimum(jnp.max(jnp.where(held, closest, 0)), most)
 
 
 def nearest(h: jax.Array, prototypes: ByLabel, logits: jax.Array) -> jax.Array:

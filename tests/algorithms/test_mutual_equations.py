@@ -9,9 +9,9 @@ import pytest
 from choices import some
 
 from fdjax import keys, models
-from fdjax.algorithms import ALGORITHMS
+from fdjax.algorithms import ALGORITHMS, fedtgp
 from fdjax.errors import InputError
-from fdjax.exchange import low_rank, prototypes
+from fdjax.exchange import low_rank
 from fdjax.exchange.reductions import ByLabel
 from fdjax.exchange.traffic import count_bytes
 
@@ -306,7 +306,7 @@ def test_fedtgp(most):
 
 
 def test_a_margin_without_a_second_label_is_the_largest_one():
-    found = prototypes.margin(ByLabel(np.ones((3, 2), np.float32), np.array([0, 2, 0])), np.float32(7))
+    found = fedtgp.margin(ByLabel(np.ones((3, 2), np.float32), np.array([0, 2, 0])), np.float32(7))
     assert found == 7
 
 
